@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: MIT
+//
+// rotary.h: the public C API of libggml-rotary.so, and the single truth from which the Python binding is made.
+//
+// It configures paging and reports on it. Loading a model and running it stay llama.cpp's own API: llama.cpp finds
+// the ROTARY<i> devices through ggml's backend registry once the library has been loaded with ggml_backend_load().
+//
+// Threading: every function may be called from any thread. rotary_last_error() is per thread.
+// Errors: functions that can fail return a negative enum rotary_status (or NULL) and leave one line of text for
+// rotary_last_error(), in the form "<object>: <what failed, with values>; <limit>; <what to do>".
+//
+// The binding reads this file without a preprocessor: only declarations between the markers BEGIN API and END API,
+// no macros in them, no conditional compilation.
+
+#ifndef ROTARY_H
+#define ROTARY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#pragma GCC visibility push(default)
+
+// BEGIN API
+
+enum rotary_status {
+    ROTARY_OK          =  0,
+    ROTARY_ERR_ARG     = -1, // an argument makes no sense
+    ROTARY_ERR_VERSION = -2, // the loaded ggml is not the one this library was compiled against
+    ROTARY_ERR_DEVICE  = -3, // no such inner device, or it cannot be used
+    ROTARY_ERR_BUDGET  = -4, // the budget is below what one token needs
+    ROTARY_ERR_MEMORY  = -5, // an allocation failed
+    ROTARY_ERR_STATE   = -6, // not now: for example the inner device of a device that has models
+};
+
+enum rotary_path {
+    ROTARY_PATH_NONE     = 0, // not sized yet
+    ROTARY_PATH_SLOTS    = 1, // experts are paged into slots
+    ROTARY_PATH_RESIDENT = 2, // every expert of the layer has its slot, filled once
+    ROTARY_PATH_MAPPED   = 3, // every expert fits and the inner device computes straight from the mapping: no copy
+};
+
+// ---- library ------------------------------------------------------------------------------------------------------
+
+// Version of this header's ABI; the binding refuses a library that answers another number than it was made for.
+int32_t rotary_abi_version(void);
+
+// Size in bytes of one of this header's structs by its name ("rotary_config", "rotary_stats", ...); 0 if unknown.
+size_t rotary_sizeof(const char * struct_name);
+
+// ggml_version() and ggml_commit() of the source this library was compiled against, and the machine it was built for
+// ("x86_64", "aarch64", ...). Static strings.
+const char * rotary_built_ggml_version(void);
+const char * rotary_built_ggml_commit(void);
+const char * rotary_built_machine(void);
+
+// Text of the last error on this thread, "" if none. Valid until the next failing call on this thread.
+const char * rotary_last_error(void);
+
+// ---- devices ------------------------------------------------------------------------------------------------------
+
+// ROTARY devices, one for each inner device. Chosen when the library is loaded: those named by the environment
+// variable ROTARY_INNER (comma separated ggml device names, or rpc://host:port), else every GPU, else the CPU.
+int32_t      rotary_device_count(void);
+const char * rotary_device_name(int32_t device);       // "ROTARY0"; NULL if there is no such device
+const char * rotary_device_inner(int32_t device);      // "CPU", "CUDA0", "RPC0[127.0.0.1:50052]"; NULL if none
+
+// Make `device` wrap another inner device. ROTARY_ERR_STATE while a model or a backend uses it.
+int32_t rotary_device_set_inner(int32_t device, const char * inner);
+
+// ---- pools --------------------------------------------------------------------------------------------------------
+
+// A pool is the slots of one model on one device, with its budget and its counters.
+typedef struct rotary_pool rotary_pool;
+
+typedef struct rotary_config {
+    size_t       struct_size;   // sizeof(rotary_config), for checking
+    const char * budget;        // "auto", "min", "25%", "8GiB", "512MiB", "1000000" (bytes), "16 slots" (per layer)
+    const char * model;         // name for messages; may be NULL
+    uint64_t     margin_bytes;  // "auto" leaves this much of the inner device's memory free; 0 for the default
+    int32_t      repack;        // CPU inner device: 1 slots in the CPU's repacked layout where it has one (as stock
+                                // llama.cpp loads weights), 0 plain layout (as stock with use_extra_bufts = false)
+    int32_t      direct;        // 1 lets a host inner device compute a batch that wants more experts than there are
+                                // slots straight from the mapping; 0 always pages (waves)
+} rotary_config;
+
+typedef struct rotary_stats {
+    // what was chosen
+    uint64_t budget_bytes;       // slots' bytes as resolved from the budget text
+    uint64_t slot_bytes;         // bytes really allocated for slots; 0 on the mapped path
+    uint64_t expert_bytes;       // bytes of all paged experts
+    uint64_t min_budget_bytes;   // one token's experts in every layer
+    uint64_t staging_bytes;      // scratch of the waves and of the rewritten ids
+    int32_t  n_layers;           // paged layers
+    int32_t  n_expert;           // largest over layers
+    int32_t  n_expert_used;      // largest over layers
+    int32_t  n_slots;            // smallest over layers
+    int32_t  path;               // enum rotary_path; the lowest over layers
+    int32_t  repacked;           // 1 if slots are in a repacked layout
+    int32_t  n_notices;          // fallbacks and choices worth saying, see rotary_pool_notice
+    int32_t  reserved;
+    // counters since the pool was opened or reset. A request is one (token, expert) routing.
+    uint64_t lookups;            // times a layer's routing was resolved
+    uint64_t requests;
+    uint64_t hits;               // requests whose expert was resident or already being paged for the same lookup
+    uint64_t misses;             // page-ins: distinct absent experts, once per lookup
+    uint64_t bypassed;           // misses computed straight from the mapping, nothing copied
+    uint64_t evictions;
+    uint64_t bytes_paged;
+    uint64_t waves;              // passes beyond the first when a batch wanted more experts than slots
+    uint64_t waits;              // times the host waited for the inner device to learn the routing
+    uint64_t wait_us;
+    uint64_t page_us;            // time spent moving experts
+} rotary_stats;
+
+typedef struct rotary_layer_stats {
+    int32_t  il;                 // layer number from the tensor's name ("blk.<il>."), -1 if it has none
+    int32_t  n_expert;
+    int32_t  n_expert_used;
+    int32_t  n_slots;
+    int32_t  path;               // enum rotary_path
+    int32_t  n_resident;         // experts resident now
+    uint64_t expert_bytes;       // bytes of one expert, all its tensors
+    uint64_t lookups;
+    uint64_t requests;
+    uint64_t hits;
+    uint64_t misses;
+    uint64_t bypassed;
+    uint64_t evictions;
+    uint64_t bytes_paged;
+    uint64_t waves;
+} rotary_layer_stats;
+
+// Open a pool on `device`: paged weights that llama.cpp loads on this device from now on belong to it, until the next
+// rotary_pool_open for the device. Without any, one pool per device is made from the environment
+// (ROTARY_BUDGET, ROTARY_MARGIN, ROTARY_REPACK, ROTARY_DIRECT). NULL on error.
+rotary_pool * rotary_pool_open(int32_t device, const rotary_config * config);
+
+// Stop collecting and drop the caller's reference. Slots are freed when the model's buffers are gone too.
+void rotary_pool_close(rotary_pool * pool);
+
+// Resolve the budget and allocate the slots now, rather than at the first graph. Call it after the contexts are made:
+// "auto" then sees what KV cache and compute buffers left. A pool without paged weights is ROTARY_OK.
+int32_t rotary_pool_prepare(rotary_pool * pool);
+
+int32_t      rotary_pool_stats(rotary_pool * pool, rotary_stats * stats);
+int32_t      rotary_pool_layer_stats(rotary_pool * pool, int32_t index, rotary_layer_stats * stats);
+void         rotary_pool_reset_counters(rotary_pool * pool);
+
+// Text of notice `index`, NULL past the end; valid while the pool is open.
+const char * rotary_pool_notice(rotary_pool * pool, int32_t index);
+
+// ---- slot table: which expert is in which slot (pure logic, exposed for tests and simulators) ----------------------
+
+typedef struct rotary_slots rotary_slots;
+
+typedef struct rotary_load {
+    int32_t expert;   // to be paged in
+    int32_t slot;     // into this slot
+    int32_t evicted;  // the expert that was there, -1 if the slot was free
+} rotary_load;
+
+// NULL if n_expert < 1, n_slots < 1 or n_slots > n_expert.
+rotary_slots * rotary_slots_new(int32_t n_expert, int32_t n_slots);
+void           rotary_slots_free(rotary_slots * slots);
+
+// Make every expert in ids[n_ids] (repeats allowed) resident, evicting the least recently used ones that are not among
+// them. slot_ids[n_ids] receives each one's slot; loads must have room for n_slots entries. Returns the number of
+// loads, or ROTARY_ERR_ARG: an id out of range, or more distinct ids than slots (nothing is changed then).
+int32_t rotary_slots_resolve(rotary_slots * slots, const int32_t * ids, int32_t n_ids, int32_t * slot_ids,
+                             rotary_load * loads);
+
+int32_t rotary_slots_slot_of(const rotary_slots * slots, int32_t expert); // -1 if absent
+int32_t rotary_slots_expert_of(const rotary_slots * slots, int32_t slot); // -1 if free
+int32_t rotary_slots_n_resident(const rotary_slots * slots);
+void    rotary_slots_clear(rotary_slots * slots);
+
+// END API
+
+#pragma GCC visibility pop
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // ROTARY_H

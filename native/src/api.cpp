@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: MIT
+//
+// Public C API over devices and pools. See rotary.h; the slot table's part is in slots.cpp.
+
+#include "rotary.h"
+
+#include "device.hpp"
+#include "error.hpp"
+#include "inner.hpp"
+
+#include <cstring>
+
+using namespace rotary;
+
+struct rotary_pool {
+    device *              dev;
+    std::shared_ptr<pool> shared;
+};
+
+// ---- library
+
+int32_t rotary_abi_version(void) {
+    return 1;
+}
+
+size_t rotary_sizeof(const char * struct_name) {
+    static const struct {
+        const char * name;
+        size_t       size;
+    } sizes[] = {
+        { "rotary_config", sizeof(rotary_config) },
+        { "rotary_stats", sizeof(rotary_stats) },
+        { "rotary_layer_stats", sizeof(rotary_layer_stats) },
+        { "rotary_load", sizeof(rotary_load) },
+    };
+    for (const auto & each : sizes) {
+        if (strcmp(each.name, struct_name) == 0) {
+            return each.size;
+        }
+    }
+    return 0;
+}
+
+const char * rotary_built_ggml_version(void) {
+    return ROTARY_GGML_VERSION;
+}
+
+const char * rotary_built_ggml_commit(void) {
+    return ROTARY_GGML_COMMIT;
+}
+
+const char * rotary_built_machine(void) {
+    return ROTARY_MACHINE;
+}
+
+const char * rotary_last_error(void) {
+    return last_error();
+}
+
+// ---- devices
+
+static device * device_at(int32_t index) {
+    return index >= 0 && index < (int32_t) devices().size() ? devices()[index].get() : nullptr;
+}
+
+static int32_t no_device(int32_t index) {
+    return fail(ROTARY_ERR_DEVICE, format("ROTARY%d: no such device; there are %zu; load the library into llama.cpp first",
+                                          index, devices().size()));
+}
+
+int32_t rotary_device_count(void) {
+    return (int32_t) devices().size();
+}
+
+const char * rotary_device_name(int32_t index) {
+    const device * dev = device_at(index);
+    return dev ? dev->name().c_str() : nullptr;
+}
+
+const char * rotary_device_inner(int32_t index) {
+    const device * dev = device_at(index);
+    return dev ? dev->inner_name().c_str() : nullptr;
+}
+
+int32_t rotary_device_set_inner(int32_t index, const char * inner) {
+    device * dev = device_at(index);
+    if (dev == nullptr) {
+        return no_device(index);
+    }
+    ggml_backend_dev_t found = inner_find(inner);
+    if (found == nullptr) {
+        return ROTARY_ERR_DEVICE;
+    }
+    if (!dev->set_inner(found, inner)) {
+        return fail(ROTARY_ERR_STATE, format("%s: wraps %s for a loaded model, cannot change to %s; close that model first",
+                                             dev->name().c_str(), dev->inner_name().c_str(), inner));
+    }
+    return ROTARY_OK;
+}
+
+// ---- pools
+
+rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
+    device * dev = device_at(index);
+    if (dev == nullptr) {
+        no_device(index);
+        return nullptr;
+    }
+    if (config->struct_size != sizeof(rotary_config)) {
+        fail(ROTARY_ERR_ARG, format("rotary_config: %zu bytes given, %zu expected; rebuild the caller",
+                                    config->struct_size, sizeof(rotary_config)));
+        return nullptr;
+    }
+    pool_config chosen;
+    chosen.budget_text  = config->budget != nullptr ? config->budget : "auto";
+    chosen.model        = config->model != nullptr ? config->model : "model";
+    chosen.margin_bytes = config->margin_bytes;
+    chosen.repack       = config->repack != 0;
+    chosen.direct       = config->direct != 0;
+    if (!budget_parse(chosen.budget_text, chosen.wanted) || chosen.wanted.what == budget::kind::off) {
+        fail(ROTARY_ERR_ARG, format("budget %s: not understood; give auto, min, 25%%, 8GiB, bytes, or \"16 slots\"",
+                                    chosen.budget_text.c_str()));
+        return nullptr;
+    }
+    return new rotary_pool{ dev, dev->open_pool(chosen) };
+}
+
+void rotary_pool_close(rotary_pool * handle) {
+    if (handle != nullptr) {
+        handle->dev->stop_collecting(handle->shared.get());
+        delete handle;
+    }
+}
+
+int32_t rotary_pool_prepare(rotary_pool * handle) {
+    const std::lock_guard<std::mutex> lock(handle->shared->mutex);
+    return handle->shared->prepare();
+}
+
+int32_t rotary_pool_stats(rotary_pool * handle, rotary_stats * stats) {
+    handle->shared->stats(*stats);
+    return ROTARY_OK;
+}
+
+int32_t rotary_pool_layer_stats(rotary_pool * handle, int32_t index, rotary_layer_stats * stats) {
+    if (!handle->shared->layer_stats(index, *stats)) {
+        return fail(ROTARY_ERR_ARG, format("layer %d: not one of the pool's paged layers", index));
+    }
+    return ROTARY_OK;
+}
+
+void rotary_pool_reset_counters(rotary_pool * handle) {
+    handle->shared->reset_counters();
+}
+
+const char * rotary_pool_notice(rotary_pool * handle, int32_t index) {
+    return handle->shared->notice_text(index);
+}

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: MIT
+//
+// Budget: from a text such as "25%" or "8GiB" to a number of slots for each layer. Pure logic, no ggml.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace rotary {
+
+struct budget {
+    enum class kind { automatic, minimum, bytes, share, slots, off };
+
+    kind   what  = kind::automatic;
+    double value = 0; // bytes, share of all expert bytes (0..1], or slots per layer
+};
+
+// Parse "auto", "min", "off", "0", "25%", "8GiB", "1000000", "16 slots". False if the text is none of these.
+bool budget_parse(const std::string & text, budget & out);
+
+// What sizing needs to know of one layer.
+struct layer_size {
+    uint64_t expert_bytes;  // one expert, all its tensors
+    int32_t  n_expert;
+    int32_t  n_expert_used; // per token; the fewest slots a layer may have
+};
+
+uint64_t budget_all_bytes(const std::vector<layer_size> & layers); // every expert
+uint64_t budget_min_bytes(const std::vector<layer_size> & layers); // one token's experts
+
+// Bytes that `b` stands for; `free_bytes` is what "auto" may take.
+uint64_t budget_bytes(const budget & b, const std::vector<layer_size> & layers, uint64_t free_bytes);
+
+// Slots for each layer within `bytes`: the same number everywhere, and what is left over one more for as many layers
+// as it reaches, the first ones first. Never more than the layer has experts. Empty if even budget_min_bytes() does
+// not fit.
+std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> & layers);
+
+} // namespace rotary

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+//
+// Errors. See error.hpp.
+
+#include "error.hpp"
+
+#include "ggml-impl.h"
+
+#include <cstdarg>
+#include <cstdio>
+
+namespace rotary {
+
+static thread_local std::string last_error_text;
+
+std::string format(const char * fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    va_list again;
+    va_copy(again, args);
+    const int n = vsnprintf(nullptr, 0, fmt, args);
+    std::string out(n > 0 ? n : 0, '\0');
+    vsnprintf(&out[0], out.size() + 1, fmt, again);
+    va_end(again);
+    va_end(args);
+    return out;
+}
+
+int32_t fail(rotary_status status, const std::string & text) {
+    last_error_text = text;
+    GGML_LOG_ERROR("rotary: %s\n", text.c_str());
+    return status;
+}
+
+const char * last_error() {
+    return last_error_text.c_str();
+}
+
+std::string mib(uint64_t bytes) {
+    return format("%.1f MiB", bytes / 1048576.0);
+}
+
+} // namespace rotary

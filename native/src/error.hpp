@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: MIT
+//
+// Errors: one line of text per thread for rotary_last_error(), the same line in ggml's log.
+
+#pragma once
+
+#include "rotary.h"
+
+#include <string>
+
+namespace rotary {
+
+// printf into a string.
+__attribute__((format(printf, 1, 2))) std::string format(const char * fmt, ...);
+
+// Remember `text` as this thread's last error, log it, and hand `status` back.
+int32_t fail(rotary_status status, const std::string & text);
+
+const char * last_error();
+
+// Bytes as messages show them: "1234.5 MiB".
+std::string mib(uint64_t bytes);
+
+} // namespace rotary

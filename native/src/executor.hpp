@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: MIT
+//
+// Executor: runs a compute graph on the inner backend, stopping at each expert lookup to page in what it wants.
+
+#pragma once
+
+#include "pool.hpp"
+
+#include "ggml-backend-impl.h"
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace rotary {
+
+class executor {
+  public:
+    explicit executor(ggml_backend_t inner) : inner_(inner) {}
+    ~executor();
+
+    ggml_status compute(ggml_cgraph * graph);
+
+  private:
+    enum class mode { slots, direct, waves };
+
+    // What one wave pages in and which (expert-used, token) rows of the lookup it computes.
+    struct wave {
+        std::vector<rotary_load> loads;
+        std::vector<int32_t>     rows;     // k + t * n_expert_used
+        std::vector<int32_t>     slots;    // the slot of each row's expert
+    };
+
+    // The current lookup of a layer: its routing, resolved once for all tensors that share it.
+    struct lookup {
+        paged_layer *       layer = nullptr;
+        const ggml_tensor * ids   = nullptr;
+        mode                how   = mode::slots;
+        std::vector<wave>   waves;
+        std::vector<const paged_tensor *> done; // tensors that have been through the waves
+    };
+
+    ggml_status run_segment(ggml_cgraph * graph, int i0, int i1);
+    ggml_status look_up(pool & pool, paged_layer & layer, const ggml_tensor * ids);
+    void        plan_waves(paged_layer & layer, const std::vector<int32_t> & order);
+    ggml_status run_waves(pool & pool, ggml_tensor * node, paged_tensor & tensor);
+    ggml_status run_wave(pool & pool, ggml_tensor * node, paged_tensor & tensor, const wave & its);
+    void        finish_lookup(pool & pool);
+    void        read_ids(pool & pool, const ggml_tensor * ids);
+    void        patch(ggml_tensor * node, ggml_tensor * weight, ggml_tensor * ids);
+
+    struct patched {
+        ggml_tensor * node;
+        ggml_tensor * weight;
+        ggml_tensor * ids;
+    };
+    struct segment {
+        int      i0;
+        int      i1;
+        uint64_t uid;
+    };
+
+    ggml_backend_t                   inner_;
+    std::vector<std::weak_ptr<pool>> pools_; // that this backend has run over
+
+    lookup               lookup_;
+    std::vector<int32_t> ids_;   // [n_expert_used * n_tokens] of the current lookup, k fastest
+    std::vector<char>    ids_raw_;
+    std::vector<patched> patched_;
+
+    // Segments keep their uid while llama.cpp runs the same graph again, so that captured graphs stay valid.
+    std::vector<segment> segments_;
+    uint64_t             segments_graph_      = 0;
+    uint64_t             segments_generation_ = 0;
+};
+
+} // namespace rotary

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MIT
+//
+// Questions to an inner device. See inner.hpp.
+
+#include "inner.hpp"
+
+#include "device.hpp"
+#include "error.hpp"
+
+#include "ggml-cpp.h"
+
+namespace rotary {
+
+static std::string device_names() {
+    std::string names;
+    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        if (!is_rotary(dev)) {
+            names += (names.empty() ? "" : ", ") + std::string(ggml_backend_dev_name(dev));
+        }
+    }
+    return names;
+}
+
+static ggml_backend_dev_t find_rpc(const std::string & name, const std::string & endpoint) {
+    ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
+    if (rpc == nullptr) {
+        fail(ROTARY_ERR_DEVICE, format("%s: this llama.cpp has no RPC backend; build it with GGML_RPC=ON", name.c_str()));
+        return nullptr;
+    }
+    using add_server_t = ggml_backend_reg_t (*)(const char *);
+    const auto add_server = (add_server_t) ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server");
+    ggml_backend_reg_t server = add_server != nullptr ? add_server(endpoint.c_str()) : nullptr;
+    if (server == nullptr || ggml_backend_reg_dev_count(server) == 0) {
+        fail(ROTARY_ERR_DEVICE, format("%s: no RPC server answers with a device; start rpc-server there", name.c_str()));
+        return nullptr;
+    }
+    return ggml_backend_reg_dev_get(server, 0);
+}
+
+ggml_backend_dev_t inner_find(const std::string & name) {
+    static const std::string scheme = "rpc://";
+    if (name.compare(0, scheme.size(), scheme) == 0) {
+        return find_rpc(name, name.substr(scheme.size()));
+    }
+    ggml_backend_dev_t dev = ggml_backend_dev_by_name(name.c_str());
+    if (dev == nullptr || is_rotary(dev)) {
+        fail(ROTARY_ERR_DEVICE, format("%s: no such inner device; this llama.cpp has %s; name one of them",
+                                       name.c_str(), device_names().c_str()));
+        return nullptr;
+    }
+    return dev;
+}
+
+std::vector<ggml_backend_dev_t> inner_default() {
+    std::vector<ggml_backend_dev_t> found;
+    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_GPU && !is_rotary(dev)) {
+            found.push_back(dev);
+        }
+    }
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (found.empty() && cpu != nullptr) {
+        found.push_back(cpu);
+    }
+    return found;
+}
+
+std::vector<ggml_backend_buffer_type_t> inner_extra_bufts(ggml_backend_dev_t inner) {
+    std::vector<ggml_backend_buffer_type_t> found;
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(inner);
+    const auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
+        reg, "ggml_backend_dev_get_extra_bufts");
+    if (get != nullptr) {
+        for (ggml_backend_buffer_type_t * buft = get(inner); buft != nullptr && *buft != nullptr; buft++) {
+            found.push_back(*buft);
+        }
+    }
+    return found;
+}
+
+static ggml_context_ptr small_context() {
+    return ggml_context_ptr(ggml_init({ ggml_tensor_overhead() * 8, nullptr, true }));
+}
+
+// Devices look at the weight's buffer type, so give it an empty buffer of that type while they are asked.
+static bool supports_with(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, ggml_tensor * op) {
+    const ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(buft, 0));
+    op->src[0]->buffer = buffer.get();
+    return ggml_backend_dev_supports_op(inner, op);
+}
+
+bool inner_supports_expert_matrix(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, ggml_type type,
+                                  const int64_t * ne) {
+    const ggml_context_ptr ctx = small_context();
+    // The token and id counts do not matter to any backend's answer; llama.cpp asks with 512 tokens.
+    ggml_tensor * weight = ggml_new_tensor_3d(ctx.get(), type, ne[0], ne[1], ne[2]);
+    ggml_tensor * input  = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, ne[0], 1, 512);
+    ggml_tensor * ids    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 512);
+    return supports_with(inner, buft, ggml_mul_mat_id(ctx.get(), weight, input, ids));
+}
+
+bool inner_supports_weight_in(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, const ggml_tensor * op) {
+    ggml_tensor weight = *op->src[0];
+    ggml_tensor copy   = *op;
+    copy.src[0]        = &weight;
+    return supports_with(inner, buft, &copy);
+}
+
+} // namespace rotary

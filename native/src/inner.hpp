@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: MIT
+//
+// What we ask of an inner device: finding it by name, its extra buffer types, and whether it can multiply by an
+// expert matrix.
+
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <string>
+#include <vector>
+
+namespace rotary {
+
+// A device by its ggml name ("CPU", "CUDA0") or, for llama.cpp's RPC server, by "rpc://host:port". NULL and the reason
+// as this thread's last error if there is none.
+ggml_backend_dev_t inner_find(const std::string & name);
+
+// Every GPU that is not ours; the CPU if there is none.
+std::vector<ggml_backend_dev_t> inner_default();
+
+// The device's extra buffer types (CPU_REPACK, ...), in its order of preference.
+std::vector<ggml_backend_buffer_type_t> inner_extra_bufts(ggml_backend_dev_t inner);
+
+// MUL_MAT_ID with a weight of this type and shape [ne0, ne1, n_expert] in a buffer of type `buft`.
+bool inner_supports_expert_matrix(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, ggml_type type,
+                                  const int64_t * ne);
+
+// `op`, were its weight in a buffer of type `buft`.
+bool inner_supports_weight_in(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, const ggml_tensor * op);
+
+} // namespace rotary

@@ -1,0 +1,452 @@
+// SPDX-License-Identifier: MIT
+//
+// Pool: store, sizing, slots and counters of one model on one device. See pool.hpp.
+
+#include "pool.hpp"
+
+#include "error.hpp"
+#include "inner.hpp"
+#include "memory.hpp"
+
+#include "ggml-alloc.h"
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+
+namespace rotary {
+
+pool::pool(ggml_backend_dev_t inner, pool_config chosen) :
+    config(std::move(chosen)), inner_(inner),
+    inner_is_host_(ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(inner))) {}
+
+pool::~pool() {
+    release();
+}
+
+// ---- store
+
+// "blk.12.ffn_up_exps.weight" -> 12
+static int32_t layer_number(const std::string & name) {
+    if (name.compare(0, 4, "blk.") != 0) {
+        return -1;
+    }
+    char *     end = nullptr;
+    const long il  = strtol(name.c_str() + 4, &end, 10);
+    return end != name.c_str() + 4 && *end == '.' ? (int32_t) il : -1;
+}
+
+void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (prepared_) {
+        // Weights that come late, such as an adapter's: divide the budget anew at the next graph.
+        notice(format("%s: %s was loaded after the slots were sized; slots start cold again", config.model.c_str(),
+                      tensor->name));
+        release();
+    }
+    auto paged           = std::make_unique<paged_tensor>();
+    paged->name          = tensor->name;
+    paged->type          = tensor->type;
+    paged->ne[0]         = tensor->ne[0];
+    paged->ne[1]         = tensor->ne[1];
+    paged->ne[2]         = tensor->ne[2];
+    paged->expert_bytes  = tensor->nb[2];
+    paged->data          = (const char *) tensor->data;
+    paged->owner         = owner;
+    paged->n_expert_used = n_expert_used;
+    tensors_.push_back(std::move(paged));
+}
+
+void pool::remove_owner(const void * owner) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    release();
+    tensors_.erase(std::remove_if(tensors_.begin(), tensors_.end(),
+                                  [owner](const auto & tensor) { return tensor->owner == owner; }),
+                   tensors_.end());
+}
+
+// ---- sizing
+
+// Tensors of one layer number share their routing if they have the same number of experts; a tensor without a layer
+// number stands alone.
+void pool::build_layers() {
+    layers_.clear();
+    by_data_.clear();
+    std::map<std::pair<int32_t, int64_t>, paged_layer *> known;
+    for (const auto & tensor : tensors_) {
+        const int32_t il    = layer_number(tensor->name);
+        paged_layer * layer = il < 0 ? nullptr : known[{ il, tensor->ne[2] }];
+        if (layer == nullptr) {
+            layers_.push_back(std::make_unique<paged_layer>());
+            layer           = layers_.back().get();
+            layer->il       = il;
+            layer->n_expert = (int32_t) tensor->ne[2];
+            if (il >= 0) {
+                known[{ il, tensor->ne[2] }] = layer;
+            }
+        }
+        layer->n_expert_used = std::max(layer->n_expert_used, std::min(tensor->n_expert_used, layer->n_expert));
+        layer->expert_bytes += tensor->expert_bytes;
+        layer->tensors.push_back(tensor.get());
+        by_data_[tensor->data] = { layer, tensor.get() };
+    }
+    std::stable_sort(layers_.begin(), layers_.end(), [](const auto & a, const auto & b) { return a->il < b->il; });
+}
+
+uint64_t pool::free_bytes() const {
+    size_t free  = 0;
+    size_t total = 0;
+    ggml_backend_dev_memory(inner_, &free, &total);
+    // The CPU backend reports all of the machine's memory as free.
+    const uint64_t left = inner_is_host_ ? host_available_bytes() : free;
+    // Without a stated margin: a tenth of the memory, and at least what other programs' peaks and our own staging take.
+    const uint64_t margin = config.margin_bytes ? config.margin_bytes : std::max<uint64_t>(total / 10, 512u << 20);
+    return left > margin ? left - margin : 0;
+}
+
+// The layout a tensor's slots have: a repacked one if the inner device would use one for this weight, as stock
+// llama.cpp then loads it so; else plain.
+ggml_backend_buffer_type_t pool::slot_buft(const paged_tensor & tensor) const {
+    if (config.repack) {
+        for (ggml_backend_buffer_type_t buft : inner_extra_bufts(inner_)) {
+            if (inner_supports_expert_matrix(inner_, buft, tensor.type, tensor.ne)) {
+                return buft;
+            }
+        }
+    }
+    return ggml_backend_dev_buffer_type(inner_);
+}
+
+int32_t pool::prepare() {
+    if (prepared_ || tensors_.empty()) {
+        if (status_ != ROTARY_OK) {
+            return fail((rotary_status) status_, status_text_);
+        }
+        return ROTARY_OK;
+    }
+    prepared_ = true;
+    build_layers();
+
+    std::vector<layer_size> sizes;
+    for (const auto & layer : layers_) {
+        sizes.push_back({ layer->expert_bytes, layer->n_expert, layer->n_expert_used });
+    }
+    uint64_t       bytes     = budget_bytes(config.wanted, sizes, free_bytes());
+    const uint64_t min_bytes = budget_min_bytes(sizes);
+    const bool     automatic = config.wanted.what == budget::kind::automatic;
+    while (true) {
+        const std::vector<int32_t> n_slots = budget_slots(bytes, sizes);
+        if (n_slots.empty()) {
+            status_text_ = format("%s: budget %s is %s; one token's experts need %s in %zu layers; "
+                                  "raise the budget to %s or more",
+                                  config.model.c_str(), config.budget_text.c_str(), mib(bytes).c_str(),
+                                  mib(min_bytes).c_str(), layers_.size(), mib(min_bytes).c_str());
+            status_ = fail(ROTARY_ERR_BUDGET, status_text_);
+            break;
+        }
+        status_ = allocate(n_slots);
+        if (status_ == ROTARY_OK) {
+            break;
+        }
+        status_text_ = last_error();
+        if (!automatic) {
+            break;
+        }
+        bytes = bytes / 10 * 9;
+        notice(format("%s: %s has no room for the slots; auto budget lowered to %s", config.model.c_str(),
+                      ggml_backend_dev_name(inner_), mib(bytes).c_str()));
+    }
+
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.budget_bytes     = bytes;
+    totals_.min_budget_bytes = min_bytes;
+    totals_.expert_bytes     = budget_all_bytes(sizes);
+    return status_;
+}
+
+int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
+    contexts_.clear();
+    buffers_.clear();
+    generation_++;
+
+    std::map<ggml_backend_buffer_type_t, ggml_context *> by_buft;
+    uint64_t slot_bytes = 0;
+    bool     repacked   = false;
+    for (size_t i = 0; i < layers_.size(); i++) {
+        paged_layer & layer     = *layers_[i];
+        bool          is_plain  = true;
+        for (paged_tensor * tensor : layer.tensors) {
+            is_plain = is_plain && slot_buft(*tensor) == ggml_backend_dev_buffer_type(inner_);
+        }
+        const bool all  = n_slots[i] == layer.n_expert;
+        layer.path      = !all ? ROTARY_PATH_SLOTS : inner_is_host_ && is_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
+        layer.table     = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
+        layer.stats = {};
+        layer.stats.n_slots    = n_slots[i];
+        layer.stats.n_resident = all ? layer.n_expert : 0;
+        repacked = repacked || !is_plain;
+        for (paged_tensor * tensor : layer.tensors) {
+            tensor->slots = nullptr;
+            if (layer.path == ROTARY_PATH_MAPPED) {
+                continue;
+            }
+            ggml_context *& ctx = by_buft[slot_buft(*tensor)];
+            if (ctx == nullptr) {
+                contexts_.emplace_back(ggml_init({ ggml_tensor_overhead() * tensors_.size(), nullptr, true }));
+                ctx = contexts_.back().get();
+            }
+            tensor->slots = ggml_new_tensor_3d(ctx, tensor->type, tensor->ne[0], tensor->ne[1], n_slots[i]);
+            ggml_format_name(tensor->slots, "%s (slots)", tensor->name.c_str());
+            slot_bytes += ggml_nbytes(tensor->slots);
+        }
+    }
+    for (const auto & [buft, ctx] : by_buft) {
+        ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
+        if (buffer == nullptr) {
+            return fail(ROTARY_ERR_MEMORY, format("%s: no memory for %s of slots on %s; lower the budget",
+                                                  config.model.c_str(), mib(slot_bytes).c_str(),
+                                                  ggml_backend_dev_name(inner_)));
+        }
+        buffers_.emplace_back(buffer);
+        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        if (!inner_is_host_) {
+            // A GPU kernel may read past an expert's end into the next slot and multiply by zero: no NaN may be there.
+            ggml_backend_buffer_clear(buffer, 0);
+        }
+    }
+    for (const auto & layer : layers_) {
+        if (layer->path == ROTARY_PATH_RESIDENT) {
+            for (int32_t expert = 0; expert < layer->n_expert; expert++) {
+                page_in(nullptr, *layer, expert, expert);
+            }
+        }
+    }
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.slot_bytes = slot_bytes;
+    totals_.repacked   = repacked;
+    return ROTARY_OK;
+}
+
+void pool::release() {
+    if (!prepared_) {
+        return;
+    }
+    if (last_backend_ != nullptr) {
+        ggml_backend_synchronize(last_backend_);
+    }
+    const char * print = getenv("ROTARY_STATS");
+    if (print != nullptr && strcmp(print, "0") != 0) {
+        print_summary();
+    }
+    generation_++;
+    ids_buffer_.reset();
+    ids_context_.reset();
+    ids_capacity_ = 0;
+    scratch_.reset();
+    buffers_.clear();
+    contexts_.clear();
+    by_data_.clear();
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    layers_.clear();
+    totals_.slot_bytes = 0;
+    scratch_bytes_     = 0;
+    prepared_          = false;
+    status_            = ROTARY_OK;
+}
+
+// ---- for the executor
+
+pool::place pool::find(const ggml_tensor * weight) const {
+    const auto it = by_data_.find(weight->data);
+    if (it == by_data_.end() || weight->ne[2] != it->second.tensor->ne[2] ||
+        weight->nb[2] != it->second.tensor->expert_bytes) {
+        return { nullptr, nullptr };
+    }
+    return it->second;
+}
+
+static uint64_t now_us() {
+    return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+void pool::page_in(ggml_backend_t backend, paged_layer & layer, int32_t expert, int32_t slot) {
+    for (paged_tensor * tensor : layer.tensors) {
+        page_in(backend, *tensor, expert, slot);
+    }
+}
+
+void pool::page_in(ggml_backend_t backend, paged_tensor & tensor, int32_t expert, int32_t slot) {
+    // One slot as a tensor of its own: a repacking buffer takes whole tensors only.
+    ggml_tensor one = *tensor.slots;
+    one.ne[2]       = 1;
+    one.nb[3]       = one.nb[2];
+    one.data        = (char *) one.data + one.nb[2] * slot;
+    const uint64_t start = now_us();
+    if (backend != nullptr) {
+        ggml_backend_tensor_set_async(backend, &one, tensor.expert_data(expert), 0, tensor.expert_bytes);
+    } else {
+        ggml_backend_tensor_set(&one, tensor.expert_data(expert), 0, tensor.expert_bytes);
+    }
+    count_page(now_us() - start);
+}
+
+ggml_tensor * pool::slot_ids(paged_layer & layer, int64_t n_ids, int64_t n_tokens) {
+    if (n_ids * n_tokens > ids_capacity_) {
+        const int64_t capacity = GGML_PAD(n_ids * n_tokens, 1024);
+        generation_++;
+        ids_buffer_.reset();
+        ids_context_.reset(ggml_init({ ggml_tensor_overhead() * layers_.size(), nullptr, true }));
+        for (const auto & each : layers_) {
+            each->slot_ids = ggml_new_tensor_2d(ids_context_.get(), GGML_TYPE_I32, capacity, 1);
+        }
+        ids_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ids_context_.get(),
+                                                                   ggml_backend_dev_buffer_type(inner_)));
+        ids_capacity_ = ids_buffer_ ? capacity : 0;
+        if (!ids_buffer_) {
+            return nullptr;
+        }
+    }
+    ggml_tensor * ids = layer.slot_ids;
+    ids->ne[0]        = n_ids;
+    ids->ne[1]        = n_tokens;
+    ids->nb[1]        = n_ids * sizeof(int32_t);
+    ids->nb[2] = ids->nb[3] = ids->nb[1] * n_tokens;
+    return ids;
+}
+
+ggml_gallocr_t pool::scratch() {
+    if (!scratch_) {
+        scratch_.reset(ggml_gallocr_new(ggml_backend_dev_buffer_type(inner_)));
+    }
+    return scratch_.get();
+}
+
+bool pool::use_from(ggml_backend_t backend) {
+    if (last_backend_ == backend) {
+        return false;
+    }
+    if (last_backend_ != nullptr) {
+        ggml_backend_synchronize(last_backend_);
+    }
+    last_backend_ = backend;
+    return true;
+}
+
+void pool::forget(ggml_backend_t backend) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (last_backend_ == backend) {
+        last_backend_ = nullptr;
+    }
+}
+
+// ---- figures
+
+void pool::count(paged_layer & layer, const rotary_layer_stats & delta) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    rotary_layer_stats & stats = layer.stats;
+    stats.lookups += delta.lookups;
+    stats.requests += delta.requests;
+    stats.hits += delta.hits;
+    stats.misses += delta.misses;
+    stats.bypassed += delta.bypassed;
+    stats.evictions += delta.evictions;
+    stats.bytes_paged += delta.bytes_paged;
+    stats.waves += delta.waves;
+    stats.n_resident = layer.table ? layer.table->n_resident() : layer.n_expert;
+}
+
+void pool::count_wait(uint64_t us) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.waits++;
+    totals_.wait_us += us;
+}
+
+void pool::count_page(uint64_t us) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.page_us += us;
+}
+
+void pool::set_scratch_bytes(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    scratch_bytes_ = bytes;
+}
+
+void pool::notice(const std::string & text) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    if (std::find(notices_.begin(), notices_.end(), text) == notices_.end()) {
+        notices_.push_back(text);
+        GGML_LOG_WARN("rotary: %s\n", text.c_str());
+    }
+}
+
+void pool::stats(rotary_stats & out) const {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    out               = totals_;
+    out.n_layers      = (int32_t) layers_.size();
+    out.staging_bytes = scratch_bytes_;
+    out.n_notices     = (int32_t) notices_.size();
+    for (const auto & layer : layers_) {
+        out.n_expert      = std::max(out.n_expert, layer->n_expert);
+        out.n_expert_used = std::max(out.n_expert_used, layer->n_expert_used);
+        out.n_slots       = out.n_slots ? std::min(out.n_slots, layer->stats.n_slots) : layer->stats.n_slots;
+        out.path          = out.path ? std::min<int32_t>(out.path, layer->path) : layer->path;
+        out.lookups += layer->stats.lookups;
+        out.requests += layer->stats.requests;
+        out.hits += layer->stats.hits;
+        out.misses += layer->stats.misses;
+        out.bypassed += layer->stats.bypassed;
+        out.evictions += layer->stats.evictions;
+        out.bytes_paged += layer->stats.bytes_paged;
+        out.waves += layer->stats.waves;
+    }
+}
+
+bool pool::layer_stats(int32_t index, rotary_layer_stats & out) const {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    if (index < 0 || index >= (int32_t) layers_.size()) {
+        return false;
+    }
+    const paged_layer & layer = *layers_[index];
+    out               = layer.stats;
+    out.il            = layer.il;
+    out.n_expert      = layer.n_expert;
+    out.n_expert_used = layer.n_expert_used;
+    out.path          = layer.path;
+    out.expert_bytes  = layer.expert_bytes;
+    return true;
+}
+
+void pool::reset_counters() {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    for (const auto & layer : layers_) {
+        rotary_layer_stats fresh = {};
+        fresh.n_slots            = layer->stats.n_slots;
+        fresh.n_resident         = layer->stats.n_resident;
+        layer->stats             = fresh;
+    }
+    totals_.waits = totals_.wait_us = totals_.page_us = 0;
+}
+
+const char * pool::notice_text(int32_t index) const {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    return index >= 0 && index < (int32_t) notices_.size() ? notices_[index].c_str() : nullptr;
+}
+
+void pool::print_summary() const {
+    rotary_stats s = {};
+    stats(s);
+    fprintf(stderr,
+            "rotary: model=%s inner=%s budget_bytes=%llu n_layers=%d n_expert=%d n_slots=%d path=%d lookups=%llu "
+            "requests=%llu hits=%llu misses=%llu bypassed=%llu evictions=%llu bytes_paged=%llu waves=%llu waits=%llu\n",
+            config.model.c_str(), ggml_backend_dev_name(inner_), (unsigned long long) s.budget_bytes, s.n_layers,
+            s.n_expert, s.n_slots, s.path, (unsigned long long) s.lookups, (unsigned long long) s.requests,
+            (unsigned long long) s.hits, (unsigned long long) s.misses, (unsigned long long) s.bypassed,
+            (unsigned long long) s.evictions, (unsigned long long) s.bytes_paged, (unsigned long long) s.waves,
+            (unsigned long long) s.waits);
+}
+
+} // namespace rotary

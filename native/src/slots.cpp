@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: MIT
+//
+// Slot table with least recently used eviction, and its C API. See slots.hpp.
+
+#include "slots.hpp"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+namespace rotary {
+
+slot_table::slot_table(int32_t n_expert, int32_t n_slots) :
+    slot_of_(n_expert, -1), expert_of_(n_slots, -1), last_use_(n_slots, 0), wanted_by_(n_expert, 0) {}
+
+int32_t slot_table::resolve(const int32_t * ids, int32_t n_ids, int32_t * slot_ids, rotary_load * loads) {
+    call_++;
+    int32_t n_distinct = 0;
+    for (int32_t i = 0; i < n_ids; i++) {
+        if (ids[i] < 0 || ids[i] >= n_expert()) {
+            return ROTARY_ERR_ARG;
+        }
+        if (wanted_by_[ids[i]] != call_) {
+            wanted_by_[ids[i]] = call_;
+            n_distinct++;
+        }
+    }
+    if (n_distinct > n_slots()) {
+        return ROTARY_ERR_ARG;
+    }
+
+    int32_t n_loads = 0;
+    for (int32_t i = 0; i < n_ids; i++) {
+        const int32_t expert = ids[i];
+        if (slot_of_[expert] < 0) {
+            const int32_t slot    = take_slot();
+            const int32_t evicted = expert_of_[slot];
+            if (evicted >= 0) {
+                slot_of_[evicted] = -1;
+            } else {
+                n_resident_++;
+            }
+            slot_of_[expert] = slot;
+            expert_of_[slot] = expert;
+            loads[n_loads++] = { expert, slot, evicted };
+        }
+        slot_ids[i]            = slot_of_[expert];
+        last_use_[slot_ids[i]] = ++clock_;
+    }
+    return n_loads;
+}
+
+// The caller has checked that this call wants no more experts than there are slots, so a slot is always found.
+int32_t slot_table::take_slot() {
+    int32_t best = -1;
+    for (int32_t slot = 0; slot < n_slots(); slot++) {
+        const int32_t expert = expert_of_[slot];
+        if (expert < 0) {
+            return slot;
+        }
+        if (wanted_by_[expert] != call_ && (best < 0 || last_use_[slot] < last_use_[best])) {
+            best = slot;
+        }
+    }
+    return best;
+}
+
+void slot_table::clear() {
+    std::fill(slot_of_.begin(), slot_of_.end(), -1);
+    std::fill(expert_of_.begin(), expert_of_.end(), -1);
+    std::fill(last_use_.begin(), last_use_.end(), 0);
+    n_resident_ = 0;
+}
+
+} // namespace rotary
+
+// C API
+
+struct rotary_slots : rotary::slot_table {
+    using slot_table::slot_table;
+};
+
+rotary_slots * rotary_slots_new(int32_t n_expert, int32_t n_slots) {
+    if (n_expert < 1 || n_slots < 1 || n_slots > n_expert) {
+        return nullptr;
+    }
+    return new (std::nothrow) rotary_slots(n_expert, n_slots);
+}
+
+void rotary_slots_free(rotary_slots * slots) {
+    delete slots;
+}
+
+int32_t rotary_slots_resolve(rotary_slots * slots, const int32_t * ids, int32_t n_ids, int32_t * slot_ids,
+                             rotary_load * loads) {
+    return slots->resolve(ids, n_ids, slot_ids, loads);
+}
+
+int32_t rotary_slots_slot_of(const rotary_slots * slots, int32_t expert) {
+    return expert < 0 || expert >= slots->n_expert() ? -1 : slots->slot_of(expert);
+}
+
+int32_t rotary_slots_expert_of(const rotary_slots * slots, int32_t slot) {
+    return slot < 0 || slot >= slots->n_slots() ? -1 : slots->expert_of(slot);
+}
+
+int32_t rotary_slots_n_resident(const rotary_slots * slots) {
+    return slots->n_resident();
+}
+
+void rotary_slots_clear(rotary_slots * slots) {
+    slots->clear();
+}

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+//
+// Slot table of one layer: which expert is in which slot, and who leaves when a slot is wanted.
+// Pure logic: knows neither ggml nor bytes. Least recently used eviction.
+// Threading: none of its own; the owner locks.
+
+#pragma once
+
+#include "rotary.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace rotary {
+
+class slot_table {
+  public:
+    slot_table(int32_t n_expert, int32_t n_slots);
+
+    // Contract: rotary_slots_resolve() in rotary.h. Every appearance of an id counts as a use, in the order of ids[];
+    // a free slot is taken before any eviction, the lowest first.
+    int32_t resolve(const int32_t * ids, int32_t n_ids, int32_t * slot_ids, rotary_load * loads);
+
+    int32_t slot_of(int32_t expert) const { return slot_of_[expert]; }
+    int32_t expert_of(int32_t slot) const { return expert_of_[slot]; }
+    int32_t n_expert() const { return (int32_t) slot_of_.size(); }
+    int32_t n_slots() const { return (int32_t) expert_of_.size(); }
+    int32_t n_resident() const { return n_resident_; }
+    void    clear();
+
+  private:
+    int32_t take_slot();
+
+    std::vector<int32_t>  slot_of_;     // [n_expert] slot, -1 absent
+    std::vector<int32_t>  expert_of_;   // [n_slots] expert, -1 free
+    std::vector<uint64_t> last_use_;    // [n_slots] value of clock_ at the last use
+    std::vector<uint64_t> wanted_by_;   // [n_expert] the last call_ that wanted this expert: those are held
+    uint64_t              clock_      = 0;
+    uint64_t              call_       = 0;
+    int32_t               n_resident_ = 0;
+};
+
+} // namespace rotary
