@@ -154,6 +154,20 @@ void         rotary_pool_reset_counters(rotary_pool * pool);
 // Text of notice `index`, NULL past the end; valid while the pool is open.
 const char * rotary_pool_notice(rotary_pool * pool, int32_t index);
 
+// ---- budget: how a text is divided into slots (pure logic, the same code that sizes a pool) -------------------------
+
+typedef struct rotary_layer_size {
+    uint64_t expert_bytes;  // one expert, all its tensors
+    int32_t  n_expert;
+    int32_t  n_expert_used; // per token: the fewest slots a layer may have
+} rotary_layer_size;
+
+// Divide `budget` (a text as in rotary_config) over n_layers layers; `free_bytes` is what "auto" may take. n_slots
+// receives each layer's slots, bytes what the text stands for. ROTARY_ERR_ARG: not a budget, or "off";
+// ROTARY_ERR_BUDGET: below one token's experts, whose bytes are then in `bytes`.
+int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * layers, int32_t n_layers,
+                             uint64_t free_bytes, int32_t * n_slots, uint64_t * bytes);
+
 // ---- slot table: which expert is in which slot (pure logic, exposed for tests and simulators) ----------------------
 
 typedef struct rotary_slots rotary_slots;

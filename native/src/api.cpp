@@ -31,6 +31,7 @@ size_t rotary_sizeof(const char * struct_name) {
         { "rotary_config", sizeof(rotary_config) },
         { "rotary_stats", sizeof(rotary_stats) },
         { "rotary_layer_stats", sizeof(rotary_layer_stats) },
+        { "rotary_layer_size", sizeof(rotary_layer_size) },
         { "rotary_load", sizeof(rotary_load) },
     };
     for (const auto & each : sizes) {
@@ -118,8 +119,7 @@ rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
     chosen.repack       = config->repack != 0;
     chosen.direct       = config->direct != 0;
     if (!budget_parse(chosen.budget_text, chosen.wanted) || chosen.wanted.what == budget::kind::off) {
-        fail(ROTARY_ERR_ARG, format("budget %s: not understood; give auto, min, 25%%, 8GiB, bytes, or \"16 slots\"",
-                                    chosen.budget_text.c_str()));
+        fail(ROTARY_ERR_ARG, budget_not_understood(chosen.budget_text));
         return nullptr;
     }
     return new rotary_pool{ dev, dev->open_pool(chosen) };

@@ -4,6 +4,8 @@
 
 #include "budget.hpp"
 
+#include "error.hpp"
+
 #include <algorithm>
 #include <cctype>
 #include <cmath>
@@ -53,13 +55,12 @@ bool budget_parse(const std::string & text, budget & out) {
         out = { budget::kind::off, 0 };
         return true;
     }
-    if (s.empty() || !(std::isdigit((unsigned char) s[0]) || s[0] == '.')) {
-        return false;
-    }
-    char *       end   = nullptr;
-    const double value = std::strtod(s.c_str(), &end);
-    const std::string unit(end);
-    if (!std::isfinite(value)) {
+    const size_t      n_digits = std::min(s.find_first_not_of("0123456789."), s.size());
+    const std::string number   = s.substr(0, n_digits);
+    const std::string unit     = s.substr(n_digits);
+    char *            end      = nullptr;
+    const double      value    = std::strtod(number.c_str(), &end);
+    if (number.empty() || *end != '\0' || !std::isfinite(value)) {
         return false;
     }
     if (unit == "%") {
@@ -139,4 +140,37 @@ std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> 
     return slots;
 }
 
+std::string budget_not_understood(const std::string & text) {
+    return format("budget %s: not understood; accepted are auto, min, a share (25%%), a size (8GiB), bytes or slots per "
+                  "layer (16 slots); correct the budget", text.c_str());
+}
+
+std::string budget_too_small(const std::string & model, const std::string & text, uint64_t bytes,
+                             const std::vector<layer_size> & layers) {
+    const std::string least = mib(budget_min_bytes(layers));
+    return format("%s: budget %s is %s; one token's experts take %s in %zu layers; raise the budget to %s or more",
+                  model.c_str(), text.c_str(), mib(bytes).c_str(), least.c_str(), layers.size(), least.c_str());
+}
+
 } // namespace rotary
+
+// C API
+
+int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * layers, int32_t n_layers,
+                             uint64_t free_bytes, int32_t * n_slots, uint64_t * bytes) {
+    using namespace rotary;
+    rotary::budget parsed;
+    if (!budget_parse(budget, parsed) || parsed.what == rotary::budget::kind::off) {
+        return fail(ROTARY_ERR_ARG, budget_not_understood(budget));
+    }
+    const std::vector<layer_size> sizes(layers, layers + n_layers);
+    *bytes = budget_bytes(parsed, sizes, free_bytes);
+    const std::vector<int32_t> slots = budget_slots(*bytes, sizes);
+    if (slots.empty() && n_layers > 0) {
+        const uint64_t wanted = *bytes;
+        *bytes = budget_min_bytes(sizes);
+        return fail(ROTARY_ERR_BUDGET, budget_too_small("model", budget, wanted, sizes));
+    }
+    std::copy(slots.begin(), slots.end(), n_slots);
+    return ROTARY_OK;
+}

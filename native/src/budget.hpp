@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include "rotary.h"
+
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -20,12 +22,7 @@ struct budget {
 // Parse "auto", "min", "off", "0", "25%", "8GiB", "1000000", "16 slots". False if the text is none of these.
 bool budget_parse(const std::string & text, budget & out);
 
-// What sizing needs to know of one layer.
-struct layer_size {
-    uint64_t expert_bytes;  // one expert, all its tensors
-    int32_t  n_expert;
-    int32_t  n_expert_used; // per token; the fewest slots a layer may have
-};
+using layer_size = rotary_layer_size;
 
 uint64_t budget_all_bytes(const std::vector<layer_size> & layers); // every expert
 uint64_t budget_min_bytes(const std::vector<layer_size> & layers); // one token's experts
@@ -34,8 +31,13 @@ uint64_t budget_min_bytes(const std::vector<layer_size> & layers); // one token'
 uint64_t budget_bytes(const budget & b, const std::vector<layer_size> & layers, uint64_t free_bytes);
 
 // Slots for each layer within `bytes`: the same number everywhere, and what is left over one more for as many layers
-// as it reaches, the first ones first. Never more than the layer has experts. Empty if even budget_min_bytes() does
-// not fit.
+// as it reaches, the first ones first. Never more than a layer has experts. Empty if even budget_min_bytes() does not
+// fit.
 std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> & layers);
+
+// The two refusals, in the words of an error message.
+std::string budget_not_understood(const std::string & text);
+std::string budget_too_small(const std::string & model, const std::string & text, uint64_t bytes,
+                             const std::vector<layer_size> & layers);
 
 } // namespace rotary

@@ -61,66 +61,69 @@ ggml_status executor::compute(ggml_cgraph * graph) {
         segments_generation_ = pool->generation();
     }
 
-    lookup_            = {};
-    ggml_status status = GGML_STATUS_SUCCESS;
-    int         i0     = 0;
-    for (int i = 0; i < graph->n_nodes && status == GGML_STATUS_SUCCESS; i++) {
-        ggml_tensor * node = graph->nodes[i];
-        if (node->op != GGML_OP_MUL_MAT_ID || paged_pool_of(node->src[0]) != pool) {
-            continue;
-        }
-        const auto [layer, tensor] = pool->find(node->src[0]);
-        if (layer == nullptr) {
-            fail(ROTARY_ERR_STATE, format("%s: weight of shape [%lld, %lld, %lld] is not one of the paged experts; "
-                                          "this graph reshapes experts in a way that is not supported",
-                                          node->src[0]->name, (long long) node->src[0]->ne[0],
-                                          (long long) node->src[0]->ne[1], (long long) node->src[0]->ne[2]));
-            status = GGML_STATUS_FAILED;
-            break;
-        }
-        const uint64_t n_ids = ggml_nelements(node->src[2]);
-        if (layer->path != ROTARY_PATH_SLOTS) {
-            if (lookup_.layer != layer || lookup_.ids != node->src[2]) {
-                lookup_       = {};
-                lookup_.layer = layer;
-                lookup_.ids   = node->src[2];
-                rotary_layer_stats delta = {};
-                delta.lookups  = 1;
-                delta.requests = delta.hits = n_ids;
-                pool->count(*layer, delta);
-            }
-            if (layer->path == ROTARY_PATH_RESIDENT) {
-                patch(node, tensor->slots, node->src[2]); // expert e is in slot e
-            }
-            continue;
-        }
-        if (n_ids == 0) {
-            continue;
-        }
-        const bool through = std::find(lookup_.done.begin(), lookup_.done.end(), tensor) != lookup_.done.end();
-        if (lookup_.layer != layer || lookup_.ids != node->src[2] || through) {
-            status = run_segment(graph, i0, i);
-            i0     = i;
-            finish_lookup(*pool);
-            if (status == GGML_STATUS_SUCCESS) {
-                status = look_up(*pool, *layer, node->src[2]);
-            }
-        }
-        if (status == GGML_STATUS_SUCCESS && lookup_.how == mode::slots) {
-            patch(node, tensor->slots, layer->slot_ids);
-        } else if (status == GGML_STATUS_SUCCESS && lookup_.how == mode::waves) {
-            status = run_segment(graph, i0, i);
-            i0     = i + 1;
-            if (status == GGML_STATUS_SUCCESS) {
-                status = run_waves(*pool, node, *tensor);
-            }
-        }
-    }
+    const ggml_status status = run_nodes(*pool, graph);
     if (status == GGML_STATUS_SUCCESS) {
-        status = run_segment(graph, i0, graph->n_nodes);
+        finish_lookup(*pool);
+    } else if (lookup_.layer != nullptr && lookup_.layer->table) {
+        lookup_.layer->table->clear(); // stopped part-way: the slots may not hold what the table says
     }
-    finish_lookup(*pool);
+    restore();
+    lookup_ = {};
     return status;
+}
+
+ggml_status executor::run_nodes(rotary::pool & pool, ggml_cgraph * graph) {
+    int i0 = 0; // the first node that has not run
+    for (int i = 0; i < graph->n_nodes; i++) {
+        ggml_tensor * node = graph->nodes[i];
+        if (node->op != GGML_OP_MUL_MAT_ID || paged_pool_of(node->src[0]).get() != &pool || ggml_is_empty(node)) {
+            continue;
+        }
+        const auto [layer, tensor] = pool.find(node->src[0]);
+        if (layer == nullptr) {
+            fail(ROTARY_ERR_STATE, format("%s: a view of shape [%lld, %lld, %lld] of paged experts; only whole expert "
+                                          "matrices can be paged; turn paging off for this model", node->src[0]->name,
+                                          (long long) node->src[0]->ne[0], (long long) node->src[0]->ne[1],
+                                          (long long) node->src[0]->ne[2]));
+            return GGML_STATUS_FAILED;
+        }
+        const bool same = lookup_.layer == layer && lookup_.ids == node->src[2];
+        // A tensor that has been through this lookup's waves and is wanted again has to begin anew.
+        if (!same || std::find(lookup_.done.begin(), lookup_.done.end(), tensor) != lookup_.done.end()) {
+            ggml_status status = GGML_STATUS_SUCCESS;
+            if (layer->path == ROTARY_PATH_SLOTS) {
+                status = run_segment(graph, i0, i);
+                i0     = i;
+            }
+            if (status == GGML_STATUS_SUCCESS) {
+                finish_lookup(pool);
+                status = look_up(pool, *layer, node->src[2]);
+            }
+            if (status != GGML_STATUS_SUCCESS) {
+                return status;
+            }
+        }
+        switch (lookup_.how) {
+            case mode::direct:
+                break;
+            case mode::resident:
+                patch(node, tensor->slots, node->src[2]); // expert e is in slot e
+                break;
+            case mode::slots:
+                patch(node, tensor->slots, layer->slot_ids);
+                break;
+            case mode::waves:
+                ggml_status status = run_segment(graph, i0, i);
+                i0 = i + 1;
+                if (status == GGML_STATUS_SUCCESS) {
+                    status = run_waves(pool, node, *tensor);
+                }
+                if (status != GGML_STATUS_SUCCESS) {
+                    return status;
+                }
+        }
+    }
+    return run_segment(graph, i0, graph->n_nodes);
 }
 
 void executor::patch(ggml_tensor * node, ggml_tensor * weight, ggml_tensor * ids) {
@@ -145,13 +148,17 @@ ggml_status executor::run_segment(ggml_cgraph * graph, int i0, int i1) {
         }
         status = ggml_backend_graph_compute_async(inner_, &view);
     }
-    // The graph belongs to llama.cpp, which may build on it; the inner backend has taken what it needs.
+    restore();
+    return status;
+}
+
+// The graph belongs to llama.cpp, which may build on it; the inner backend has taken what it needs.
+void executor::restore() {
     for (const patched & each : patched_) {
         each.node->src[0] = each.weight;
         each.node->src[2] = each.ids;
     }
     patched_.clear();
-    return status;
 }
 
 // ---- lookup
@@ -174,6 +181,20 @@ void executor::read_ids(pool & pool, const ggml_tensor * ids) {
 }
 
 ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tensor * ids) {
+    lookup_       = {};
+    lookup_.layer = &layer;
+    lookup_.ids   = ids;
+
+    rotary_layer_stats delta = {};
+    delta.lookups  = 1;
+    delta.requests = ggml_nelements(ids);
+    if (layer.path != ROTARY_PATH_SLOTS) {
+        // Every expert is there: nobody needs to know which ones are wanted.
+        lookup_.how = layer.path == ROTARY_PATH_MAPPED ? mode::direct : mode::resident;
+        delta.hits  = delta.requests;
+        pool.count(layer, delta);
+        return GGML_STATUS_SUCCESS;
+    }
     read_ids(pool, ids);
 
     // Distinct experts, those that are resident first: a wave then begins with what needs no copy.
@@ -193,22 +214,9 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tenso
     const auto absent = std::stable_partition(order.begin(), order.end(),
                                               [&](int32_t expert) { return layer.table->slot_of(expert) >= 0; });
 
-    rotary_layer_stats delta = {};
-    delta.lookups  = 1;
-    delta.requests = ids_.size();
-    delta.misses   = order.end() - absent;
-    delta.hits     = delta.requests - delta.misses;
-
-    lookup_       = {};
-    lookup_.layer = &layer;
-    lookup_.ids   = ids;
-
-    const bool fits = (int32_t) order.size() <= layer.table->n_slots();
-    bool       plain = pool.inner_is_host();
-    for (const paged_tensor * tensor : layer.tensors) {
-        plain = plain && ggml_backend_buffer_is_host(tensor->slots->buffer);
-    }
-    if (fits) {
+    delta.misses = order.end() - absent;
+    delta.hits   = delta.requests - delta.misses;
+    if ((int32_t) order.size() <= layer.table->n_slots()) {
         lookup_.how = mode::slots;
         ggml_tensor * slot_ids = pool.slot_ids(layer, ids->ne[0], ids->ne[1]);
         if (slot_ids == nullptr) {
@@ -226,7 +234,7 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tenso
         }
         delta.bytes_paged = n_loads * layer.expert_bytes;
         ggml_backend_tensor_set_async(inner_, slot_ids, layer.slot_ids_host.data(), 0, ggml_nbytes(slot_ids));
-    } else if (plain && pool.config.direct) {
+    } else if (layer.host_plain && pool.config.direct) {
         lookup_.how    = mode::direct;
         delta.bypassed = delta.misses;
     } else {

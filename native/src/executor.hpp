@@ -22,7 +22,8 @@ class executor {
     ggml_status compute(ggml_cgraph * graph);
 
   private:
-    enum class mode { slots, direct, waves };
+    // direct: from host memory as it is; resident: every expert in its slot; slots: with rewritten ids; waves: below
+    enum class mode { direct, resident, slots, waves };
 
     // What one wave pages in and which (expert-used, token) rows of the lookup it computes.
     struct wave {
@@ -35,11 +36,12 @@ class executor {
     struct lookup {
         paged_layer *       layer = nullptr;
         const ggml_tensor * ids   = nullptr;
-        mode                how   = mode::slots;
+        mode                how   = mode::direct;
         std::vector<wave>   waves;
         std::vector<const paged_tensor *> done; // tensors that have been through the waves
     };
 
+    ggml_status run_nodes(pool & pool, ggml_cgraph * graph);
     ggml_status run_segment(ggml_cgraph * graph, int i0, int i1);
     ggml_status look_up(pool & pool, paged_layer & layer, const ggml_tensor * ids);
     void        plan_waves(paged_layer & layer, const std::vector<int32_t> & order);
@@ -48,6 +50,7 @@ class executor {
     void        finish_lookup(pool & pool);
     void        read_ids(pool & pool, const ggml_tensor * ids);
     void        patch(ggml_tensor * node, ggml_tensor * weight, ggml_tensor * ids);
+    void        restore();
 
     struct patched {
         ggml_tensor * node;

@@ -73,6 +73,7 @@ void pool::remove_owner(const void * owner) {
 // Tensors of one layer number share their routing if they have the same number of experts; a tensor without a layer
 // number stands alone.
 void pool::build_layers() {
+    const std::lock_guard<std::mutex> lock(counter_mutex_); // readers of the figures walk over the layers
     layers_.clear();
     by_data_.clear();
     std::map<std::pair<int32_t, int64_t>, paged_layer *> known;
@@ -134,21 +135,21 @@ int32_t pool::prepare() {
     for (const auto & layer : layers_) {
         sizes.push_back({ layer->expert_bytes, layer->n_expert, layer->n_expert_used });
     }
-    uint64_t       bytes     = budget_bytes(config.wanted, sizes, free_bytes());
-    const uint64_t min_bytes = budget_min_bytes(sizes);
-    const bool     automatic = config.wanted.what == budget::kind::automatic;
+    uint64_t   bytes     = budget_bytes(config.wanted, sizes, free_bytes());
+    const bool automatic = config.wanted.what == budget::kind::automatic;
     while (true) {
         const std::vector<int32_t> n_slots = budget_slots(bytes, sizes);
         if (n_slots.empty()) {
-            status_text_ = format("%s: budget %s is %s; one token's experts need %s in %zu layers; "
-                                  "raise the budget to %s or more",
-                                  config.model.c_str(), config.budget_text.c_str(), mib(bytes).c_str(),
-                                  mib(min_bytes).c_str(), layers_.size(), mib(min_bytes).c_str());
+            status_text_ = budget_too_small(config.model, config.budget_text, bytes, sizes);
             status_ = fail(ROTARY_ERR_BUDGET, status_text_);
             break;
         }
         status_ = allocate(n_slots);
         if (status_ == ROTARY_OK) {
+            const auto [least, most] = std::minmax_element(n_slots.begin(), n_slots.end());
+            GGML_LOG_INFO("rotary: %s: experts of %zu layers (%s) paged on %s, budget %s is %s, %d to %d slots per layer\n",
+                          config.model.c_str(), layers_.size(), mib(budget_all_bytes(sizes)).c_str(),
+                          ggml_backend_dev_name(inner_), config.budget_text.c_str(), mib(bytes).c_str(), *least, *most);
             break;
         }
         status_text_ = last_error();
@@ -162,7 +163,7 @@ int32_t pool::prepare() {
 
     const std::lock_guard<std::mutex> lock(counter_mutex_);
     totals_.budget_bytes     = bytes;
-    totals_.min_budget_bytes = min_bytes;
+    totals_.min_budget_bytes = budget_min_bytes(sizes);
     totals_.expert_bytes     = budget_all_bytes(sizes);
     return status_;
 }
@@ -175,19 +176,20 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
     std::map<ggml_backend_buffer_type_t, ggml_context *> by_buft;
     uint64_t slot_bytes = 0;
     bool     repacked   = false;
+    std::unique_lock<std::mutex> lock(counter_mutex_);
     for (size_t i = 0; i < layers_.size(); i++) {
-        paged_layer & layer     = *layers_[i];
-        bool          is_plain  = true;
-        for (paged_tensor * tensor : layer.tensors) {
-            is_plain = is_plain && slot_buft(*tensor) == ggml_backend_dev_buffer_type(inner_);
+        paged_layer & layer = *layers_[i];
+        const bool    all   = n_slots[i] == layer.n_expert;
+        layer.host_plain    = inner_is_host_;
+        for (const paged_tensor * tensor : layer.tensors) {
+            layer.host_plain = layer.host_plain && slot_buft(*tensor) == ggml_backend_dev_buffer_type(inner_);
         }
-        const bool all  = n_slots[i] == layer.n_expert;
-        layer.path      = !all ? ROTARY_PATH_SLOTS : inner_is_host_ && is_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
-        layer.table     = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
+        layer.path  = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
+        layer.table = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
         layer.stats = {};
         layer.stats.n_slots    = n_slots[i];
         layer.stats.n_resident = all ? layer.n_expert : 0;
-        repacked = repacked || !is_plain;
+        repacked = repacked || (inner_is_host_ && !layer.host_plain);
         for (paged_tensor * tensor : layer.tensors) {
             tensor->slots = nullptr;
             if (layer.path == ROTARY_PATH_MAPPED) {
@@ -203,6 +205,8 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
             slot_bytes += ggml_nbytes(tensor->slots);
         }
     }
+    totals_.repacked = repacked;
+    lock.unlock();
     for (const auto & [buft, ctx] : by_buft) {
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
         if (buffer == nullptr) {
@@ -224,9 +228,8 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
             }
         }
     }
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    lock.lock();
     totals_.slot_bytes = slot_bytes;
-    totals_.repacked   = repacked;
     return ROTARY_OK;
 }
 

@@ -47,6 +47,7 @@ struct paged_layer {
     uint64_t                    expert_bytes  = 0; // one expert, all tensors
     std::vector<paged_tensor *> tensors;
     rotary_path                 path = ROTARY_PATH_NONE;
+    bool                        host_plain = false;    // the inner device can compute from the store itself, exactly
     std::unique_ptr<slot_table> table;             // NULL unless path is SLOTS
     rotary_layer_stats          stats = {};
 

@@ -104,8 +104,7 @@ static bool environment_is_valid() {
     for (const char * name : { "ROTARY_BUDGET", "ROTARY_MARGIN" }) {
         const char * text = getenv(name);
         if (text != nullptr && *text != '\0' && !budget_parse(text, parsed)) {
-            fail(ROTARY_ERR_ARG, format("%s=%s: not a budget; give auto, min, off, 25%%, 8GiB, bytes, or \"16 slots\"",
-                                        name, text));
+            fail(ROTARY_ERR_ARG, std::string(name) + ": " + budget_not_understood(text));
             return false;
         }
     }

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+#
+#   make run           generate text from the committed model with a quarter of its experts resident
+#   make test          all tests, upstream's conformance programs included
+#   make conformance   only those
+#   make bench         paged against stock, in turn
+#   make lint          ruff, mypy, clang-format
+#   make clean         remove what was built, but for the downloaded llama-cpp-python and its wheel
+#
+# Each sets up what it needs first, in .venv and build/. Wanted of the machine: Python 3.11 with venv, a C and C++
+# compiler, make. The first time takes minutes, as it compiles llama-cpp-python; later ones take seconds.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := run
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+MODEL  ?= models/tiny-moe-q8_0.gguf
+PROMPT ?= In the beginning
+
+VENV    := .venv
+PY      := $(VENV)/bin/python
+PIP     := $(PY) -m pip --disable-pip-version-check --no-input
+VERSION := $(shell sed -n 's/^LLAMA_CPP_PYTHON = "\(.*\)"$$/\1/p' rotary_llamacpp/pinned.py)
+SDIST   := build/sdist/llama_cpp_python-$(VERSION)
+WHEELS  := build/wheel-$(VERSION)
+LIBRARY := rotary_llamacpp/lib/libggml-rotary.so
+NATIVE  := CMakeLists.txt $(wildcard native/src/* native/include/*)
+
+# For the pip that builds wheels, and for tests that start the build again.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.PHONY: run test conformance bench lint clean setup programs
+
+run: setup
+	$(VENV)/bin/rotary run $(MODEL) -p "$(PROMPT)" -n 64 --budget 25% --temp 0.8 --seed 1
+
+test: setup programs
+	$(PY) -m pytest
+
+conformance: setup programs
+	$(PY) -m pytest -m conformance
+
+bench: setup
+	$(PY) benchmarks/decode.py $(MODEL)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror native/src/* tests/conformance/*.c
+
+clean:
+	rm -rf $(VENV) build/native build/conformance build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include
+	rm -rf *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find rotary_llamacpp models tests -name __pycache__ -prune -exec rm -rf {} +
+
+# ---- set up --------------------------------------------------------------------------------------------------------
+
+setup: $(LIBRARY)
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "$(PYTHON): Python 3.11 or newer is needed; set PYTHON to one: make PYTHON=python3.12" >&2; exit 2; }
+	@command -v "$${CC:-cc}" > /dev/null && command -v "$${CXX:-c++}" > /dev/null \
+	    || { echo "no C and C++ compiler ($${CC:-cc}, $${CXX:-c++}) found; install one (Debian: g++), or set CC and CXX" >&2; exit 2; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) > /dev/null 2>&1 || $(PYTHON) -m virtualenv -q $(VENV) > /dev/null 2>&1 \
+	    || { rm -rf $(VENV); echo "$(PYTHON): it has no venv module; install it (Debian: python3-venv), or virtualenv" >&2; exit 2; }
+	$(PIP) install -q "setuptools>=77" "cmake>=3.18" ninja "pytest>=8"
+	@touch $@
+
+$(SDIST)/PKG-INFO: | $(VENV)/.made
+	$(PY) setup.py -q llama_cpp
+
+# Its own build directory, so that an interrupted build goes on where it stopped.
+$(WHEELS)/.made: | $(SDIST)/PKG-INFO
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF $${CMAKE_ARGS:-}" $(PY) .ci/progress.py "llama-cpp-python $(VERSION)" build/llama-cpp-python.log \
+	    $(PIP) wheel -v --no-deps -w $(WHEELS) -C build-dir=$(CURDIR)/build/llama-cpp-python $(SDIST)
+	@rm -rf build/llama-cpp-python
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made $(WHEELS)/.made setup.py pyproject.toml rotary_llamacpp/pinned.py
+	$(PIP) install -q $(WHEELS)/llama_cpp_python-$(VERSION)-*.whl
+	@$(PY) .ci/progress.py rotary-llamacpp build/rotary-llamacpp.log $(PIP) install -v --no-build-isolation -e ".[test]"
+	@touch $@
+
+$(LIBRARY): $(VENV)/.installed $(NATIVE)
+	@$(PY) .ci/progress.py libggml-rotary.so build/native.log $(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(PIP) install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+# ---- upstream's programs for the conformance tests -----------------------------------------------------------------
+
+programs: build/conformance/.made
+
+build/conformance/.made: $(VENV)/.made $(wildcard tests/conformance/*) rotary_llamacpp/pinned.py | $(SDIST)/PKG-INFO
+	@$(PY) .ci/progress.py "conformance programs" build/conformance.log $(SHELL) -euc '\
+	    rm -f build/conformance/CMakeCache.txt; \
+	    $(VENV)/bin/cmake -S tests/conformance -B build/conformance -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	        -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" -DROTARY_LLAMA_CPP_DIR="$(CURDIR)/$(SDIST)/vendor/llama.cpp"; \
+	    $(VENV)/bin/cmake --build build/conformance'
+	@touch $@

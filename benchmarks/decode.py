@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""Decode and prefill speed of paged against stock, in turn on this machine.
+
+Each measurement is a process of its own: it loads the model, evaluates a prompt, then decodes greedily. A round runs
+every configuration once, so that a slow spell of the machine hits all of them; figures are medians over rounds, and
+ratios are to stock with the same repacking. The generated text must be the same everywhere, or the benchmark fails.
+
+    python benchmarks/decode.py models/tiny-moe-q8_0.gguf
+    python benchmarks/decode.py --shape qwen3-30b-a3b --layers 6 --type q4_0 --locality 0.38 --budgets 100%,50%,25%
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "build" / "bench"
+
+
+def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_threads: int) -> dict:
+    """Load `model`, paged with `budget` or stock if it is None, and time prefill and decode.
+
+    Returns
+    -------
+    dict
+        ``prefill`` and ``decode`` in tokens per second, ``text_hash`` of the greedy tokens, ``hit_rate`` of the
+        decode (None for stock) and ``n_slots``.
+    """
+    import numpy as np
+
+    from rotary_llamacpp import Llama
+
+    llama = Llama(
+        model, rotary=budget, n_ctx=n_prompt + n_decode + 8, n_batch=512, n_threads=n_threads,
+        n_threads_batch=n_threads, verbose=False,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    prompt = [int(t) for t in rng.integers(10, llama.n_vocab() - 1, n_prompt)]
+    llama.eval(prompt[:8])  # first touch of buffers and threads
+    llama.reset()
+    start = time.perf_counter()
+    llama.eval(prompt)
+    prefill = n_prompt / (time.perf_counter() - start)
+
+    llama.rotary_reset_stats()
+    tokens = []
+    start = time.perf_counter()
+    for _ in range(n_decode):
+        tokens.append(int(np.argmax(llama._ctx.get_logits_ith(-1)[: llama.n_vocab()])))
+        llama.eval(tokens[-1:])
+    decode = n_decode / (time.perf_counter() - start)
+    stats = llama.rotary_stats()
+    llama.close()
+    return {
+        "prefill": prefill,
+        "decode": decode,
+        "text_hash": hashlib.sha256(repr(tokens).encode()).hexdigest()[:12],
+        "hit_rate": stats["hit_rate"],
+        "n_slots": stats["n_slots"],
+    }
+
+
+def in_process(arguments: list[object]) -> dict:
+    """`measure` in a fresh interpreter: no run inherits another's memory or threads."""
+    code = "import json, sys; from benchmarks.decode import measure; print(json.dumps(measure(*json.loads(sys.argv[1]))))"
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(arguments)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if result.returncode != 0:
+        raise click.ClickException(f"{arguments[1] or 'stock'}: failed: {result.stderr.strip()[-800:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def synthetic(shape: str, type_: str, layers: int, locality: float | None) -> Path:
+    """A model of the generator's, written once."""
+    from models.synth import synthesize
+
+    MODELS.mkdir(parents=True, exist_ok=True)
+    path = MODELS / f"{shape}-{layers}L-{type_}-{locality or 'random'}.gguf"
+    if not path.exists():
+        synthesize(path, shape, type=type_, locality=locality, layers=layers)
+    return path
+
+
+@click.command()
+@click.argument("model", required=False, type=click.Path(exists=True, dir_okay=False))
+@click.option("--shape", help="Generate a model of this shape instead of reading MODEL.")
+@click.option("--type", "type_", default="q4_0", show_default=True, help="Type of its experts.")
+@click.option("--layers", default=6, show_default=True, help="Its layers.")
+@click.option("--locality", type=float, help="Share of experts that the next token uses again; random if left out.")
+@click.option("--budgets", default="100%,50%,25%", show_default=True, help="Paged configurations, comma separated.")
+@click.option("--prompt", "n_prompt", default=128, show_default=True, help="Prompt tokens.")
+@click.option("-n", "n_decode", default=64, show_default=True, help="Decoded tokens.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write all figures here as well.")
+def main(model, shape, type_, layers, locality, budgets, n_prompt, n_decode, rounds, threads, json_path):
+    """Print a table of decode and prefill speed, stock and paged."""
+    if (model is None) == (shape is None):
+        raise click.UsageError("give either a MODEL or --shape")
+    path = Path(model).resolve() if model else synthetic(shape, type_, layers, locality)
+    configurations: list[str | None] = [None, *budgets.split(",")]
+    runs: dict[str | None, list[dict]] = {budget: [] for budget in configurations}
+    for round_ in range(rounds):
+        for budget in configurations:
+            click.echo(f"\rround {round_ + 1} of {rounds}: {budget or 'stock':8}", nl=False, err=True)
+            runs[budget].append(in_process([str(path), budget, n_prompt, n_decode, threads]))
+    click.echo("\r" + " " * 40 + "\r", nl=False, err=True)
+
+    hashes = {run["text_hash"] for each in runs.values() for run in each}
+    if len(hashes) != 1:
+        raise click.ClickException(f"{path.name}: the text differs between configurations: {sorted(hashes)}")
+
+    def median(budget: str | None, figure: str) -> float:
+        return statistics.median(run[figure] for run in runs[budget])
+
+    click.echo(f"{path.name}, {platform.processor() or platform.machine()}, {threads} threads, medians of {rounds}")
+    click.echo("| | decode tok/s | of stock | prefill tok/s | of stock | slots | hit rate |")
+    click.echo("|---|---|---|---|---|---|---|")
+    table = []
+    for budget in configurations:
+        run = runs[budget][0]
+        row = {
+            "configuration": budget or "stock", "decode": median(budget, "decode"),
+            "decode_ratio": median(budget, "decode") / median(None, "decode"),
+            "prefill": median(budget, "prefill"),
+            "prefill_ratio": median(budget, "prefill") / median(None, "prefill"),
+            "n_slots": run["n_slots"], "hit_rate": run["hit_rate"],
+        }  # fmt: skip
+        table.append(row)
+        hit_rate = "" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}"
+        click.echo(
+            f"| {row['configuration']} | {row['decode']:.1f} | {row['decode_ratio']:.2f} | {row['prefill']:.1f} "
+            f"| {row['prefill_ratio']:.2f} | {row['n_slots'] or ''} | {hit_rate} |"
+        )
+    if json_path:
+        figures = {str(budget or "stock"): each for budget, each in runs.items()}
+        Path(json_path).write_text(json.dumps({"model": path.name, "table": table, "runs": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: MIT
+"""The native library through cffi: rotary.h is the single truth, read between its API markers.
+
+The only module that touches cffi, and the only one that talks to ggml directly. Turns status codes into
+exceptions; decides nothing. Threads: ``load()`` may be called from any thread, a ``Pool`` from one at a time.
+
+Order matters when loading. llama_cpp comes first, so that our library binds to the ggml it brought. The
+backend is then registered through libllama's own handle: ``llama_cpp._ggml`` would load a second libggml with
+a second registry, where the device is listed but never used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import machine, pinned
+from .errors import BudgetError, DeviceError, LibraryError, RotaryError, VersionError
+
+ABI_VERSION = 1
+PATHS = ("none", "slots", "resident", "mapped")  # enum rotary_path
+
+_HERE = Path(__file__).resolve().parent
+_STRUCTS = ("rotary_config", "rotary_stats", "rotary_layer_stats", "rotary_layer_size", "rotary_load")
+_ERRORS: dict[int, type[RotaryError]] = {-1: RotaryError, -2: VersionError, -3: DeviceError, -4: BudgetError,
+                                         -5: LibraryError, -6: DeviceError}  # fmt: skip
+_DEVICE_TYPE_GPU, _DEVICE_TYPE_IGPU = 1, 2
+
+_load_lock = threading.RLock()
+_loaded: Library | None = None
+
+
+def library_path() -> Path:
+    """Where libggml-rotary.so is, whether or not it exists; the environment variable ROTARY_LIBRARY overrides
+    it."""
+    override = os.environ.get("ROTARY_LIBRARY")
+    return Path(override).absolute() if override else _HERE / "lib" / "libggml-rotary.so"
+
+
+def api_declarations() -> str:
+    """The C declarations of rotary.h, as installed with the package or as found in a checkout."""
+    for header in (_HERE / "include" / "rotary.h", _HERE.parent / "native" / "include" / "rotary.h"):
+        if header.is_file():
+            return header.read_text().partition("// BEGIN API\n")[2].partition("// END API")[0]
+    raise LibraryError(
+        f"{_HERE}: rotary.h is missing; it is part of the package; install rotary-llamacpp again"
+    )
+
+
+def loaded() -> Library | None:
+    """The library if it has been loaded in this process; loads nothing."""
+    return _loaded
+
+
+def load() -> Library:
+    """Load the native library and register its devices with ggml, once per process.
+
+    Raises
+    ------
+    LibraryError
+        The library is missing, built for another CPU, or was refused by ggml.
+    VersionError
+        llama-cpp-python, ggml or the library is of another version than this package is made for.
+    """
+    global _loaded
+    with _load_lock:
+        if _loaded is None:
+            _loaded = Library(library_path())
+        return _loaded
+
+
+def check_llama_cpp_version() -> str:
+    """Version of the installed llama-cpp-python, which must be the pinned one."""
+    try:
+        found = importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        raise VersionError(
+            f"llama-cpp-python: not installed; {pinned.LLAMA_CPP_PYTHON} is needed; run `pip install "
+            f"llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}`"
+        ) from None
+    if found != pinned.LLAMA_CPP_PYTHON:
+        raise VersionError(
+            f"llama-cpp-python: version {found} is installed; rotary-llamacpp is made for "
+            f"{pinned.LLAMA_CPP_PYTHON}; run `pip install llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}`"
+        )
+    return found
+
+
+def libllama() -> ctypes.CDLL:
+    """libllama's handle, through which ggml's symbols resolve too. Imports llama_cpp."""
+    import llama_cpp.llama_cpp
+
+    return llama_cpp.llama_cpp._lib
+
+
+def ggml_build(lib: ctypes.CDLL) -> tuple[str, str]:
+    """Version and commit of the ggml in this process."""
+    for function in (lib.ggml_version, lib.ggml_commit):
+        function.restype = ctypes.c_char_p
+    return lib.ggml_version().decode(), lib.ggml_commit().decode()
+
+
+def missing_cpu_features(lib: ctypes.CDLL) -> list[str]:
+    """CPU features that this llama.cpp was compiled to use and this machine lacks: it would die of SIGILL."""
+    flags = machine.cpu_flags()
+    if not flags:
+        return []
+    return [
+        flag
+        for name, flag in machine.CPU_FEATURES.items()
+        if flag not in flags and (has := getattr(lib, f"ggml_cpu_has_{name}", None)) is not None and has()
+    ]
+
+
+@contextlib.contextmanager
+def _native_log_muted() -> Iterator[None]:
+    """llama.cpp's log without what our library says in a call: its error text becomes an exception's."""
+    logger = logging.getLogger("llama-cpp-python")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class Library:
+    """The loaded library and its devices."""
+
+    def __init__(self, path: Path) -> None:
+        import cffi
+
+        machine.check_library_machine(path)
+        check_llama_cpp_version()
+        self.path = path
+        self.llama = libllama()
+        missing = missing_cpu_features(self.llama)
+        if missing:
+            raise LibraryError(
+                f"llama-cpp-python: compiled for a CPU with {', '.join(missing)}, which this one lacks; "
+                "it would stop with an illegal instruction; build it here with `pip install "
+                f"--no-binary :all: llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}`"
+            )
+        self.ffi = cffi.FFI()
+        self.ffi.cdef(api_declarations())
+        try:
+            self.c: Any = self.ffi.dlopen(str(path))
+        except OSError as error:
+            raise LibraryError(
+                f"{path}: cannot be loaded, {error}; build it again with `pip install .`"
+            ) from None
+        self._check_abi()
+        self._check_ggml()
+        self._register()
+        self.default_inner = self.inner(0)
+
+    def _check_abi(self) -> None:
+        found = self.c.rotary_abi_version()
+        if found != ABI_VERSION:
+            raise VersionError(
+                f"{self.path}: its ABI is {found}; this package is made for {ABI_VERSION}; "
+                "build it again with `pip install .`"
+            )
+        for name in _STRUCTS:
+            theirs, ours = self.c.rotary_sizeof(name.encode()), self.ffi.sizeof(name)
+            if theirs != ours:
+                raise VersionError(
+                    f"{self.path}: its {name} has {theirs} bytes; rotary.h says {ours}; "
+                    "build it again with `pip install .`"
+                )
+
+    def built_ggml(self) -> tuple[str, str]:
+        """Version and commit of the ggml this library was compiled against."""
+        return self.text(self.c.rotary_built_ggml_version()), self.text(self.c.rotary_built_ggml_commit())
+
+    def _check_ggml(self) -> None:
+        # The commit is compared by the library itself, which knows what a build without git calls it.
+        (here, _), (built, _) = ggml_build(self.llama), self.built_ggml()
+        if here != built:
+            raise VersionError(
+                f"{self.path}: compiled against ggml {built}, llama-cpp-python brings {here}; they must be "
+                "the same; build it again with `pip install .`"
+            )
+
+    def _register(self) -> None:
+        lib = self.llama
+        lib.ggml_backend_load.restype = ctypes.c_void_p
+        lib.ggml_backend_load.argtypes = [ctypes.c_char_p]
+        lib.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+        lib.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
+        with _native_log_muted():
+            registered = lib.ggml_backend_load(os.fsencode(self.path))
+        if not registered:
+            raise LibraryError(self.last_error() or f"{self.path}: refused by ggml; run `rotary doctor`")
+        lib.llama_supports_gpu_offload.restype = ctypes.c_bool
+        if not lib.llama_supports_gpu_offload() or self.device_count() < 1:
+            raise LibraryError(
+                f"{self.path}: loaded, but llama.cpp sees no device of it; a second copy of libggml "
+                "took the registration; load rotary_llamacpp before other users of ggml"
+            )
+
+    def text(self, pointer: Any) -> str:
+        """A C string as str, "" for NULL."""
+        return self.ffi.string(pointer).decode("utf-8", "replace") if pointer else ""
+
+    def last_error(self) -> str:
+        """Text of this thread's last failing call."""
+        return self.text(self.c.rotary_last_error()).replace("\n", " ").strip()
+
+    def check(self, status: int) -> int:
+        """Raise what a negative status stands for."""
+        if status < 0:
+            kind = _ERRORS.get(status, LibraryError)
+            raise kind(self.last_error() or f"{self.path}: failed with status {status}")
+        return status
+
+    # ---- devices
+
+    def device_count(self) -> int:
+        """Number of ROTARY devices."""
+        return self.c.rotary_device_count()
+
+    def inner(self, device: int) -> str:
+        """Name of the ggml device that `device` wraps."""
+        return self.text(self.c.rotary_device_inner(device))
+
+    def name(self, device: int) -> str:
+        """ggml's name of a ROTARY device."""
+        return self.text(self.c.rotary_device_name(device))
+
+    def device_for(self, inner: str | None) -> int:
+        """A ROTARY device over the inner device named, by default over the one chosen when the library was
+        loaded.
+
+        Raises
+        ------
+        DeviceError
+            There is no such inner device, or every ROTARY device is in use over another one.
+        """
+        wanted = inner or self.default_inner
+        devices = range(self.device_count())
+        for device in devices:
+            if self.inner(device).lower() == wanted.lower():
+                return device
+        with _native_log_muted():
+            for device in devices:
+                status = self.c.rotary_device_set_inner(device, wanted.encode())
+                if status != -6 or device == devices[-1]:  # ROTARY_ERR_STATE: it has models, try the next one
+                    self.check(status)
+                    return device
+        raise AssertionError("unreachable: the library has at least one device")
+
+    def device_list(self, device: int) -> ctypes.Array[ctypes.c_void_p]:
+        """NULL-terminated list with one ROTARY device, for ``llama_model_params.devices``."""
+        return (ctypes.c_void_p * 2)(self.llama.ggml_backend_dev_by_name(self.name(device).encode()), None)
+
+    def devices_without_rotary(self) -> ctypes.Array[ctypes.c_void_p]:
+        """The list llama.cpp would choose by default if this library had not been loaded."""
+        lib = self.llama
+        lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+        lib.ggml_backend_dev_get.restype = ctypes.c_void_p
+        lib.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+        lib.ggml_backend_dev_type.argtypes = lib.ggml_backend_dev_name.argtypes = [ctypes.c_void_p]
+        lib.ggml_backend_dev_name.restype = ctypes.c_char_p
+        found: dict[int, list[int]] = {_DEVICE_TYPE_GPU: [], _DEVICE_TYPE_IGPU: []}
+        for i in range(lib.ggml_backend_dev_count()):
+            device = lib.ggml_backend_dev_get(i)
+            if not lib.ggml_backend_dev_name(device).startswith(b"ROTARY"):
+                found.get(lib.ggml_backend_dev_type(device), []).append(device)
+        # llama.cpp puts RPC servers first and integrated GPUs last, and uses those only if there is nothing
+        # else.
+        gpus = sorted(
+            found[_DEVICE_TYPE_GPU], key=lambda dev: not lib.ggml_backend_dev_name(dev).startswith(b"RPC")
+        )
+        chosen = gpus or found[_DEVICE_TYPE_IGPU][:1]
+        return (ctypes.c_void_p * (len(chosen) + 1))(*chosen, None)
+
+
+class Pool:
+    """The slots of one model on one device. Close it after the model's buffers are gone."""
+
+    def __init__(
+        self,
+        lib: Library,
+        device: int,
+        *,
+        budget: str,
+        model: str,
+        margin_bytes: int,
+        repack: bool,
+        direct: bool,
+    ) -> None:
+        self.lib = lib
+        self.device = device
+        # The texts must outlive the call only; the library copies them.
+        texts = [lib.ffi.new("char[]", text.encode()) for text in (budget, model)]
+        config = lib.ffi.new("rotary_config *", {
+            "struct_size": lib.ffi.sizeof("rotary_config"), "budget": texts[0], "model": texts[1],
+            "margin_bytes": margin_bytes, "repack": repack, "direct": direct,
+        })  # fmt: skip
+        with _native_log_muted():
+            self._pool = lib.c.rotary_pool_open(device, config)
+        if not self._pool:
+            raise RotaryError(lib.last_error() or f"{model}: the pool could not be opened")
+
+    def prepare(self) -> None:
+        """Resolve the budget and allocate the slots now."""
+        with _native_log_muted():
+            self.lib.check(self.lib.c.rotary_pool_prepare(self._pool))
+
+    def stats(self) -> dict[str, Any]:
+        """The fields of struct rotary_stats, `path` by name."""
+        return self._fields("rotary_stats", self.lib.c.rotary_pool_stats)
+
+    def layer_stats(self) -> list[dict[str, Any]]:
+        """The fields of struct rotary_layer_stats for each paged layer."""
+        n_layers = self.stats()["n_layers"]
+        return [
+            self._fields("rotary_layer_stats", self.lib.c.rotary_pool_layer_stats, i) for i in range(n_layers)
+        ]
+
+    def _fields(self, struct: str, function: Any, *args: int) -> dict[str, Any]:
+        ffi = self.lib.ffi
+        out = ffi.new(f"{struct} *")
+        self.lib.check(function(self._pool, *args, out))
+        fields = {name: getattr(out, name) for name, _ in ffi.typeof(struct).fields if name != "reserved"}
+        return {**fields, "path": PATHS[fields["path"]]}
+
+    def notices(self) -> list[str]:
+        """Fallbacks and choices worth saying, in the order they were made."""
+        texts: list[str] = []
+        while pointer := self.lib.c.rotary_pool_notice(self._pool, len(texts)):
+            texts.append(self.lib.text(pointer))
+        return texts
+
+    def reset_counters(self) -> None:
+        """Start counting anew."""
+        self.lib.c.rotary_pool_reset_counters(self._pool)
+
+    def close(self) -> None:
+        """Drop the pool. Idempotent."""
+        if self._pool:
+            pool, self._pool = self._pool, None
+            self.lib.c.rotary_pool_close(pool)

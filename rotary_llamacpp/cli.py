@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: MIT
+"""The command ``rotary``: thin click commands over the package, and nothing else.
+
+Exit status: 0 done, 1 the doctor found a failure, 2 bad input (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+
+import click
+
+from .config import RotaryConfig
+from .errors import LibraryError, RotaryError
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except RotaryError as error:
+        click.echo(f"rotary: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _example(line: str) -> str:
+    return f"\b\nExample:\n  {line}"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rotary-llamacpp")
+def main() -> None:
+    """Run Mixture-of-Experts models with only some of their experts in memory."""
+
+
+@main.command(epilog=_example('rotary run model.gguf -p "Once upon a time" -n 64 --budget 25%'))
+@click.argument("model")
+@click.option("-p", "--prompt", required=True, help="Text to continue.")
+@click.option(
+    "-n",
+    "--n-predict",
+    default=128,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Tokens to generate.",
+)
+@click.option(
+    "--budget",
+    default="auto",
+    show_default=True,
+    help='Memory for experts: auto, min, 25%, 8GiB, bytes, "16 slots" per layer; 0 turns paging off.',
+)
+@click.option("--inner", help="ggml device that computes: CPU, CUDA0, ...  [default: first GPU, else CPU]")
+@click.option("--temp", default=0.8, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.  [default: random]")
+@click.option(
+    "--ctx", type=click.IntRange(min=1), help="Context in tokens.  [default: the model's, at most 4096]"
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads.  [default: half of the CPUs; all for the prompt]",
+)
+@click.option("--no-repack", is_flag=True, help="Keep the plain weight layout on the CPU.")
+@click.option(
+    "--no-direct", is_flag=True, help="Page long prompts too instead of computing from the mapped file."
+)
+@click.option("--no-mmap", is_flag=True, help="Read the file into memory instead of mapping it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
+def run(
+    model: str,
+    prompt: str,
+    n_predict: int,
+    budget: str,
+    inner: str | None,
+    temp: float,
+    seed: int | None,
+    ctx: int | None,
+    threads: int | None,
+    no_repack: bool,
+    no_direct: bool,
+    no_mmap: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Generate text: text on stdout, then a line of figures on stderr."""
+    with _one_line_errors():
+        config = RotaryConfig.from_any(
+            {
+                "budget": budget,
+                "inner": inner,
+                "repack": not no_repack,
+                "direct": not no_direct,
+                "verbose": not as_json,
+            }
+        )
+        from .generation import (
+            generate,
+            load,
+        )  # imports llama_cpp: only once the options are known to be good
+
+        options = {"seed": seed} if seed is not None else {}
+        llama = load(
+            model,
+            config,
+            n_ctx=ctx,
+            n_threads=threads,
+            n_threads_batch=threads,
+            use_mmap=not no_mmap,
+            verbose=verbose,
+            **options,
+        )
+        with contextlib.closing(llama):
+            result = generate(
+                llama,
+                prompt,
+                n_predict,
+                temp=temp,
+                on_text=lambda text: None if as_json else click.echo(text, nl=False),
+            )
+        if as_json:
+            click.echo(json.dumps(result.to_dict()))
+        else:
+            click.echo()
+            click.echo(f"rotary: {result.summary()}", err=True)
+        if result.interrupted:
+            sys.exit(130)
+
+
+@main.command(epilog=_example("rotary info model.gguf"))
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(model: str, as_json: bool) -> None:
+    """Show a model's experts and what paging takes, without loading weights."""
+    with _one_line_errors():
+        from .info import ModelInfo
+
+        found = ModelInfo.read(model)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+        return
+    click.echo(found.describe())
+
+
+@main.command(epilog=_example("rotary doctor"))
+@click.option("--model", help="Measure the disk with this file instead of a temporary one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
+def doctor(model: str | None, as_json: bool) -> None:
+    """Check versions, devices, memory and disk, and say what to do."""
+    from dataclasses import asdict
+
+    from .doctor import FAIL, examine
+
+    with _one_line_errors():
+        checks = []
+        for check in examine(model):
+            checks.append(check)
+            if not as_json:
+                advice = f" -> {check.advice}" if check.advice else ""
+                click.echo(f"{check.verdict:<4}  {check.name:<17} {check.detail}{advice}")
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks]))
+    if any(check.verdict == FAIL for check in checks):
+        sys.exit(1)
+
+
+@main.command(
+    "backend-path",
+    epilog=_example('GGML_BACKEND_PATH="$(rotary backend-path)" llama-cli -m model.gguf -ngl 99'),
+)
+def backend_path() -> None:
+    """Print the native library's path, for GGML_BACKEND_PATH."""
+    with _one_line_errors():
+        from ._native import library_path
+
+        path = library_path()
+        if not path.is_file():
+            raise LibraryError(
+                f"{path}: no such file; the library is built when the package is installed; "
+                "run `pip install .` again"
+            )
+        click.echo(str(path))
+
+
+if __name__ == "__main__":
+    main()

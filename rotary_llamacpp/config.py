@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""What a user can ask of paging, checked before anything is loaded. Pure logic: knows neither ggml nor
+llama_cpp."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import BudgetError, RotaryError
+from .info import ModelInfo
+
+MIB = 1024 * 1024
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS[_letter] = _UNITS[_letter + "ib"] = 1024**_power
+    _UNITS[_letter + "b"] = 1000**_power
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|slots?|[kmgt]?i?b?)")
+_ACCEPTED = "accepted are auto, min, a share (25%), a size (8GiB), bytes or slots per layer (16 slots)"
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes in a size: an integer, or text such as ``"512MiB"``, ``"8G"`` or ``"1000000"``."""
+    match = _AMOUNT.fullmatch(str(value).strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise RotaryError(
+            f"size {value!r}: not a number of bytes; units are KiB, MiB, GiB, TiB, KB, MB, GB, TB; "
+            "write for example 512MiB"
+        )
+    return _scaled(match)
+
+
+def _scaled(match: re.Match[str]) -> int:
+    number = int(match[1]) if match[1].isdigit() else float(match[1])  # a float would round large integers
+    return int(number * _UNITS[match[2]])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget as the native library takes it: `text` is one of "auto", "min", "25%", "<bytes>", "16
+    slots"."""
+
+    kind: str  # "auto", "min", "share", "slots" or "bytes"
+    amount: float = 0  # percent, slots per layer or bytes
+    text: str = ""
+
+    @classmethod
+    def parse(cls, value: str | int | float) -> Budget:
+        """Read a budget.
+
+        Raises
+        ------
+        BudgetError
+            It is none of the accepted forms.
+        """
+        refusal = BudgetError(f"budget {value!r}: not understood; {_ACCEPTED}; correct the budget")
+        if isinstance(value, float):
+            if not 0 < value <= 1:
+                raise BudgetError(
+                    f"budget {value!r}: a float is a share of the experts; above 0 and at most 1; "
+                    "give an int for bytes"
+                )
+            return cls.share(100 * value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value < 1:
+                raise refusal
+            return cls("bytes", value, str(value))
+        if not isinstance(value, str):
+            raise refusal
+        text = value.strip().lower()
+        if text in ("auto", "min"):
+            return cls(text, 0, text)
+        match = _AMOUNT.fullmatch(text)
+        if match is None or float(match[1]) == 0:
+            raise refusal
+        amount, unit = float(match[1]), match[2]
+        if unit == "%":
+            if amount > 100:
+                raise BudgetError(f"budget {value!r}: more than all experts; at most 100%; lower the budget")
+            return cls.share(amount)
+        if unit.startswith("slot"):
+            if amount != int(amount):
+                raise refusal
+            return cls("slots", int(amount), f"{int(amount)} slots")
+        if unit not in _UNITS:
+            raise refusal
+        n_bytes = _scaled(match)
+        return cls("bytes", n_bytes, str(n_bytes))
+
+    @classmethod
+    def share(cls, percent: float) -> Budget:
+        """A budget of `percent` of the experts."""
+        return cls("share", percent, f"{percent:.10g}%")
+
+    def check(self, info: ModelInfo) -> None:
+        """Refuse a budget that cannot hold one token's experts of this model.
+
+        Raises
+        ------
+        BudgetError
+            Its message names the minimum.
+        """
+        least = info.min_budget_bytes
+        todo = f'use "min" or raise the budget to {math.ceil(least / MIB)} MiB'
+        if self.kind == "slots" and self.amount < info.n_expert_used:
+            raise BudgetError(
+                f"{info.path.name}: a token uses {info.n_expert_used} experts per layer, the budget is "
+                f"{self.text}; at least {info.n_expert_used} slots; {todo}"
+            )
+        n_bytes = {"share": round(info.expert_bytes * self.amount / 100), "bytes": self.amount}.get(
+            self.kind, least
+        )
+        if n_bytes < least:
+            raise BudgetError(
+                f"{info.path.name}: one token's experts take {least} bytes, the budget {self.text} is "
+                f"{int(n_bytes)} bytes; at least {least} bytes; {todo}"
+            )
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """How to page one model.
+
+    Parameters
+    ----------
+    budget : str, int or float
+        Memory for resident experts on the inner device: ``"auto"`` (from its free memory), ``"min"`` (one
+        token's experts), a share (``"25%"`` or ``0.25``), a size (``"8GiB"``), an int of bytes, or ``"16
+        slots"`` per layer.
+    inner : str, optional
+        ggml device that computes, ``"CPU"``, ``"CUDA0"``, ``"rpc://host:port"``; by default the first GPU,
+        else the CPU.
+    repack : bool
+        On the CPU, keep weights in its repacked layout as stock llama.cpp does; False is stock with
+        ``use_extra_bufts=False``.
+    direct : bool
+        Let a host inner device compute a batch that wants more experts than slots straight from the mapped
+        file.
+    margin : int or str, optional
+        Bytes of the inner device's memory that ``"auto"`` leaves free.
+    verbose : bool
+        Say what was chosen in one line on the logger ``rotary_llamacpp``. Warnings are always logged.
+    """
+
+    budget: str | int | float = "auto"
+    inner: str | None = None
+    repack: bool = True
+    direct: bool = True
+    margin: int | str | None = None
+    verbose: bool = True
+
+    def __post_init__(self) -> None:
+        Budget.parse(self.budget)
+        if self.margin is not None:
+            parse_bytes(self.margin)
+        if self.inner is not None and not (isinstance(self.inner, str) and self.inner.strip()):
+            raise RotaryError(
+                f"inner {self.inner!r}: not a device name; a text such as CPU or CUDA0; "
+                "see `rotary doctor` for the names"
+            )
+
+    @property
+    def margin_bytes(self) -> int:
+        """The margin in bytes, 0 for the native library's default."""
+        return 0 if self.margin is None else parse_bytes(self.margin)
+
+    @classmethod
+    def from_any(
+        cls, value: RotaryConfig | Mapping[str, Any] | str | int | float | None
+    ) -> RotaryConfig | None:
+        """The config that the ``rotary`` argument of ``Llama`` stands for; None when it turns paging off.
+
+        Raises
+        ------
+        RotaryError
+            An unknown option, or a value out of range.
+        """
+        if isinstance(value, Mapping):
+            known = [field.name for field in fields(cls)]
+            unknown = sorted(set(value) - set(known))
+            if unknown:
+                raise RotaryError(
+                    f"rotary: unknown option {', '.join(map(repr, unknown))}; "
+                    f"known are {', '.join(known)}; correct the name"
+                )
+            value = dict(value)
+            return None if _is_off(value.get("budget", "auto")) else cls(**value)
+        if isinstance(value, cls):
+            return value
+        if value is True:
+            return cls()
+        return None if _is_off(value) else cls(budget=value)  # type: ignore[arg-type]
+
+
+def _is_off(budget: object) -> bool:
+    if isinstance(budget, str):
+        return budget.strip().lower() in ("0", "0%", "off", "none")
+    return budget is None or budget is False or (isinstance(budget, (int, float)) and budget == 0)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: MIT
+"""Checks that paging can work on this machine, one verdict and one piece of advice at a time. Changes
+nothing.
+
+llama.cpp is imported in a child process first: a build for another CPU dies there, not here.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import _native, machine, pinned
+from .config import MIB
+from .errors import RotaryError
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+
+_SAMPLE_BYTES = 256 * MIB
+_SAMPLE_SECONDS = 2.0
+_BLOCK_BYTES = 4 * MIB
+_SLOW_DISK = 500 * MIB  # bytes per second; below it, a cold expert costs tens of milliseconds
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's report; `advice` is empty when there is nothing to do."""
+
+    name: str
+    verdict: str
+    detail: str
+    advice: str = ""
+
+
+def examine(model: str | None = None) -> Iterator[Check]:
+    """Run the checks, most basic first; those that need the native library follow only if it loads.
+
+    Parameters
+    ----------
+    model : str, optional
+        A file to measure the disk with; by default a temporary one is written.
+    """
+    yield Check("python", OK, f"{platform.python_version()} on {platform.machine()}")
+    importable = _import_llama_cpp()
+    yield importable
+    yield _guarded("llama-cpp-python", _llama_cpp_version)
+    yield _guarded("native library", _library_file)
+    if importable.verdict == OK:
+        yield _guarded("abi", _abi)
+        lib = _native.loaded()
+        if lib is not None:
+            for device in range(lib.device_count()):
+                yield Check("device", OK, f"{lib.name(device)} over {lib.inner(device)}")
+    yield _memory()
+    yield _memlock()
+    yield _guarded("disk", lambda: _disk(model))
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except RotaryError as error:
+        detail, _, advice = str(error).rpartition("; ")
+        return Check(name, FAIL, detail, advice)
+    except OSError as error:
+        return Check(name, WARN, f"could not be measured: {error}")
+
+
+def _import_llama_cpp() -> Check:
+    child = subprocess.run(
+        [sys.executable, "-c", "import llama_cpp"], capture_output=True, text=True, check=False
+    )
+    if child.returncode == 0:
+        return Check("llama.cpp", OK, "imports")
+    build = f"pip install --force-reinstall --no-binary :all: llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}"
+    if child.returncode < 0:
+        return Check(
+            "llama.cpp",
+            FAIL,
+            f"importing it dies of signal {-child.returncode}: built for another CPU",
+            build,
+        )
+    said = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+    return Check("llama.cpp", FAIL, f"cannot be imported: {said[-1]}", build)
+
+
+def _llama_cpp_version() -> Check:
+    return Check("llama-cpp-python", OK, f"{_native.check_llama_cpp_version()}, as pinned")
+
+
+def _library_file() -> Check:
+    path = _native.library_path()
+    machine.check_library_machine(path)
+    return Check("native library", OK, str(path))
+
+
+def _abi() -> Check:
+    lib = _native.load()
+    version, commit = lib.built_ggml()
+    return Check("abi", OK, f"{_native.ABI_VERSION}, compiled against the loaded ggml {version} ({commit})")
+
+
+def _memory() -> Check:
+    available = machine.available_memory()
+    if available is None:
+        return Check("memory", WARN, "the kernel does not say how much is free", "give a budget, not auto")
+    detail = f"{available // MIB} MiB available"
+    if available < 1024 * MIB:
+        return Check("memory", WARN, detail, "close other programs or give a small budget")
+    return Check("memory", OK, detail)
+
+
+def _memlock() -> Check:
+    limit = machine.memlock_limit()
+    if limit is None:
+        return Check("page-lock limit", OK, "unlimited")
+    detail = f"{limit // MIB} MiB (RLIMIT_MEMLOCK)"
+    lib = _native.loaded()
+    if lib is None or lib.default_inner == "CPU":
+        return Check("page-lock limit", OK, f"{detail}; the CPU inner device locks nothing")
+    if limit < 256 * MIB:
+        return Check(
+            "page-lock limit", WARN, detail, "raise it with `ulimit -l unlimited`: page-ins are staged in it"
+        )
+    return Check("page-lock limit", OK, detail)
+
+
+def _disk(model: str | None) -> Check:
+    with tempfile.TemporaryDirectory(prefix="rotary-doctor-") as folder:
+        path = Path(model) if model else Path(folder, "sample")
+        if not model:
+            deadline = time.monotonic() + _SAMPLE_SECONDS
+            block = os.urandom(_BLOCK_BYTES)
+            with path.open("wb") as file:
+                while file.tell() < _SAMPLE_BYTES and time.monotonic() < deadline:
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+        n_bytes, seconds, how = read_cold(path)
+    speed = n_bytes / seconds if seconds > 0 else 0.0
+    place = path if model else tempfile.gettempdir()
+    detail = f"{speed / MIB:.0f} MiB/s reading {n_bytes // MIB} MiB of {place} ({how})"
+    if speed < _SLOW_DISK:
+        return Check(
+            "disk", WARN, detail, "keep the model on a faster disk, or give a budget that holds most experts"
+        )
+    return Check("disk", OK, detail)
+
+
+def read_cold(path: Path) -> tuple[int, float, str]:
+    """Read up to 256 MiB of a file, for at most 2 s, past the page cache: bytes, seconds and how."""
+    buffer = mmap.mmap(-1, _BLOCK_BYTES)  # O_DIRECT wants page-aligned memory
+    try:
+        descriptor, how = os.open(path, os.O_RDONLY | os.O_DIRECT), "direct"
+    except OSError:  # a file system without O_DIRECT, such as tmpfs
+        descriptor, how = os.open(path, os.O_RDONLY), "cache dropped"
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        n_bytes = 0
+        start = time.monotonic()
+        while n_bytes < _SAMPLE_BYTES and time.monotonic() - start < _SAMPLE_SECONDS:
+            got = os.readv(descriptor, [buffer])
+            n_bytes += got
+            if got < _BLOCK_BYTES:
+                break
+        return n_bytes, time.monotonic() - start, how
+    finally:
+        os.close(descriptor)
+        buffer.close()

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: MIT
+"""Every error this package raises on purpose.
+
+A message reads ``<object>: <what failed, with values>; <limit and unit>; <what to do>`` and is one line. The
+children also derive from the built-in that stock llama-cpp-python raises in the same place, so that code
+written for stock keeps catching them.
+"""
+
+
+class RotaryError(Exception):
+    """Root of the package's errors."""
+
+
+class ModelError(RotaryError, ValueError):
+    """The model file is missing, damaged or not a GGUF."""
+
+
+class BudgetError(RotaryError, ValueError):
+    """The budget makes no sense, or is below what one token needs."""
+
+
+class DeviceError(RotaryError, ValueError):
+    """No such inner device, or it cannot be used now."""
+
+
+class LibraryError(RotaryError, RuntimeError):
+    """The native library is missing, damaged or built for another machine, or it failed."""
+
+
+class VersionError(LibraryError):
+    """llama-cpp-python, ggml or the native library is of another version than the others."""

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""One generation with its timings, for ``rotary run``. Greedy or sampled as llama.cpp's own tools do it."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .config import MIB, RotaryConfig
+from .errors import ModelError, RotaryError
+from .info import ModelInfo
+from .llama import Llama
+
+_DEFAULT_CTX = 4096  # what llama.cpp's own tools take, capped by what the model was trained for
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Text and figures of one run. A rate over nothing is None."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_tokens_per_second: float | None
+    tokens_per_second: float | None
+    interrupted: bool
+    rotary: dict[str, Any]  # Llama.rotary_stats()
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat object: the text, the rates and the paging figures."""
+        plain = asdict(self)
+        return {**plain.pop("rotary"), **plain}
+
+    def summary(self) -> str:
+        """The same in one line."""
+        parts = [
+            f"{self.completion_tokens} tokens at {_rate(self.tokens_per_second)}",
+            f"prompt {self.prompt_tokens} at {_rate(self.prompt_tokens_per_second)}",
+        ]
+        stats = self.rotary
+        if stats["active"]:
+            hits = "no request" if stats["hit_rate"] is None else f"hit rate {100 * stats['hit_rate']:.1f} %"
+            parts += [
+                hits,
+                f"{stats['bytes_paged'] / MIB:.1f} MiB paged",
+                f"{stats['n_slots']} of {stats['n_expert']} slots per layer in "
+                f"{stats['budget_bytes'] / MIB:.1f} MiB on {stats['inner_device']}",
+            ]
+        else:
+            parts.append(f"not paged: {stats['reason']}")
+        return "; ".join(parts)
+
+
+def load(
+    model: str, config: RotaryConfig | None, *, n_ctx: int | None = None, verbose: bool = False, **kwargs: Any
+) -> Llama:
+    """Load a model for `generate`.
+
+    Raises
+    ------
+    RotaryError
+        Also where stock raises a bare ValueError.
+    """
+    info = ModelInfo.read(model)
+    try:
+        return Llama(
+            model,
+            rotary=config,
+            verbose=verbose,
+            n_ctx=n_ctx or min(_DEFAULT_CTX, info.n_ctx_train or _DEFAULT_CTX),
+            **kwargs,
+        )
+    except RotaryError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"{model}: llama.cpp refuses it, {error}; run with --verbose to see why") from None
+
+
+def generate(
+    llama: Llama,
+    prompt: str,
+    n_predict: int,
+    *,
+    temp: float = 0.8,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Generation:
+    """Generate up to `n_predict` tokens after `prompt`, handing out text as it comes.
+
+    Ctrl-C ends it early; what has come is returned. The time to the first token counts as the prompt's. One
+    token is decoded before, as llama.cpp's own tools do, so that no figure counts the start of threads.
+
+    Raises
+    ------
+    RotaryError
+        The prompt does not fit into the context.
+    """
+    tokens = llama.tokenize(prompt.encode(), add_bos=bool(llama._model.add_bos_token()), special=True)
+    if not tokens:
+        tokens = [llama.token_bos()]
+    n_ctx = len(
+        llama.input_ids
+    )  # as asked for; llama.cpp's own n_ctx() is rounded up, stock's buffers are not
+    if len(tokens) >= n_ctx:
+        raise RotaryError(
+            f"prompt: {len(tokens)} tokens; the context holds {n_ctx}; shorten it or raise --ctx"
+        )
+    room = min(n_predict, n_ctx - len(tokens))
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
+    pieces: list[str] = []
+    made: list[int] = []
+    interrupted = False
+
+    def put(data: bytes, final: bool = False) -> None:
+        if text := decoder.decode(data, final):
+            pieces.append(text)
+            on_text(text)
+
+    start = first = end = time.monotonic()
+    try:
+        llama.eval(tokens[:1])
+        llama.reset()
+        llama.rotary_reset_stats()
+        start = first = end = time.monotonic()
+        for token in llama.generate(tokens, temp=temp) if room > 0 else ():
+            end = time.monotonic()
+            if not made:
+                first = end
+            if llama_is_eog(llama, token):
+                break
+            piece = llama.detokenize([token], prev_tokens=tokens + made)
+            made.append(token)
+            put(piece)
+            if len(made) == room:
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+    put(b"", final=True)
+    return Generation(
+        text="".join(pieces),
+        prompt_tokens=len(tokens),
+        completion_tokens=len(made),
+        prompt_tokens_per_second=_per_second(len(tokens), first - start),
+        tokens_per_second=_per_second(len(made) - 1, end - first),
+        interrupted=interrupted,
+        rotary=llama.rotary_stats(),
+    )
+
+
+def llama_is_eog(llama: Llama, token: int) -> bool:
+    """Whether the token ends the generation; a model may have several such tokens."""
+    import llama_cpp
+
+    return bool(llama_cpp.llama_vocab_is_eog(llama._model.vocab, token))
+
+
+def _per_second(n_tokens: int, seconds: float) -> float | None:
+    return n_tokens / seconds if n_tokens > 0 and seconds > 0 else None
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return "- tok/s" if tokens_per_second is None else f"{tokens_per_second:.1f} tok/s"

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+"""Constructs a llama_cpp.Llama whose experts are paged, or one that runs as stock and says why.
+
+The one flow behind the ``Llama`` subclass and ``activate()``. Uses stock's constructor as it is: the device
+list, for which stock has no argument, is set in the default model params that the constructor asks for.
+
+Threads: construction holds a process-wide lock, because a device collects the weights of one model at a time
+and the hook on the default params is global. Everything else belongs to the thread that uses the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import llama_cpp.llama_cpp as llama_api
+
+from . import _native
+from .config import MIB, Budget, RotaryConfig
+from .errors import LibraryError
+from .info import ModelInfo
+
+_construction = threading.RLock()
+_NOT_PAGED: dict[str, Any] = {
+    "active": False, "reason": None, "inner_device": None, "path": "none", "repacked": False,
+    "hit_rate": None, "budget_bytes": 0, "slot_bytes": 0, "expert_bytes": 0, "min_budget_bytes": 0,
+    "staging_bytes": 0,
+    "n_layers": 0, "n_expert": 0, "n_expert_used": 0, "n_slots": 0,
+    "lookups": 0, "requests": 0, "hits": 0, "misses": 0, "bypassed": 0, "evictions": 0, "bytes_paged": 0,
+    "waves": 0, "waits": 0, "wait_us": 0, "page_us": 0,
+}  # fmt: skip
+
+
+class _DefaultHandler(logging.Handler):
+    """Shows our messages where the application has configured no logging, as logging does for warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers and sys.stderr is not None:
+            sys.stderr.write(self.format(record) + "\n")
+
+
+logger = logging.getLogger("rotary_llamacpp")
+if logger.level == logging.NOTSET:
+    logger.setLevel(logging.INFO)
+logger.addHandler(_DefaultHandler())
+
+
+class Paging:
+    """What one Llama object has of paging: its pool while the model lives, and the figures after that."""
+
+    def __init__(self, rotary: Any, n_gpu_layers: int | None = None) -> None:
+        self.rotary = rotary  # this and the next as given, for pickling
+        self.given_n_gpu_layers = n_gpu_layers
+        self.reason: str | None = None  # why nothing is paged
+        self.pool: _native.Pool | None = None
+        self.inner_device: str | None = None
+        self.devices: ctypes.Array[ctypes.c_void_p] | None = (
+            None  # llama.cpp keeps the pointer, so this must live
+        )
+        self.no_repack = False
+        self.notices: list[str] = []
+        self._last: dict[str, Any] = {**_NOT_PAGED, "layers": []}
+
+    # ---- construction
+
+    def open(self, model_path: str, config: RotaryConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Choose device and pool for the model; returns the arguments for stock's constructor."""
+        if kwargs.get("vocab_only"):
+            return self.step_aside("vocab_only loads no weights", kwargs)
+        info = ModelInfo.read(model_path)
+        if not info.is_moe:
+            logger.info("%s: dense model, paging does not apply", info.path.name)
+            return self.step_aside("dense model, paging does not apply", kwargs)
+        budget = Budget.parse(config.budget)
+        budget.check(info)
+        try:
+            lib = _native.load()
+        except LibraryError as error:
+            if not (isinstance(self.rotary, str) and self.rotary == "auto"):
+                raise
+            logger.warning("%s: runs without paging: %s", info.path.name, error)
+            return self.step_aside(str(error), kwargs)
+        device = lib.device_for(config.inner or ("CPU" if self.given_n_gpu_layers == 0 else None))
+        self.pool = _native.Pool(
+            lib,
+            device,
+            budget=budget.text,
+            model=info.path.name,
+            repack=config.repack,
+            margin_bytes=config.margin_bytes,
+            direct=config.direct,
+        )
+        self.inner_device = lib.inner(device)
+        self.devices = lib.device_list(device)
+        self.no_repack = not config.repack
+        if kwargs.get("use_mlock"):
+            self.notice(
+                f"{info.path.name}: use_mlock locks the whole model in memory; paging then saves none; "
+                "leave use_mlock out"
+            )
+        return {**kwargs, "n_gpu_layers": self.given_n_gpu_layers or -1}
+
+    def step_aside(self, reason: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Run as stock does; with our library loaded by another model, as if it were not."""
+        self.reason = reason
+        lib = _native.loaded()
+        if lib is not None:
+            self.devices = lib.devices_without_rotary()
+        return kwargs
+
+    def adjust(self, llama: Any, params: Any) -> None:
+        """Set what stock's constructor has no argument for. Runs inside it, once its exit stack exists."""
+        if self.devices is not None:
+            params.devices = ctypes.cast(self.devices, ctypes.c_void_p)
+        if self.no_repack:
+            params.use_extra_bufts = False
+        # First on the stack, so last to run: the model's buffers are gone by then.
+        llama._stack.callback(self.close)
+
+    def start(self, llama: Any, config: RotaryConfig) -> None:
+        """Size the pool now that the contexts exist, and say what was chosen."""
+        if self.pool is None:
+            return
+        self.pool.prepare()
+        llama._stack.callback(self.refresh)  # last on the stack, so first to run: the last figures
+        stats = self.stats()
+        mapped = (llama_api.LLAMA_LOAD_MODE_MMAP, llama_api.LLAMA_LOAD_MODE_MMAP_MLOCK)
+        store = "mmap" if llama.model_params.load_mode in mapped else "file copy"
+        logger.log(
+            logging.INFO if config.verbose else logging.DEBUG,
+            "%s: experts paged on %s, budget %d of %d MiB, %d of %d slots per layer, store %s, path %s",
+            os.path.basename(llama.model_path), self.inner_device, stats["budget_bytes"] // MIB,
+            stats["expert_bytes"] // MIB, stats["n_slots"], stats["n_expert"], store,
+            stats["path"],
+        )  # fmt: skip
+
+    def notice(self, text: str) -> None:
+        """Warn once."""
+        if text not in self.notices:
+            self.notices.append(text)
+            logger.warning("%s", text)
+
+    # ---- figures
+
+    def refresh(self) -> None:
+        """Take the pool's figures while there is one."""
+        if self.pool is None:
+            return
+        for text in self.pool.notices():
+            self.notice(text)
+        figures = {name: value for name, value in self.pool.stats().items() if name in _NOT_PAGED}
+        layers = [{**layer, "hit_rate": _rate(layer)} for layer in self.pool.layer_stats()]
+        self._last = {
+            **_NOT_PAGED,
+            **figures,
+            "active": True,
+            "inner_device": self.inner_device,
+            "hit_rate": _rate(figures),
+            "repacked": bool(figures["repacked"]),
+            "layers": layers,
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """The figures now, or the last ones of a closed model."""
+        self.refresh()
+        return {
+            **self._last,
+            "reason": self.reason,
+            "notices": list(self.notices),
+            "layers": [dict(layer) for layer in self._last["layers"]],
+        }
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        if self.pool is not None:
+            self.pool.reset_counters()
+
+    def close(self) -> None:
+        """Drop the pool; the figures stay. Idempotent."""
+        pool, self.pool = self.pool, None
+        if pool is not None:
+            pool.close()
+
+    def state(self, stock_state: dict[str, Any]) -> dict[str, Any]:
+        """Stock's pickling state with our argument, and with n_gpu_layers as the caller gave it."""
+        state = {**stock_state, "rotary": self.rotary}
+        del state["n_gpu_layers"]
+        if self.given_n_gpu_layers is not None:
+            state["n_gpu_layers"] = self.given_n_gpu_layers
+        return state
+
+
+def _rate(figures: dict[str, Any]) -> float | None:
+    return figures["hits"] / figures["requests"] if figures["requests"] else None
+
+
+def construct(
+    llama: Any, stock_init: Callable[..., None], model_path: str, rotary: Any, kwargs: dict[str, Any]
+) -> None:
+    """Run stock's constructor, paged as `rotary` says.
+
+    Parameters
+    ----------
+    llama : llama_cpp.Llama
+        The object under construction.
+    stock_init : callable
+        Its stock ``__init__``, bound to it.
+    rotary : RotaryConfig, dict, str, int, float or None
+        See `RotaryConfig.from_any`.
+    """
+    llama._stack = (
+        contextlib.ExitStack()
+    )  # stock's close(), which __del__ calls, needs it even if we refuse below
+    paging = llama._rotary = Paging(rotary, kwargs.get("n_gpu_layers"))
+    config = RotaryConfig.from_any(rotary)
+    with _construction:
+        try:
+            if config is None:
+                arguments = paging.step_aside("rotary is off", kwargs)
+            else:
+                arguments = paging.open(model_path, config, kwargs)
+            with _default_model_params(lambda params: paging.adjust(llama, params)):
+                stock_init(model_path, **arguments)
+            if config is not None:
+                paging.start(llama, config)
+        except BaseException:
+            llama._stack.close()
+            paging.close()
+            raise
+
+
+@contextlib.contextmanager
+def _default_model_params(adjust: Callable[[Any], None]) -> Iterator[None]:
+    """Pass the default model params that this thread asks for to `adjust`."""
+    stock = llama_api.llama_model_default_params
+    thread = threading.get_ident()
+
+    def hooked() -> Any:
+        params = stock()
+        if threading.get_ident() == thread:
+            adjust(params)
+        return params
+
+    llama_api.llama_model_default_params = hooked
+    try:
+        yield
+    finally:
+        llama_api.llama_model_default_params = stock

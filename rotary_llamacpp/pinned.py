@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: MIT
+"""The versions this release is made for: the single place of the pin.
+
+Read by the package at load, and by setup.py and the Makefile as text or by import, so it holds plain
+assignments and imports nothing.
+"""
+
+LLAMA_CPP_PYTHON = "0.3.36"  # its sdist carries the llama.cpp source the native library is compiled against
+GGML_VERSION = "0.25.3"

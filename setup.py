@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: MIT
+"""Builds libggml-rotary.so with CMake and puts it, with rotary.h, into the package.
+
+What is not here is in pyproject.toml. The pinned llama-cpp-python is the exception, so that its number stands in
+rotary_llamacpp/pinned.py alone.
+
+The library needs headers of the pinned llama.cpp: from the environment variable ROTARY_LLAMA_CPP_DIR, else from the
+llama-cpp-python sdist unpacked in build/sdist, else from one that pip downloads to there. `python setup.py llama_cpp`
+does only that and prints the directory.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from setuptools import Command, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
+
+ROOT = Path(__file__).resolve().parent
+SDIST_DIR = ROOT / "build" / "sdist"
+PACKAGE = "rotary_llamacpp"
+
+
+class BuildFailed(BaseError):
+    """Shown by setuptools as one line, without a traceback."""
+
+
+def pin(name: str) -> str:
+    """Value of the plain assignment `name` in pinned.py, which must not be imported: its package needs our library."""
+    text = (ROOT / PACKAGE / "pinned.py").read_text()
+    found = re.search(rf'^{name} = "([^"]+)"', text, re.MULTILINE)
+    if not found:
+        raise BuildFailed(f'{PACKAGE}/pinned.py: no line {name} = "..."')
+    return found[1]
+
+
+def llama_cpp_dir() -> Path:
+    """Source directory of the pinned llama.cpp, downloaded if it is not there."""
+    given = os.environ.get("ROTARY_LLAMA_CPP_DIR")
+    if given:
+        path = Path(given).resolve()
+        if not (path / "ggml" / "include" / "ggml.h").is_file():
+            raise BuildFailed(f"ROTARY_LLAMA_CPP_DIR={given}: no llama.cpp source there; unset it to download one")
+        return path
+
+    version = pin("LLAMA_CPP_PYTHON")
+    stem = f"llama_cpp_python-{version}"
+    path = SDIST_DIR / stem / "vendor" / "llama.cpp"
+    if path.is_dir():
+        return path
+    archive = SDIST_DIR / f"{stem}.tar.gz"
+    if not archive.is_file():
+        download_sdist(version)
+    # Unpacked beside its place and moved there, so that an interrupted run leaves no half of a source behind.
+    part = SDIST_DIR / f".{stem}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(part, filter="data")
+        (part / stem).rename(SDIST_DIR / stem)
+    except (tarfile.TarError, OSError, EOFError) as err:
+        raise BuildFailed(f"{archive}: cannot unpack ({err}); delete it and try again") from err
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return path
+
+
+def download_sdist(version: str) -> None:
+    print(f"downloading the llama-cpp-python {version} sdist to {SDIST_DIR}", file=sys.stderr, flush=True)
+    SDIST_DIR.mkdir(parents=True, exist_ok=True)
+    name = "llama-cpp-python"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name, f"{name}=={version}"]
+    result = subprocess.run([*command, "--dest", str(SDIST_DIR)], stdout=sys.stderr.fileno(), check=False)
+    if result.returncode != 0:
+        raise BuildFailed(
+            f"{name} {version}: its sdist could not be downloaded; check the network, "
+            "or set ROTARY_LLAMA_CPP_DIR to an unpacked one's vendor/llama.cpp"
+        )
+
+
+def tool(name: str) -> str:
+    """Path of cmake or ninja: the PyPI package's, else the system's."""
+    try:
+        module = __import__(name)
+        bin_dir = getattr(module, "CMAKE_BIN_DIR", None) or getattr(module, "BIN_DIR", None)
+        found = shutil.which(name, path=bin_dir) if bin_dir else None
+    except ImportError:
+        found = None
+    found = found or shutil.which(name)
+    if not found:
+        raise BuildFailed(f"{name}: not found; run: pip install {name}")
+    return found
+
+
+def check_compiler() -> None:
+    wanted = os.environ.get("CXX")
+    if wanted:
+        if not shutil.which(wanted.split()[0]):
+            raise BuildFailed(f"CXX={wanted}: no such C++ compiler")
+    elif not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        raise BuildFailed("no C++ compiler found; install one (Debian: g++), or set CXX to it")
+
+
+class BuildNative(build_ext):
+    """Runs CMake instead of compiling sources one by one."""
+
+    def native_files(self) -> list[Path]:
+        return [Path("lib") / "libggml-rotary.so", Path("include") / "rotary.h"]
+
+    def run(self) -> None:
+        check_compiler()
+        package = ROOT / PACKAGE if self.inplace else Path(self.build_lib).resolve() / PACKAGE
+        build = ROOT / "build" / "native"
+        cmake = tool("cmake")
+        # A build directory remembers the cmake of the isolated environment it was made in, which may be gone by now.
+        if self.stale(build):
+            shutil.rmtree(build)
+        self.call(
+            cmake,
+            *("-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"),
+            f"-DROTARY_LLAMA_CPP_DIR={llama_cpp_dir()}",
+        )
+        self.call(cmake, "--build", str(build))
+        self.call(cmake, "--install", str(build), "--prefix", str(package))
+
+    @staticmethod
+    def stale(build: Path) -> bool:
+        cache = build / "CMakeCache.txt"
+        if not cache.is_file():
+            return False
+        made_by = re.search(r"^CMAKE_COMMAND:INTERNAL=(.*)$", cache.read_text(), re.MULTILINE)
+        return not made_by or not Path(made_by[1]).exists()
+
+    @staticmethod
+    def call(*command: str) -> None:
+        result = subprocess.run(command, stdout=sys.stderr.fileno(), check=False)
+        if result.returncode != 0:
+            raise BuildFailed(f"{Path(command[0]).name}: failed with exit status {result.returncode}, see above")
+
+    # What setuptools asks of a build_ext, for wheels and for editable installs.
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib) / PACKAGE / file) for file in self.native_files()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        if not self.inplace:
+            return {}
+        return {str(Path(self.build_lib) / PACKAGE / file): str(Path(PACKAGE) / file) for file in self.native_files()}
+
+
+class PlatformWheel(bdist_wheel):
+    """The library depends on the machine but not on the Python: py3-none-<platform>."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+class LlamaCpp(Command):
+    description = "download and unpack the pinned llama-cpp-python sdist; print its llama.cpp directory"
+    user_options: list[tuple[str, str | None, str]] = []  # noqa: RUF012 (setuptools' own interface)
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        print(llama_cpp_dir())
+
+
+setup(
+    install_requires=[
+        f"llama-cpp-python=={pin('LLAMA_CPP_PYTHON')}",
+        "gguf",
+        "numpy",
+        "cffi",
+        "click",
+    ],
+    ext_modules=[Extension(f"{PACKAGE}.lib", sources=[])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel, "llama_cpp": LlamaCpp},
+)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""Models and runs that several tests share. Synthetic models are made once per session and arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+from models.synth import SHAPES, add_metadata, synthesize  # noqa: E402
+from rotary_llamacpp import _native  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def native() -> _native.Library:
+    """The native library. Its absence is a failure, unless the environment says that it is meant."""
+    if not _native.library_path().is_file() and os.environ.get("ROTARY_TESTS_ALLOW_NO_NATIVE") == "1":
+        pytest.skip("native library not built, and ROTARY_TESTS_ALLOW_NO_NATIVE=1 allows that")
+    return _native.load()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The committed model: qwen3moe, 6 layers, 32 experts of which 4 are used."""
+    return ROOT / "models" / "tiny-moe-q8_0.gguf"
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a synthetic model: 4 layers, 16 experts of which 4 are used, unless told otherwise."""
+    folder = tmp_path_factory.mktemp("models")
+    made: dict[str, Path] = {}
+
+    def make(shape: str = "test", **kwargs: Any) -> Path:
+        key = json.dumps([shape, kwargs], sort_keys=True)
+        if key not in made:
+            made[key] = synthesize(folder / f"{shape}-{len(made)}.gguf", shape, **kwargs)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of one layer without experts."""
+    shape = replace(SHAPES["test-llama"], experts=0, used=0, layers=1, embd=64, heads=1, heads_kv=1, ff=64)
+    path = tmp_path_factory.mktemp("dense") / "dense.gguf"
+    writer = GGUFWriter(path, "llama")
+    add_metadata(writer, shape, "dense")
+    rng = np.random.default_rng(0)
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        writer.add_tensor(f"blk.0.{name}.weight", rng.normal(size=(64, 64)).astype(np.float32))
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
+    for name in ("token_embd", "output"):
+        writer.add_tensor(f"{name}.weight", rng.normal(size=(shape.vocab, 64)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def stock_trace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, np.ndarray]]:
+    """Runs tracing.py with stock llama_cpp in a process of its own, which never sees this package."""
+    folder = tmp_path_factory.mktemp("stock")
+    made: dict[str, dict[str, np.ndarray]] = {}
+
+    def trace(model: Path, **options: Any) -> dict[str, np.ndarray]:
+        key = json.dumps([str(model), options], sort_keys=True)
+        if key not in made:
+            out = folder / f"{len(made)}.npz"
+            command = [sys.executable, ROOT / "tests" / "tracing.py", model, out, json.dumps(options)]
+            subprocess.run(command, check=True, stderr=subprocess.PIPE)
+            made[key] = dict(np.load(out))
+        return made[key]
+
+    return trace
+
+
+@pytest.fixture
+def rotary_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line in a process of its own."""
+
+    def run(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        command = [sys.executable, "-m", "rotary_llamacpp.cli", *map(str, arguments)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+    return run

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: MIT
+"""Upstream's own tests and programs, unchanged, on ROTARY0 with too few slots for the experts they use.
+
+The programs come from tests/conformance (`make conformance`). test-llama-archs compares every architecture with the
+plain CPU: a small NMSE passes. test-backend-ops does so for single operations. Both run over the CPU as inner device
+and over llama.cpp's RPC server on loopback, whose memory no pointer can read, as a GPU's cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.conformance, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT / "build" / "conformance" / "bin"
+LIBRARY = ROOT / "rotary_llamacpp" / "lib" / "libggml-rotary.so"
+MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
+
+# Of the pinned llama.cpp: configurations test-llama-archs runs on one device, and how many of them are MoE.
+N_CONFIGURATIONS = 133
+N_MOE = 57
+
+TIMEOUT_S = 900
+TAIL_CHARS = 6000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> None:
+    missing = [path for path in (LIBRARY, PROGRAMS / "test-backend-ops") if not path.exists()]
+    if missing:
+        reason = f"{missing[0].relative_to(ROOT)} is not built; run: make conformance"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def rpc_server() -> Iterator[str]:
+    """An RPC server on a free port of the loopback interface; its endpoint as ROTARY_INNER wants it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(PROGRAMS / "ggml-rpc-server"), "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            assert server.poll() is None, f"ggml-rpc-server: ended with {server.returncode}"
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, f"ggml-rpc-server: does not listen on port {port} after 30 s"
+                time.sleep(0.1)
+        yield f"rpc://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def run(program: str, *args: str, preload: str | None = None, backend: bool = True, **rotary: str) -> tuple[str, str]:
+    """Run a program with the backend and the given ROTARY_<NAME>s; what it wrote to stdout and stderr.
+
+    Whatever ROTARY_* this process has is not passed on.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ROTARY_", "GGML_", "LLAMA_"))}
+    if backend:
+        environment |= {"GGML_BACKEND_PATH": str(LIBRARY), "ROTARY_STATS": "1"}
+        environment |= {f"ROTARY_{key.upper()}": value for key, value in rotary.items()}
+    if preload:
+        environment["LD_PRELOAD"] = str(PROGRAMS / f"lib{preload}.so")
+    try:
+        result = subprocess.run(
+            [str(PROGRAMS / program), *args],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as err:
+        output = (err.stdout or b"") + (err.stderr or b"")
+        pytest.fail(f"{program}: still running after {TIMEOUT_S} s; it said last:\n{tail(output.decode(errors='replace'))}")
+    # llama.cpp colours its words.
+    stdout, stderr = (re.sub(r"\x1b\[[0-9;]*m", "", text.decode(errors="replace")) for text in (result.stdout, result.stderr))
+    if result.returncode != 0:
+        pytest.fail(f"{program}: exit status {result.returncode}; it said last:\n{tail(stdout + stderr)}")
+    return stdout, stderr
+
+
+def tail(text: str) -> str:
+    return text[-TAIL_CHARS:]
+
+
+def counters(stderr: str) -> dict[str, int]:
+    """Sums over the pools of the counters that ROTARY_STATS prints."""
+    lines = [line for line in stderr.splitlines() if line.startswith("rotary:") and "misses=" in line]
+    assert lines, f"no line of counters; stderr ends with:\n{tail(stderr)}"
+    total: dict[str, int] = {}
+    for key, value in re.findall(r"(\w+)=(\d+)\b", "\n".join(lines)):
+        total[key] = total.get(key, 0) + int(value)
+    return total
+
+
+# ---- test-llama-archs ----------------------------------------------------------------------------------------------
+
+
+def check_archs(**rotary: str) -> dict[str, int]:
+    """Every configuration passes on ROTARY0; the counters of its pools."""
+    stdout, stderr = run("test-llama-archs", "-b", "ROTARY0", "-s", "1", preload="preload", budget="min", **rotary)
+    # | qwen3moe| AMD EPYC|   MoE|   OK (0.00e+00)|    OK|
+    rows = re.findall(r"^\| *([\w-]+)\|[^|]*\| *(MoE|Dense)\| *(\w+)[^|]*\| *(\w*)", stdout, re.MULTILINE)
+    ran = [row for row in rows if row[2] != "SKIP"]  # upstream has no fixture for the rest, on any device
+    failed = [row for row in ran if row[2] != "OK" or row[3] not in ("OK", "SKIP")]
+    assert not failed, f"failed: {failed}\n{tail(stdout)}"
+    assert (len(ran), sum(row[1] == "MoE" for row in ran)) == (N_CONFIGURATIONS, N_MOE)
+    assert f"all {N_CONFIGURATIONS} test(s) passed" in stdout, tail(stdout)
+    return counters(stderr)
+
+
+def test_archs() -> None:
+    total = check_archs(inner="CPU", direct="1")
+    assert total["misses"] > 0 and total["evictions"] > 0
+
+
+def test_archs_in_waves() -> None:
+    total = check_archs(inner="CPU", direct="0")
+    assert total["misses"] > 0 and total["waves"] > 0
+    assert total["bypassed"] == 0
+
+
+def test_archs_over_rpc(rpc_server: str) -> None:
+    total = check_archs(inner=rpc_server)
+    assert total["misses"] > 0 and total["waves"] > 0
+    assert total["bypassed"] == 0  # what lies behind RPC cannot read the mapping
+
+
+# ---- test-backend-ops ----------------------------------------------------------------------------------------------
+
+
+def check_ops(**rotary: str) -> dict[str, int]:
+    """MUL_MAT_ID passes on ROTARY0 with its weights paged; the counters."""
+    stdout, stderr = run(
+        *("test-backend-ops", "test", "-b", "ROTARY0", "-o", "MUL_MAT_ID,MUL_MAT_ID_FUSION"),
+        preload="preload_paged",
+        **rotary,
+    )
+    passed, n_tests = (int(n) for n in re.findall(r"(\d+)/(\d+) tests passed", stdout)[0])
+    assert passed == n_tests > 500, tail(stdout)
+    assert not re.findall(r"^.*not supported \[ROTARY.*$", stdout, re.MULTILINE)[:5]
+    return counters(stderr)
+
+
+def test_ops() -> None:
+    total = check_ops(inner="CPU", budget="min", direct="0")
+    assert total["misses"] > 0 and total["waves"] > 0
+
+
+def test_ops_over_rpc(rpc_server: str) -> None:
+    total = check_ops(inner=rpc_server, budget="min")
+    assert total["misses"] > 0 and total["waves"] > 0
+
+
+# ---- stock programs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> str:
+    if not MODEL.exists():
+        pytest.skip(f"{MODEL.relative_to(ROOT)} is not there")
+    return str(MODEL)
+
+
+GENERATE = ["-p", "In the beginning", "-n", "48", "--temp", "0", "-ngl", "99", "-t", "2", "-c", "512", "-no-cnv"]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("budget", ["min", "25%"])
+def test_llama_completion(model: str, budget: str) -> None:
+    stock, _ = run("llama-completion", "-m", model, *GENERATE, backend=False)
+    paged, stderr = run("llama-completion", "-m", model, *GENERATE, budget=budget)
+    assert len(stock.split()) > 20
+    assert paged == stock
+    total = counters(stderr)
+    assert total["misses"] > 0 and total["evictions"] > 0
+
+
+@pytest.mark.model
+def test_llama_completion_over_rpc(model: str, rpc_server: str) -> None:
+    stock, _ = run("llama-completion", "-m", model, *GENERATE, "--no-repack", backend=False)
+    paged, stderr = run("llama-completion", "-m", model, *GENERATE, budget="25%", inner=rpc_server)
+    assert paged == stock
+    assert counters(stderr)["misses"] > 0
+
+
+@pytest.mark.model
+def test_llama_bench(model: str) -> None:
+    args = ["-m", model, "-ngl", "99", "-t", "2", "-p", "64", "-n", "16", "-r", "1", "-o", "json"]
+    stdout, stderr = run("llama-bench", *args, budget="25%")
+    results = json.loads(stdout)
+    assert [(result["n_prompt"], result["n_gen"]) for result in results] == [(64, 0), (0, 16)]
+    assert all(result["avg_ts"] > 0 for result in results)
+    assert counters(stderr)["misses"] > 0

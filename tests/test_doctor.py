@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""The doctor's verdicts: fine on this machine, and each failure it exists for."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from rotary_llamacpp import _native, doctor, machine
+
+
+def by_name(checks):
+    return {check.name: check for check in checks}
+
+
+def test_this_machine(native, tiny_model):
+    checks = by_name(doctor.examine(str(tiny_model)))
+    assert [name for name, check in checks.items() if check.verdict == doctor.FAIL] == []
+    assert set(checks) == {
+        "python", "llama.cpp", "llama-cpp-python", "native library", "abi", "device", "memory",
+        "page-lock limit", "disk",
+    }  # fmt: skip
+    assert "ROTARY0 over" in checks["device"].detail
+    assert "tiny-moe" in checks["disk"].detail
+
+
+def test_without_the_library(tiny_model, monkeypatch):
+    monkeypatch.setenv("ROTARY_LIBRARY", "/no/such.so")
+    monkeypatch.setattr(_native, "_loaded", None)
+    checks = by_name(doctor.examine(str(tiny_model)))
+    assert checks["native library"].verdict == checks["abi"].verdict == doctor.FAIL
+    assert "pip install" in checks["native library"].advice
+    assert "device" not in checks
+
+
+@pytest.mark.parametrize(("returncode", "says"), [(-4, "another CPU"), (1, "ImportError: no libllama")])
+def test_llama_cpp_that_cannot_be_imported(tiny_model, monkeypatch, returncode, says):
+    result = subprocess.CompletedProcess([], returncode, "", "Traceback\nImportError: no libllama\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: result)
+    checks = by_name(doctor.examine(str(tiny_model)))
+    assert checks["llama.cpp"].verdict == doctor.FAIL and says in checks["llama.cpp"].detail
+    assert "abi" not in checks, "what would crash here too is not tried"
+
+
+@pytest.mark.parametrize(("available", "verdict"), [(None, "warn"), (100 << 20, "warn"), (64 << 30, "ok")])
+def test_memory(monkeypatch, available, verdict):
+    monkeypatch.setattr(machine, "available_memory", lambda: available)
+    assert doctor._memory().verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("limit", "inner", "verdict"),
+    [(None, "CUDA0", "ok"), (8 << 20, "CPU", "ok"), (8 << 20, "CUDA0", "warn"), (1 << 30, "CUDA0", "ok")],
+)
+def test_page_lock_limit_matters_for_gpus_only(monkeypatch, limit, inner, verdict):
+    monkeypatch.setattr(machine, "memlock_limit", lambda: limit)
+    monkeypatch.setattr(_native, "loaded", lambda: type("Loaded", (), {"default_inner": inner}))
+    assert doctor._memlock().verdict == verdict
+
+
+def test_slow_disk(monkeypatch, tiny_model):
+    monkeypatch.setattr(doctor, "read_cold", lambda path: (10 << 20, 1.0, "direct"))
+    check = doctor._disk(str(tiny_model))
+    assert check.verdict == doctor.WARN and "10 MiB/s" in check.detail and check.advice
+
+
+def test_reads_the_whole_of_a_small_file_and_no_more_of_a_large_one(tiny_model, tmp_path, monkeypatch):
+    n_bytes, seconds, how = doctor.read_cold(tiny_model)
+    assert n_bytes == tiny_model.stat().st_size and seconds > 0 and how in ("direct", "cache dropped")
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(64 << 20)
+    monkeypatch.setattr(doctor, "_SAMPLE_BYTES", 16 << 20)
+    assert doctor.read_cold(large)[0] == 16 << 20
+
+
+def test_missing_file_for_the_disk_check(native):
+    checks = by_name(doctor.examine("/no/such/file"))
+    assert checks["disk"].verdict == doctor.WARN and "/no/such/file" in checks["disk"].detail

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: MIT
+"""Loading: what is refused, by name and in one line, before it can do harm. Errors and devices of the C
+API."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from rotary_llamacpp import _native, machine, pinned
+from rotary_llamacpp.errors import DeviceError, LibraryError, RotaryError, VersionError
+
+OTHER_MACHINE = {"x86_64": 183}.get(platform.machine(), 62)  # aarch64, or x86_64
+
+
+def refused(path, kind):
+    """Text of the refusal."""
+    with pytest.raises(kind) as caught:
+        _native.Library(path)
+    text = str(caught.value)
+    assert "\n" not in text and text.count("; ") >= 2, text
+    return text
+
+
+@pytest.fixture
+def patched(native, tmp_path):
+    """A copy of the library with some bytes replaced by others of the same length."""
+
+    def make(old: bytes, new: bytes) -> Path:
+        data = native.path.read_bytes()
+        assert old in data and len(old) == len(new)
+        path = tmp_path / "libggml-rotary.so"
+        path.write_bytes(data.replace(old, new))
+        return path
+
+    return make
+
+
+def test_missing(tmp_path):
+    assert "no/such.so" in refused(Path("no/such.so"), LibraryError)
+
+
+def test_not_a_library(tmp_path):
+    path = tmp_path / "libggml-rotary.so"
+    path.write_bytes(b"x" * 100)
+    assert "not an ELF" in refused(path, LibraryError)
+    path.write_bytes(b"")
+    assert "not an ELF" in refused(path, LibraryError)
+
+
+def test_built_for_another_cpu(native, tmp_path):
+    data = bytearray(native.path.read_bytes())
+    data[18:20] = OTHER_MACHINE.to_bytes(2, "little")
+    path = tmp_path / "libggml-rotary.so"
+    path.write_bytes(data)
+    text = refused(path, LibraryError)
+    assert platform.machine() in text and ("aarch64" in text or "x86_64" in text)
+
+
+def test_damaged_library(native, tmp_path):
+    path = tmp_path / "libggml-rotary.so"
+    path.write_bytes(native.path.read_bytes()[:5000])
+    assert "truncated" in refused(path, LibraryError)
+
+
+def test_another_ggml(native, patched):
+    version = pinned.GGML_VERSION.encode()
+    other = version[:-1] + b"9"
+    text = refused(patched(version + b"\0", other + b"\0"), VersionError)
+    assert pinned.GGML_VERSION in text and other.decode() in text
+
+
+def test_another_llama_cpp(native, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.99")
+    text = refused(native.path, VersionError)
+    assert "0.3.99" in text and pinned.LLAMA_CPP_PYTHON in text
+
+
+def test_another_abi(native, monkeypatch):
+    monkeypatch.setattr(_native, "ABI_VERSION", 99)
+    assert "ABI" in refused(native.path, VersionError)
+
+
+def test_another_struct(native, monkeypatch):
+    declarations = _native.api_declarations().replace("uint64_t page_us;", "uint64_t page_us; uint64_t more;")
+    monkeypatch.setattr(_native, "api_declarations", lambda: declarations)
+    assert "rotary_stats" in refused(native.path, VersionError)
+
+
+def test_cpu_features_that_are_not_there(native, monkeypatch):
+    assert _native.missing_cpu_features(native.llama) == []
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"fpu"}))
+    if platform.machine() == "x86_64":
+        assert "illegal instruction" in refused(native.path, LibraryError)
+    monkeypatch.setattr(machine, "cpu_flags", frozenset)
+    assert _native.missing_cpu_features(native.llama) == [], "unknown flags prove nothing"
+
+
+def test_loading_is_done_once(native):
+    assert _native.load() is native is _native.loaded()
+
+
+def test_library_path(monkeypatch):
+    monkeypatch.setenv("ROTARY_LIBRARY", "some.so")
+    assert _native.library_path() == Path.cwd() / "some.so"
+    monkeypatch.delenv("ROTARY_LIBRARY")
+    assert _native.library_path() == ROOT / "rotary_llamacpp" / "lib" / "libggml-rotary.so"
+
+
+def test_header_ships_and_agrees(native):
+    header = ROOT / "native" / "include" / "rotary.h"
+    shipped = ROOT / "rotary_llamacpp" / "include" / "rotary.h"
+    assert "rotary_pool_open" in _native.api_declarations()
+    if shipped.is_file():
+        assert shipped.read_bytes() == header.read_bytes(), "stale copy; build again"
+
+
+def test_pinned_version_is_the_installed_one():
+    assert importlib.metadata.version("llama-cpp-python") == pinned.LLAMA_CPP_PYTHON
+
+
+def test_pinned_imports_nothing():
+    namespace = {}
+    exec((ROOT / "rotary_llamacpp" / "pinned.py").read_text(), {"__builtins__": {}}, namespace)
+    assert set(namespace) >= {"LLAMA_CPP_PYTHON", "GGML_VERSION"}
+
+
+def test_devices(native):
+    assert native.device_count() >= 1
+    assert native.name(0) == "ROTARY0"
+    assert native.device_for(None) == native.device_for(native.default_inner) == native.device_for("cpu") == 0
+    with pytest.raises(DeviceError, match="NOSUCH0") as caught:
+        native.device_for("NOSUCH0")
+    assert native.default_inner in str(caught.value), "it names the devices there are"
+    assert native.inner(0) == native.default_inner, "a refusal changes nothing"
+
+
+def test_an_error_is_not_printed_too(native, capfd):
+    with pytest.raises(RotaryError):
+        native.device_for("NOSUCH0")
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_list_without_our_devices(native):
+    chosen = native.devices_without_rotary()
+    assert chosen[len(chosen) - 1] is None, "NULL-terminated"
+    assert native.device_list(0)[0] not in list(chosen)
+
+
+def test_flags_and_memory_of_this_machine():
+    assert machine.available_memory() > 0
+    assert machine.cpu_flags()
+    assert machine.memlock_limit() is None or machine.memlock_limit() >= 0
