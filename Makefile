@@ -23,7 +23,7 @@ PROMPT ?= In the beginning
 VENV    := .venv
 PY      := $(VENV)/bin/python
 PIP     := $(PY) -m pip --disable-pip-version-check --no-input
-VERSION := $(shell sed -n 's/^LLAMA_CPP_PYTHON = "\(.*\)"$$/\1/p' rotary_llamacpp/pinned.py)
+VERSION := $(shell sed -n 's/^LLAMA_CPP_PYTHON = "\([^"]*\)".*/\1/p' rotary_llamacpp/pinned.py)
 SDIST   := build/sdist/llama_cpp_python-$(VERSION)
 WHEELS  := build/wheel-$(VERSION)
 LIBRARY := rotary_llamacpp/lib/libggml-rotary.so
@@ -70,21 +70,22 @@ $(VENV)/.made:
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV) > /dev/null 2>&1 || $(PYTHON) -m virtualenv -q $(VENV) > /dev/null 2>&1 \
 	    || { rm -rf $(VENV); echo "$(PYTHON): it has no venv module; install it (Debian: python3-venv), or virtualenv" >&2; exit 2; }
-	$(PIP) install -q "setuptools>=77" "cmake>=3.18" ninja "pytest>=8"
+	@$(PIP) install -q "setuptools>=77" "cmake>=3.18" ninja "pytest>=8"
 	@touch $@
 
 $(SDIST)/PKG-INFO: | $(VENV)/.made
-	$(PY) setup.py -q llama_cpp
+	@$(PY) setup.py -q llama_cpp > /dev/null
 
 # Its own build directory, so that an interrupted build goes on where it stopped.
 $(WHEELS)/.made: | $(SDIST)/PKG-INFO
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF $${CMAKE_ARGS:-}" $(PY) .ci/progress.py "llama-cpp-python $(VERSION)" build/llama-cpp-python.log \
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF $${CMAKE_ARGS:-}" \
+	    $(PY) .ci/progress.py "llama-cpp-python $(VERSION)" build/llama-cpp-python.log \
 	    $(PIP) wheel -v --no-deps -w $(WHEELS) -C build-dir=$(CURDIR)/build/llama-cpp-python $(SDIST)
 	@rm -rf build/llama-cpp-python
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.made $(WHEELS)/.made setup.py pyproject.toml rotary_llamacpp/pinned.py
-	$(PIP) install -q $(WHEELS)/llama_cpp_python-$(VERSION)-*.whl
+	@$(PIP) install -q $(WHEELS)/llama_cpp_python-$(VERSION)-*.whl
 	@$(PY) .ci/progress.py rotary-llamacpp build/rotary-llamacpp.log $(PIP) install -v --no-build-isolation -e ".[test]"
 	@touch $@
 
@@ -93,7 +94,7 @@ $(LIBRARY): $(VENV)/.installed $(NATIVE)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.installed
-	$(PIP) install -q --no-build-isolation -e ".[dev]"
+	@$(PIP) install -q --no-build-isolation -e ".[dev]"
 	@touch $@
 
 # ---- upstream's programs for the conformance tests -----------------------------------------------------------------

@@ -86,6 +86,14 @@ def split_evenly(tensors, shards):
     return parts
 
 
+def shard_paths(path, shards):
+    """Files of a model in `shards` parts, named as llama.cpp expects them; one part keeps `path` itself."""
+    if shards == 1:
+        return [path]
+    prefix = path.name.removesuffix(".gguf")
+    return [path.with_name(f"{prefix}-{i + 1:05d}-of-{shards:05d}.gguf") for i in range(shards)]
+
+
 def write_file(path, shape, tensors, number, count, total, name):
     """Write one shard (or the only file) under a temporary name, then rename it."""
     temporary = path.with_name(path.name + ".tmp")
@@ -171,10 +179,7 @@ def synthesize(path, shape="test", *, type="q4_0", seed=0, locality=None, shards
     plan = Plan(final, type, seed, strength)
     parts = split_evenly(plan.tensors, shards)
     plan.fill_pools()
-    paths = [path]
-    if shards > 1:
-        prefix = path.name.removesuffix(".gguf")
-        paths = [path.with_name(f"{prefix}-{i + 1:05d}-of-{shards:05d}.gguf") for i in range(shards)]
+    paths = shard_paths(path, shards)
     for number, (file, tensors) in enumerate(zip(paths, parts, strict=True)):
         write_file(file, final, tensors, number, shards, len(plan.tensors), f"synthetic {shape} {type}")
     return paths[0]
@@ -232,9 +237,7 @@ def main(path, shape, kind, seed, locality, shards, **overrides):
         first = synthesize(path, shape, type=kind, seed=seed, locality=locality, shards=shards, **overrides)
     except ValueError as error:
         raise click.ClickException(str(error)) from None
-    prefix = first.name.removesuffix(f"-00001-of-{shards:05d}.gguf") if shards > 1 else first.name
-    written = [p for p in first.parent.iterdir() if p.name.startswith(prefix) and p.suffix == ".gguf"]
-    n_bytes = sum(p.stat().st_size for p in written)
+    n_bytes = sum(p.stat().st_size for p in shard_paths(path, shards))
     seconds = time.monotonic() - begin
     click.echo(
         f"{first}: {n_bytes / 2**20:.0f} MiB in {seconds:.1f} s, {n_bytes / 2**20 / seconds:.0f} MiB/s"

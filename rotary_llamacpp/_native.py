@@ -25,12 +25,17 @@ from . import machine, pinned
 from .errors import BudgetError, DeviceError, LibraryError, RotaryError, VersionError
 
 ABI_VERSION = 1
-PATHS = ("none", "slots", "resident", "mapped")  # enum rotary_path
 
 _HERE = Path(__file__).resolve().parent
 _STRUCTS = ("rotary_config", "rotary_stats", "rotary_layer_stats", "rotary_layer_size", "rotary_load")
-_ERRORS: dict[int, type[RotaryError]] = {-1: RotaryError, -2: VersionError, -3: DeviceError, -4: BudgetError,
-                                         -5: LibraryError, -6: DeviceError}  # fmt: skip
+_ERRORS: dict[str, type[RotaryError]] = {  # by name in enum rotary_status
+    "ROTARY_ERR_ARG": RotaryError,
+    "ROTARY_ERR_VERSION": VersionError,
+    "ROTARY_ERR_DEVICE": DeviceError,
+    "ROTARY_ERR_BUDGET": BudgetError,
+    "ROTARY_ERR_MEMORY": LibraryError,
+    "ROTARY_ERR_STATE": DeviceError,
+}
 _DEVICE_TYPE_GPU, _DEVICE_TYPE_IGPU = 1, 2
 
 _load_lock = threading.RLock()
@@ -38,8 +43,7 @@ _loaded: Library | None = None
 
 
 def library_path() -> Path:
-    """Where libggml-rotary.so is, whether or not it exists; the environment variable ROTARY_LIBRARY overrides
-    it."""
+    """Where libggml-rotary.so is, whether or not it exists; the variable ROTARY_LIBRARY overrides it."""
     override = os.environ.get("ROTARY_LIBRARY")
     return Path(override).absolute() if override else _HERE / "lib" / "libggml-rotary.so"
 
@@ -198,7 +202,8 @@ class Library:
         with _native_log_muted():
             registered = lib.ggml_backend_load(os.fsencode(self.path))
         if not registered:
-            raise LibraryError(self.last_error() or f"{self.path}: refused by ggml; run `rotary doctor`")
+            self.check(self.c.rotary_last_status())
+            raise LibraryError(f"{self.path}: refused by ggml; run `rotary doctor`")
         lib.llama_supports_gpu_offload.restype = ctypes.c_bool
         if not lib.llama_supports_gpu_offload() or self.device_count() < 1:
             raise LibraryError(
@@ -217,7 +222,7 @@ class Library:
     def check(self, status: int) -> int:
         """Raise what a negative status stands for."""
         if status < 0:
-            kind = _ERRORS.get(status, LibraryError)
+            kind = _ERRORS.get(self.ffi.typeof("enum rotary_status").elements.get(status, ""), LibraryError)
             raise kind(self.last_error() or f"{self.path}: failed with status {status}")
         return status
 
@@ -236,8 +241,7 @@ class Library:
         return self.text(self.c.rotary_device_name(device))
 
     def device_for(self, inner: str | None) -> int:
-        """A ROTARY device over the inner device named, by default over the one chosen when the library was
-        loaded.
+        """A ROTARY device over the inner device named, by default over the one chosen at load.
 
         Raises
         ------
@@ -252,7 +256,8 @@ class Library:
         with _native_log_muted():
             for device in devices:
                 status = self.c.rotary_device_set_inner(device, wanted.encode())
-                if status != -6 or device == devices[-1]:  # ROTARY_ERR_STATE: it has models, try the next one
+                in_use = status == self.c.ROTARY_ERR_STATE
+                if not in_use or device == devices[-1]:
                     self.check(status)
                     return device
         raise AssertionError("unreachable: the library has at least one device")
@@ -274,8 +279,7 @@ class Library:
             device = lib.ggml_backend_dev_get(i)
             if not lib.ggml_backend_dev_name(device).startswith(b"ROTARY"):
                 found.get(lib.ggml_backend_dev_type(device), []).append(device)
-        # llama.cpp puts RPC servers first and integrated GPUs last, and uses those only if there is nothing
-        # else.
+        # llama.cpp puts RPC servers first, and uses an integrated GPU only if there is nothing else.
         gpus = sorted(
             found[_DEVICE_TYPE_GPU], key=lambda dev: not lib.ggml_backend_dev_name(dev).startswith(b"RPC")
         )
@@ -308,7 +312,7 @@ class Pool:
         with _native_log_muted():
             self._pool = lib.c.rotary_pool_open(device, config)
         if not self._pool:
-            raise RotaryError(lib.last_error() or f"{model}: the pool could not be opened")
+            lib.check(lib.c.rotary_last_status())
 
     def prepare(self) -> None:
         """Resolve the budget and allocate the slots now."""
@@ -331,7 +335,8 @@ class Pool:
         out = ffi.new(f"{struct} *")
         self.lib.check(function(self._pool, *args, out))
         fields = {name: getattr(out, name) for name, _ in ffi.typeof(struct).fields if name != "reserved"}
-        return {**fields, "path": PATHS[fields["path"]]}
+        path = ffi.typeof("enum rotary_path").elements[fields["path"]]
+        return {**fields, "path": path.removeprefix("ROTARY_PATH_").lower()}
 
     def notices(self) -> list[str]:
         """Fallbacks and choices worth saying, in the order they were made."""

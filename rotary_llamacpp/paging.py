@@ -23,7 +23,7 @@ import llama_cpp.llama_cpp as llama_api
 
 from . import _native
 from .config import MIB, Budget, RotaryConfig
-from .errors import LibraryError
+from .errors import ModelError, RotaryError
 from .info import ModelInfo
 
 _construction = threading.RLock()
@@ -60,12 +60,17 @@ class Paging:
         self.reason: str | None = None  # why nothing is paged
         self.pool: _native.Pool | None = None
         self.inner_device: str | None = None
-        self.devices: ctypes.Array[ctypes.c_void_p] | None = (
-            None  # llama.cpp keeps the pointer, so this must live
-        )
+        self.devices: ctypes.Array[ctypes.c_void_p] | None = None  # kept: model_params points at it
         self.no_repack = False
         self.notices: list[str] = []
+        self._closing = False
+        self._lock = threading.RLock()  # figures may be read by another thread than the one that closes
         self._last: dict[str, Any] = {**_NOT_PAGED, "layers": []}
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the caller asked for nothing in particular, so that failing to page is no error."""
+        return isinstance(self.rotary, str) and self.rotary == "auto"
 
     # ---- construction
 
@@ -79,13 +84,7 @@ class Paging:
             return self.step_aside("dense model, paging does not apply", kwargs)
         budget = Budget.parse(config.budget)
         budget.check(info)
-        try:
-            lib = _native.load()
-        except LibraryError as error:
-            if not (isinstance(self.rotary, str) and self.rotary == "auto"):
-                raise
-            logger.warning("%s: runs without paging: %s", info.path.name, error)
-            return self.step_aside(str(error), kwargs)
+        lib = _native.load()
         device = lib.device_for(config.inner or ("CPU" if self.given_n_gpu_layers == 0 else None))
         self.pool = _native.Pool(
             lib,
@@ -128,7 +127,7 @@ class Paging:
         if self.pool is None:
             return
         self.pool.prepare()
-        llama._stack.callback(self.refresh)  # last on the stack, so first to run: the last figures
+        llama._stack.callback(self.keep_last_figures)  # last on the stack, so first to run
         stats = self.stats()
         mapped = (llama_api.LLAMA_LOAD_MODE_MMAP, llama_api.LLAMA_LOAD_MODE_MMAP_MLOCK)
         store = "mmap" if llama.model_params.load_mode in mapped else "file copy"
@@ -148,9 +147,14 @@ class Paging:
 
     # ---- figures
 
-    def refresh(self) -> None:
-        """Take the pool's figures while there is one."""
-        if self.pool is None:
+    def keep_last_figures(self) -> None:
+        """Take the figures once more, then no longer: freeing the model empties the pool before it closes."""
+        with self._lock:
+            self._refresh()
+            self._closing = True
+
+    def _refresh(self) -> None:
+        if self.pool is None or self._closing:
             return
         for text in self.pool.notices():
             self.notice(text)
@@ -168,24 +172,27 @@ class Paging:
 
     def stats(self) -> dict[str, Any]:
         """The figures now, or the last ones of a closed model."""
-        self.refresh()
-        return {
-            **self._last,
-            "reason": self.reason,
-            "notices": list(self.notices),
-            "layers": [dict(layer) for layer in self._last["layers"]],
-        }
+        with self._lock:
+            self._refresh()
+            return {
+                **self._last,
+                "reason": self.reason,
+                "notices": list(self.notices),
+                "layers": [dict(layer) for layer in self._last["layers"]],
+            }
 
     def reset(self) -> None:
         """Start counting anew."""
-        if self.pool is not None:
-            self.pool.reset_counters()
+        with self._lock:
+            if self.pool is not None:
+                self.pool.reset_counters()
 
     def close(self) -> None:
         """Drop the pool; the figures stay. Idempotent."""
-        pool, self.pool = self.pool, None
-        if pool is not None:
-            pool.close()
+        with self._lock:
+            pool, self.pool = self.pool, None
+            if pool is not None:
+                pool.close()
 
     def state(self, stock_state: dict[str, Any]) -> dict[str, Any]:
         """Stock's pickling state with our argument, and with n_gpu_layers as the caller gave it."""
@@ -214,24 +221,38 @@ def construct(
     rotary : RotaryConfig, dict, str, int, float or None
         See `RotaryConfig.from_any`.
     """
-    llama._stack = (
-        contextlib.ExitStack()
-    )  # stock's close(), which __del__ calls, needs it even if we refuse below
+    # Stock's close(), which __del__ calls, needs a stack even if we refuse before stock makes its own.
+    llama._stack = contextlib.ExitStack()
     paging = llama._rotary = Paging(rotary, kwargs.get("n_gpu_layers"))
     config = RotaryConfig.from_any(rotary)
+
+    def run_stock(arguments: dict[str, Any]) -> None:
+        with _default_model_params(lambda params: paging.adjust(llama, params)):
+            stock_init(model_path, **arguments)
+
+    def undo() -> None:
+        llama._stack.close()
+        paging.close()
+
     with _construction:
         try:
             if config is None:
-                arguments = paging.step_aside("rotary is off", kwargs)
-            else:
-                arguments = paging.open(model_path, config, kwargs)
-            with _default_model_params(lambda params: paging.adjust(llama, params)):
-                stock_init(model_path, **arguments)
-            if config is not None:
+                run_stock(paging.step_aside("rotary is off", kwargs))
+                return
+            try:
+                run_stock(paging.open(model_path, config, kwargs))
                 paging.start(llama, config)
+            except ModelError:
+                raise
+            except RotaryError as error:
+                # Asked for nothing in particular, the caller gets what stock would do rather than an error.
+                if not paging.is_default:
+                    raise
+                undo()
+                logger.warning("%s: runs without paging: %s", os.path.basename(model_path), error)
+                run_stock(paging.step_aside(str(error), kwargs))
         except BaseException:
-            llama._stack.close()
-            paging.close()
+            undo()
             raise
 
 

@@ -100,7 +100,7 @@ def test_zero_tokens(native, tiny_model, rotary_command):
 
 
 def test_interrupting_prints_the_figures(native, synthetic):
-    model = synthetic(layers=24, embd=512, ff=512, type="f16", vocab=4096)
+    model = synthetic(layers=16, type="q8_0", vocab=4096)
     command = [sys.executable, "-m", "rotary_llamacpp.cli", "run", str(model), "-p", "abc", "-n", "4000"]
     running = subprocess.Popen(
         [*command, "--temp", "1.5", "--budget", "min", "--threads", "1", "--seed", "3"],

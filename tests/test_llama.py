@@ -99,6 +99,18 @@ def test_close_frees_at_once_keeps_the_figures_and_is_idempotent(make):
     assert llama.rotary_stats() == before
 
 
+def test_figures_may_be_read_while_another_thread_closes(make):
+    llama = make()
+    greedy(llama)
+    expected = llama.rotary_stats()
+    seen = []
+    reader = threading.Thread(target=lambda: seen.extend(llama.rotary_stats() for _ in range(200)))
+    reader.start()
+    llama.close()
+    reader.join()
+    assert len(seen) == 200 and all(stats == expected for stats in seen)
+
+
 def test_dropping_the_object_closes_the_pool(make, tiny_model):
     llama = Llama(str(tiny_model), rotary="min", **OPTIONS)
     kept = llama._rotary
@@ -169,7 +181,7 @@ def test_mlock_defeats_paging_and_is_warned_of(make, caplog):
     assert "use_mlock" in caplog.text and "use_mlock" in llama.rotary_stats()["notices"][0]
 
 
-@pytest.mark.parametrize("names", [("attn_q",), ("ffn_up_exps", "ffn_down_exps")])
+@pytest.mark.parametrize("names", [("attn_q.weight",), ("ffn_up_exps.weight", "ffn_down_exps.weight")])
 def test_lora_adapters(make, tiny_model, tmp_path, names):
     adapter = tmp_path / "adapter.gguf"
     writer = GGUFWriter(adapter, "qwen3moe")
@@ -231,6 +243,22 @@ def test_auto_falls_back_with_a_warning(tiny_model, monkeypatch, caplog):
         Llama(str(tiny_model), rotary="25%", **OPTIONS)
     with pytest.raises(LibraryError, match="not there"):
         Llama(str(tiny_model), rotary=RotaryConfig(), **OPTIONS)
+
+
+@pytest.mark.parametrize("where", [(_native.Pool, "prepare"), (_native.Library, "device_for")])
+def test_auto_falls_back_when_there_is_no_room_or_no_device(native, tiny_model, where, monkeypatch, caplog):
+    def refuse(*_):
+        raise BudgetError("tiny-moe: no room left; 0 MiB; free some")
+
+    monkeypatch.setattr(*where, refuse)
+    llama = Llama(str(tiny_model), **OPTIONS)
+    stats = llama.rotary_stats()
+    assert "no room left" in caplog.text and "no room left" in stats["reason"] and not stats["active"]
+    assert llama._rotary.pool is None
+    assert greedy(llama)
+    llama.close()
+    with pytest.raises(BudgetError, match="no room left"):
+        Llama(str(tiny_model), rotary={"budget": "auto"}, **OPTIONS)
 
 
 @pytest.mark.parametrize(

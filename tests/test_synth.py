@@ -12,6 +12,8 @@ from click.testing import CliRunner  # noqa: E402
 from models import blocks, locality, routing, synth  # noqa: E402
 from models.plan import MODEL_TYPES  # noqa: E402
 
+pytestmark = pytest.mark.model
+
 TEXT = b"in the beginning there was a test"
 
 

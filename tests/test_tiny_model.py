@@ -10,6 +10,8 @@ llama_cpp = pytest.importorskip("llama_cpp")
 
 from models import routing  # noqa: E402
 
+pytestmark = pytest.mark.model
+
 MODEL = Path(__file__).parent.parent / "models" / "tiny-moe-q8_0.gguf"
 PROMPT = "And the LORD said unto Moses,"
 # Of the commonest English words; text that is not English hits few of them.

@@ -58,16 +58,20 @@ const char * rotary_built_ggml_version(void);
 const char * rotary_built_ggml_commit(void);
 const char * rotary_built_machine(void);
 
+// Status of the last error on this thread, for functions that return a pointer; ROTARY_OK if none.
+int32_t rotary_last_status(void);
+
 // Text of the last error on this thread, "" if none. Valid until the next failing call on this thread.
 const char * rotary_last_error(void);
 
 // ---- devices ------------------------------------------------------------------------------------------------------
 
 // ROTARY devices, one for each inner device. Chosen when the library is loaded: those named by the environment
-// variable ROTARY_INNER (comma separated ggml device names, or rpc://host:port), else every GPU, else the CPU.
+// variable ROTARY_INNER (comma separated ggml device names, or rpc://host:port for that server's first device), else
+// every GPU, else the CPU.
 int32_t      rotary_device_count(void);
 const char * rotary_device_name(int32_t device);       // "ROTARY0"; NULL if there is no such device
-const char * rotary_device_inner(int32_t device);      // "CPU", "CUDA0", "RPC0[127.0.0.1:50052]"; NULL if none
+const char * rotary_device_inner(int32_t device);      // as it was named: "CPU", "CUDA0", "rpc://127.0.0.1:50052"
 
 // Make `device` wrap another inner device. ROTARY_ERR_STATE while a model or a backend uses it.
 int32_t rotary_device_set_inner(int32_t device, const char * inner);

@@ -54,6 +54,10 @@ const char * rotary_built_machine(void) {
     return ROTARY_MACHINE;
 }
 
+int32_t rotary_last_status(void) {
+    return last_status();
+}
+
 const char * rotary_last_error(void) {
     return last_error();
 }
@@ -88,7 +92,7 @@ int32_t rotary_device_set_inner(int32_t index, const char * inner) {
     if (dev == nullptr) {
         return no_device(index);
     }
-    ggml_backend_dev_t found = inner_find(inner);
+    ggml_backend_dev_t found = inner_find(inner != nullptr ? inner : "");
     if (found == nullptr) {
         return ROTARY_ERR_DEVICE;
     }

@@ -159,9 +159,15 @@ std::string budget_too_small(const std::string & model, const std::string & text
 int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * layers, int32_t n_layers,
                              uint64_t free_bytes, int32_t * n_slots, uint64_t * bytes) {
     using namespace rotary;
+    for (int32_t i = 0; i < n_layers; i++) {
+        if (layers[i].n_expert_used < 1 || layers[i].n_expert_used > layers[i].n_expert) {
+            return fail(ROTARY_ERR_ARG, format("layer %d: %d experts used per token of %d; between 1 and all; correct them",
+                                               i, layers[i].n_expert_used, layers[i].n_expert));
+        }
+    }
     rotary::budget parsed;
-    if (!budget_parse(budget, parsed) || parsed.what == rotary::budget::kind::off) {
-        return fail(ROTARY_ERR_ARG, budget_not_understood(budget));
+    if (n_layers < 0 || budget == nullptr || !budget_parse(budget, parsed) || parsed.what == rotary::budget::kind::off) {
+        return fail(ROTARY_ERR_ARG, budget_not_understood(budget != nullptr ? budget : ""));
     }
     const std::vector<layer_size> sizes(layers, layers + n_layers);
     *bytes = budget_bytes(parsed, sizes, free_bytes);

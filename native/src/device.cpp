@@ -11,7 +11,7 @@
 namespace rotary {
 
 std::vector<std::unique_ptr<device>> & devices() {
-    static std::vector<std::unique_ptr<device>> all;
+    static auto & all = *new std::vector<std::unique_ptr<device>>; // never destroyed: models may outlive our statics
     return all;
 }
 
@@ -25,7 +25,7 @@ bool is_rotary(ggml_backend_dev_t dev) {
 }
 
 static uint64_t env_bytes(const char * name) {
-    budget      parsed;
+    budget       parsed;
     const char * text = getenv(name);
     return text != nullptr && budget_parse(text, parsed) && parsed.what == budget::kind::bytes ? (uint64_t) parsed.value : 0;
 }
@@ -49,11 +49,11 @@ static pool_config config_from_environment() {
     return config;
 }
 
-device::device(ggml_backend_reg_t reg, int index, ggml_backend_dev_t inner) :
+device::device(ggml_backend_reg_t reg, int index, ggml_backend_dev_t inner, const std::string & inner_name) :
     handle_{ device_i, reg, this }, paged_device_{ paged_device_i, reg, this },
     paged_buft_{ paged_buft_i, &paged_device_, this }, name_("ROTARY" + std::to_string(index)),
     paged_name_("ROTARY_PAGED" + std::to_string(index)), environment_(config_from_environment()) {
-    wrap(inner, ggml_backend_dev_name(inner));
+    wrap(inner, inner_name);
 }
 
 void device::wrap(ggml_backend_dev_t inner, const std::string & name) {
@@ -72,7 +72,7 @@ bool device::set_inner(ggml_backend_dev_t inner, const std::string & name) {
     if (inner == inner_) {
         return true;
     }
-    if (n_users_ > 0) {
+    if (n_users_ > 0 || opened_) {
         return false;
     }
     wrap(inner, name);

@@ -5,6 +5,7 @@
 
 #include "device.hpp"
 
+#include "error.hpp"
 #include "inner.hpp"
 
 #include "ggml-impl.h"
@@ -43,6 +44,8 @@ static void device_get_props(ggml_backend_dev_t dev, struct ggml_backend_dev_pro
     props->name        = device_get_name(dev);
     props->description = device_get_description(dev);
     props->type        = device_get_type(dev);
+    // Without this, llama.cpp would read all experts into memory where the inner device gains nothing from mapping.
+    props->caps.mmap_support = true;
     device_get_memory(dev, &props->memory_free, &props->memory_total);
 }
 
@@ -88,6 +91,10 @@ static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backen
         return buft == dev.paged_buft();
     }
     if (buft == dev.paged_buft()) {
+        if (op->op == GGML_OP_MUL_MAT_ID && dev.paging() && is_expert_matrix(weight)) {
+            dev.collecting_pool()->notice(format("%s: %s cannot multiply expert matrices of type %s; they are not paged",
+                                                 weight->name, dev.inner_name().c_str(), ggml_type_name(weight->type)));
+        }
         return false;
     }
     const std::vector<ggml_backend_buffer_type_t> extra = inner_extra_bufts(dev.inner());

@@ -11,7 +11,8 @@
 
 namespace rotary {
 
-static thread_local std::string last_error_text;
+static thread_local rotary_status last_error_status = ROTARY_OK;
+static thread_local std::string   last_error_text;
 
 std::string format(const char * fmt, ...) {
     va_list args;
@@ -27,9 +28,14 @@ std::string format(const char * fmt, ...) {
 }
 
 int32_t fail(rotary_status status, const std::string & text) {
-    last_error_text = text;
+    last_error_status = status;
+    last_error_text   = text;
     GGML_LOG_ERROR("rotary: %s\n", text.c_str());
     return status;
+}
+
+rotary_status last_status() {
+    return last_error_status;
 }
 
 const char * last_error() {

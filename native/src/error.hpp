@@ -16,7 +16,8 @@ __attribute__((format(printf, 1, 2))) std::string format(const char * fmt, ...);
 // Remember `text` as this thread's last error, log it, and hand `status` back.
 int32_t fail(rotary_status status, const std::string & text);
 
-const char * last_error();
+rotary_status last_status();
+const char *  last_error();
 
 // Bytes as messages show them: "1234.5 MiB".
 std::string mib(uint64_t bytes);

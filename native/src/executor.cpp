@@ -37,12 +37,19 @@ executor::~executor() {
 // ---- graph
 
 ggml_status executor::compute(ggml_cgraph * graph) {
-    // One pool a graph in practice; a second one would be another model's weights in the same graph.
+    // One pool a graph: a second one is an adapter that was loaded while another model's pool was collecting.
     std::shared_ptr<rotary::pool> pool;
-    for (int i = 0; i < graph->n_nodes && !pool; i++) {
-        if (graph->nodes[i]->op == GGML_OP_MUL_MAT_ID) {
-            pool = paged_pool_of(graph->nodes[i]->src[0]);
+    for (int i = 0; i < graph->n_nodes; i++) {
+        if (graph->nodes[i]->op != GGML_OP_MUL_MAT_ID) {
+            continue;
         }
+        const std::shared_ptr<rotary::pool> its = paged_pool_of(graph->nodes[i]->src[0]);
+        if (its && pool && its != pool) {
+            fail(ROTARY_ERR_STATE, format("%s: belongs to another pool than this model's other experts; load adapters "
+                                          "before the next model", graph->nodes[i]->src[0]->name));
+            return GGML_STATUS_FAILED;
+        }
+        pool = its ? its : pool;
     }
     if (!pool) {
         return ggml_backend_graph_compute_async(inner_, graph);
@@ -55,9 +62,8 @@ ggml_status executor::compute(ggml_cgraph * graph) {
     if (pool->use_from(inner_)) {
         pools_.push_back(pool);
     }
-    if (segments_graph_ != graph->uid || segments_generation_ != pool->generation()) {
+    if (segments_generation_ != pool->generation() || segments_.size() > 1024) {
         segments_.clear();
-        segments_graph_      = graph->uid;
         segments_generation_ = pool->generation();
     }
 
@@ -69,6 +75,9 @@ ggml_status executor::compute(ggml_cgraph * graph) {
     }
     restore();
     lookup_ = {};
+    if (pool->is_shared()) {
+        ggml_backend_synchronize(inner_); // the next backend may overwrite slots that this graph still reads
+    }
     return status;
 }
 
@@ -140,9 +149,9 @@ ggml_status executor::run_segment(ggml_cgraph * graph, int i0, int i1) {
             view.uid = graph->uid;
         } else if (graph->uid != 0) {
             auto it = std::find_if(segments_.begin(), segments_.end(),
-                                   [&](const segment & s) { return s.i0 == i0 && s.i1 == i1; });
+                                   [&](const segment & s) { return s.graph == graph->uid && s.i0 == i0 && s.i1 == i1; });
             if (it == segments_.end()) {
-                it = segments_.insert(it, { i0, i1, ggml_graph_next_uid() });
+                it = segments_.insert(it, { graph->uid, i0, i1, ggml_graph_next_uid() });
             }
             view.uid = it->uid;
         }
@@ -255,11 +264,25 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tenso
 // ---- waves
 
 void executor::plan_waves(paged_layer & layer, const std::vector<int32_t> & order) {
+    // Some kernels limit the rows of one multiplication, and a wave's activations take memory.
+    static constexpr int64_t max_rows = 8192;
+
     const size_t         n_slots = layer.table->n_slots();
     std::vector<int32_t> wave_of(layer.n_expert, -1);
     std::vector<int32_t> slot_of(layer.n_expert, -1);
-    for (size_t first = 0; first < order.size(); first += n_slots) {
-        const size_t         n = std::min(n_slots, order.size() - first);
+    std::vector<int64_t> n_rows(layer.n_expert, 0);
+    for (const int32_t expert : ids_) {
+        n_rows[expert]++;
+    }
+    size_t n = 0; // experts of this wave
+    for (size_t first = 0; first < order.size(); first += n) {
+        int64_t rows = 0;
+        for (n = 0; n < n_slots && first + n < order.size(); n++) {
+            rows += n_rows[order[first + n]];
+            if (n > 0 && rows > max_rows) {
+                break;
+            }
+        }
         std::vector<int32_t> slots(n);
         wave                 next;
         next.loads.resize(n_slots);

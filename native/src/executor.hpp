@@ -58,6 +58,7 @@ class executor {
         ggml_tensor * ids;
     };
     struct segment {
+        uint64_t graph; // uid
         int      i0;
         int      i1;
         uint64_t uid;
@@ -73,7 +74,6 @@ class executor {
 
     // Segments keep their uid while llama.cpp runs the same graph again, so that captured graphs stay valid.
     std::vector<segment> segments_;
-    uint64_t             segments_graph_      = 0;
     uint64_t             segments_generation_ = 0;
 };
 

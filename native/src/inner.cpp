@@ -9,6 +9,8 @@
 
 #include "ggml-cpp.h"
 
+#include <cstring>
+
 namespace rotary {
 
 static std::string device_names() {
@@ -53,18 +55,34 @@ ggml_backend_dev_t inner_find(const std::string & name) {
 }
 
 std::vector<ggml_backend_dev_t> inner_default() {
-    std::vector<ggml_backend_dev_t> found;
-    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
-        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
-        if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_GPU && !is_rotary(dev)) {
-            found.push_back(dev);
+    for (const enum ggml_backend_dev_type type :
+         { GGML_BACKEND_DEVICE_TYPE_GPU, GGML_BACKEND_DEVICE_TYPE_IGPU, GGML_BACKEND_DEVICE_TYPE_CPU }) {
+        std::vector<ggml_backend_dev_t> found;
+        for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+            ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+            if (ggml_backend_dev_type(dev) == type && !is_rotary(dev)) {
+                found.push_back(dev);
+            }
+        }
+        if (!found.empty()) {
+            return found;
         }
     }
-    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    if (found.empty() && cpu != nullptr) {
-        found.push_back(cpu);
+    return {};
+}
+
+bool inner_starts_threads(ggml_backend_dev_t inner) {
+    const auto get = (ggml_backend_get_features_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(inner),
+                                                                                     "ggml_backend_get_features");
+    if (ggml_backend_dev_type(inner) != GGML_BACKEND_DEVICE_TYPE_CPU || get == nullptr) {
+        return false;
     }
-    return found;
+    for (ggml_backend_feature * feature = get(ggml_backend_dev_backend_reg(inner)); feature->name; feature++) {
+        if (strcmp(feature->name, "OPENMP") == 0) {
+            return false;
+        }
+    }
+    return true;
 }
 
 std::vector<ggml_backend_buffer_type_t> inner_extra_bufts(ggml_backend_dev_t inner) {

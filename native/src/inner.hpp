@@ -17,7 +17,7 @@ namespace rotary {
 // as this thread's last error if there is none.
 ggml_backend_dev_t inner_find(const std::string & name);
 
-// Every GPU that is not ours; the CPU if there is none.
+// Every GPU that is not ours; integrated ones if there is none, else the CPU.
 std::vector<ggml_backend_dev_t> inner_default();
 
 // The device's extra buffer types (CPU_REPACK, ...), in its order of preference.
@@ -29,5 +29,8 @@ bool inner_supports_expert_matrix(ggml_backend_dev_t inner, ggml_backend_buffer_
 
 // `op`, were its weight in a buffer of type `buft`.
 bool inner_supports_weight_in(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, const ggml_tensor * op);
+
+// A CPU device without OpenMP, whose every graph starts and ends its threads.
+bool inner_starts_threads(ggml_backend_dev_t inner);
 
 } // namespace rotary

@@ -71,7 +71,7 @@ void pool::remove_owner(const void * owner) {
 // ---- sizing
 
 // Tensors of one layer number share their routing if they have the same number of experts; a tensor without a layer
-// number stands alone.
+// number stands alone. The same name again is another model's: those of the environment's pool can be several.
 void pool::build_layers() {
     const std::lock_guard<std::mutex> lock(counter_mutex_); // readers of the figures walk over the layers
     layers_.clear();
@@ -80,7 +80,9 @@ void pool::build_layers() {
     for (const auto & tensor : tensors_) {
         const int32_t il    = layer_number(tensor->name);
         paged_layer * layer = il < 0 ? nullptr : known[{ il, tensor->ne[2] }];
-        if (layer == nullptr) {
+        const bool taken = layer != nullptr && std::any_of(layer->tensors.begin(), layer->tensors.end(),
+                                                           [&](const auto * each) { return each->name == tensor->name; });
+        if (layer == nullptr || taken) {
             layers_.push_back(std::make_unique<paged_layer>());
             layer           = layers_.back().get();
             layer->il       = il;
@@ -130,6 +132,10 @@ int32_t pool::prepare() {
     }
     prepared_ = true;
     build_layers();
+    if (inner_starts_threads(inner_)) {
+        notice(format("%s: this llama.cpp's CPU backend was built without OpenMP and starts its threads anew for each part "
+                      "of a graph; build it with GGML_OPENMP=ON", config.model.c_str()));
+    }
 
     std::vector<layer_size> sizes;
     for (const auto & layer : layers_) {
@@ -210,12 +216,12 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
     for (const auto & [buft, ctx] : by_buft) {
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
         if (buffer == nullptr) {
+            buffers_.clear();
             return fail(ROTARY_ERR_MEMORY, format("%s: no memory for %s of slots on %s; lower the budget",
                                                   config.model.c_str(), mib(slot_bytes).c_str(),
                                                   ggml_backend_dev_name(inner_)));
         }
         buffers_.emplace_back(buffer);
-        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
         if (!inner_is_host_) {
             // A GPU kernel may read past an expert's end into the next slot and multiply by zero: no NaN may be there.
             ggml_backend_buffer_clear(buffer, 0);
@@ -237,8 +243,8 @@ void pool::release() {
     if (!prepared_) {
         return;
     }
-    if (last_backend_ != nullptr) {
-        ggml_backend_synchronize(last_backend_);
+    for (ggml_backend_t user : users_) {
+        ggml_backend_synchronize(user);
     }
     const char * print = getenv("ROTARY_STATS");
     if (print != nullptr && strcmp(print, "0") != 0) {
@@ -329,21 +335,20 @@ ggml_gallocr_t pool::scratch() {
 }
 
 bool pool::use_from(ggml_backend_t backend) {
-    if (last_backend_ == backend) {
+    if (std::find(users_.begin(), users_.end(), backend) != users_.end()) {
         return false;
     }
-    if (last_backend_ != nullptr) {
-        ggml_backend_synchronize(last_backend_);
+    // Each backend waits for its own graphs once the pool is shared, but the first one did not know.
+    for (ggml_backend_t user : users_) {
+        ggml_backend_synchronize(user);
     }
-    last_backend_ = backend;
+    users_.push_back(backend);
     return true;
 }
 
 void pool::forget(ggml_backend_t backend) {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (last_backend_ == backend) {
-        last_backend_ = nullptr;
-    }
+    users_.erase(std::remove(users_.begin(), users_.end(), backend), users_.end());
 }
 
 // ---- figures
@@ -379,11 +384,14 @@ void pool::set_scratch_bytes(size_t bytes) {
 }
 
 void pool::notice(const std::string & text) {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    if (std::find(notices_.begin(), notices_.end(), text) == notices_.end()) {
+    {
+        const std::lock_guard<std::mutex> lock(counter_mutex_);
+        if (std::find(notices_.begin(), notices_.end(), text) != notices_.end()) {
+            return;
+        }
         notices_.push_back(text);
-        GGML_LOG_WARN("rotary: %s\n", text.c_str());
     }
+    GGML_LOG_WARN("rotary: %s\n", text.c_str()); // a log callback may ask for the figures
 }
 
 void pool::stats(rotary_stats & out) const {

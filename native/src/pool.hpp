@@ -93,10 +93,10 @@ class pool {
     // A tensor on the inner device that holds slot ids shaped like ids[n_expert_used, n_tokens]; NULL if no memory.
     ggml_tensor * slot_ids(paged_layer & layer, int64_t n_ids, int64_t n_tokens);
 
-    // Which backend last ran over the slots: another one must wait for it. True if it is not the one before; it must
-    // then be forgotten when it goes.
+    // A backend that runs over the slots; true the first time, then it must be forgotten when it goes.
     bool use_from(ggml_backend_t backend);
     void forget(ggml_backend_t backend); // takes `mutex`
+    bool is_shared() const { return users_.size() > 1; }
 
     // ---- figures
     void count(paged_layer & layer, const rotary_layer_stats & delta);
@@ -141,8 +141,8 @@ class pool {
     ggml_backend_buffer_ptr              ids_buffer_;
     int64_t                              ids_capacity_ = 0; // elements for each layer
     ggml_gallocr_ptr                     scratch_;
-    ggml_backend_t                       last_backend_ = nullptr;
-    uint64_t                             generation_   = 0;
+    std::vector<ggml_backend_t>          users_;
+    uint64_t                             generation_ = 0;
 
     mutable std::mutex       counter_mutex_;
     rotary_stats             totals_ = {}; // what layers do not count themselves

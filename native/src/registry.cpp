@@ -100,13 +100,16 @@ static bool ggml_matches() {
 }
 
 static bool environment_is_valid() {
-    budget parsed;
-    for (const char * name : { "ROTARY_BUDGET", "ROTARY_MARGIN" }) {
-        const char * text = getenv(name);
-        if (text != nullptr && *text != '\0' && !budget_parse(text, parsed)) {
-            fail(ROTARY_ERR_ARG, std::string(name) + ": " + budget_not_understood(text));
-            return false;
-        }
+    budget       parsed;
+    const char * budget_text = getenv("ROTARY_BUDGET");
+    if (budget_text != nullptr && *budget_text != '\0' && !budget_parse(budget_text, parsed)) {
+        fail(ROTARY_ERR_ARG, "ROTARY_BUDGET: " + budget_not_understood(budget_text));
+        return false;
+    }
+    const char * margin = getenv("ROTARY_MARGIN");
+    if (margin != nullptr && *margin != '\0' && !(budget_parse(margin, parsed) && parsed.what == budget::kind::bytes)) {
+        fail(ROTARY_ERR_ARG, format("ROTARY_MARGIN=%s: not a size; more than 0 bytes; write for example 512MiB", margin));
+        return false;
     }
     return true;
 }
@@ -134,7 +137,7 @@ static bool make_devices() {
         return false;
     }
     for (const auto & [name, dev] : inner) {
-        devices().push_back(std::make_unique<device>(&reg, (int) devices().size(), dev));
+        devices().push_back(std::make_unique<device>(&reg, (int) devices().size(), dev, name));
     }
     return true;
 }

@@ -31,10 +31,13 @@ static ggml_backend_buffer_type_t paged_buft(ggml_backend_dev_t dev) {
     exit(2);
 }
 
+// The expert matrix that is to be paged for `node`, or NULL. A single expert, or one of a single row, is not paged.
 static struct ggml_tensor * expert_matrix(const struct ggml_tensor * node) {
     struct ggml_tensor * weight = node->op == GGML_OP_MUL_MAT_ID ? node->src[0] : NULL;
-    const bool paged = weight != NULL && weight->op == GGML_OP_NONE && weight->view_src == NULL && weight->data == NULL;
-    return paged ? weight : NULL;
+    if (weight == NULL || weight->view_src != NULL || weight->data != NULL) {
+        return NULL;
+    }
+    return weight->ne[1] > 1 && weight->ne[2] > 1 ? weight : NULL;
 }
 
 // One pass to add up the sizes (alloc == NULL), one to place the tensors.
