@@ -235,7 +235,7 @@ def main(path, shape, kind, seed, locality, shards, **overrides):
     overrides = {name: value for name, value in overrides.items() if value is not None}
     try:
         first = synthesize(path, shape, type=kind, seed=seed, locality=locality, shards=shards, **overrides)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from None
     n_bytes = sum(p.stat().st_size for p in shard_paths(path, shards))
     seconds = time.monotonic() - begin

@@ -154,7 +154,8 @@ class Paging:
             self._closing = True
 
     def _refresh(self) -> None:
-        if self.pool is None or self._closing:
+        # While the interpreter ends, a model nobody closed is freed late: cffi may be gone by then.
+        if self.pool is None or self._closing or sys.is_finalizing():
             return
         for text in self.pool.notices():
             self.notice(text)
@@ -191,7 +192,7 @@ class Paging:
         """Drop the pool; the figures stay. Idempotent."""
         with self._lock:
             pool, self.pool = self.pool, None
-            if pool is not None:
+            if pool is not None and not sys.is_finalizing():
                 pool.close()
 
     def state(self, stock_state: dict[str, Any]) -> dict[str, Any]:

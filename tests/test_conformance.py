@@ -30,6 +30,10 @@ MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 N_CONFIGURATIONS = 133
 N_MOE = 57
 
+# test-backend-ops quantises its weights first, for minutes where they are hundreds of MiB: those are left out.
+SMALL_OPS = r"^(?!.*(m=4096|m=2880|k=2048|k=4096|n_mats=1024|iq3_s.*n_mats=512))"
+N_SMALL_OPS = 900  # at least
+
 TIMEOUT_S = 900
 TAIL_CHARS = 6000
 
@@ -120,7 +124,7 @@ def counters(stderr: str) -> dict[str, int]:
 
 
 def check_archs(**rotary: str) -> dict[str, int]:
-    """Every configuration passes on ROTARY0; the counters of its pools."""
+    """Every configuration passes on ROTARY0, in each layer two slots for eight experts; the counters of the pools."""
     stdout, stderr = run("test-llama-archs", "-b", "ROTARY0", "-s", "1", preload="preload", budget="min", **rotary)
     # | qwen3moe| AMD EPYC|   MoE|   OK (0.00e+00)|    OK|
     rows = re.findall(r"^\| *([\w-]+)\|[^|]*\| *(MoE|Dense)\| *(\w+)[^|]*\| *(\w*)", stdout, re.MULTILINE)
@@ -128,24 +132,25 @@ def check_archs(**rotary: str) -> dict[str, int]:
     failed = [row for row in ran if row[2] != "OK" or row[3] not in ("OK", "SKIP")]
     assert not failed, f"failed: {failed}\n{tail(stdout)}"
     assert (len(ran), sum(row[1] == "MoE" for row in ran)) == (N_CONFIGURATIONS, N_MOE)
-    assert f"all {N_CONFIGURATIONS} test(s) passed" in stdout, tail(stdout)
-    return counters(stderr)
+    total = counters(stderr)
+    assert "n_expert=8 n_slots=2 " in stderr and total["misses"] > 1000
+    return total
 
 
 def test_archs() -> None:
     total = check_archs(inner="CPU", direct="1")
-    assert total["misses"] > 0 and total["evictions"] > 0
+    assert total["bypassed"] == total["misses"]  # its batches all want more experts than there are slots
 
 
 def test_archs_in_waves() -> None:
     total = check_archs(inner="CPU", direct="0")
-    assert total["misses"] > 0 and total["waves"] > 0
+    assert total["waves"] > 0 and total["evictions"] > 0
     assert total["bypassed"] == 0
 
 
 def test_archs_over_rpc(rpc_server: str) -> None:
     total = check_archs(inner=rpc_server)
-    assert total["misses"] > 0 and total["waves"] > 0
+    assert total["waves"] > 0 and total["evictions"] > 0
     assert total["bypassed"] == 0  # what lies behind RPC cannot read the mapping
 
 
@@ -155,13 +160,13 @@ def test_archs_over_rpc(rpc_server: str) -> None:
 def check_ops(**rotary: str) -> dict[str, int]:
     """MUL_MAT_ID passes on ROTARY0 with its weights paged; the counters."""
     stdout, stderr = run(
-        *("test-backend-ops", "test", "-b", "ROTARY0", "-o", "MUL_MAT_ID,MUL_MAT_ID_FUSION"),
+        *("test-backend-ops", "test", "-b", "ROTARY0", "-o", "MUL_MAT_ID,MUL_MAT_ID_FUSION", "-p", SMALL_OPS),
         preload="preload_paged",
         **rotary,
     )
     passed, n_tests = (int(n) for n in re.findall(r"(\d+)/(\d+) tests passed", stdout)[0])
-    assert passed == n_tests > 500, tail(stdout)
-    assert not re.findall(r"^.*not supported \[ROTARY.*$", stdout, re.MULTILINE)[:5]
+    assert passed == n_tests >= N_SMALL_OPS, tail(stdout)
+    assert "not supported" not in stdout
     return counters(stderr)
 
 

@@ -384,3 +384,14 @@ def test_embeddings_and_chat_pass_through(make):
     assert len(make(embedding=True).embed("In the beginning")) > 0
     answer = make().create_chat_completion([{"role": "user", "content": "Hello"}], max_tokens=4)
     assert answer["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_nothing_native_is_asked_while_the_interpreter_ends(make, monkeypatch):
+    llama = make()
+    pool = llama._rotary.pool
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "is_finalizing", lambda: True)
+        patch.setattr(_native.Pool, "stats", lambda self: pytest.fail("cffi may be gone"))
+        patch.setattr(_native.Pool, "close", lambda self: pytest.fail("cffi may be gone"))
+        llama.close()
+    pool.close()
