@@ -80,7 +80,7 @@ $(SDIST)/PKG-INFO: | $(VENV)/.made
 $(WHEELS)/.made: | $(SDIST)/PKG-INFO
 	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF $${CMAKE_ARGS:-}" \
 	    $(PY) .ci/progress.py "llama-cpp-python $(VERSION)" build/llama-cpp-python.log \
-	    $(PIP) wheel -v --no-deps -w $(WHEELS) -C build-dir=$(CURDIR)/build/llama-cpp-python $(SDIST)
+	    $(PIP) wheel -v --no-deps -w $(WHEELS) --config-settings build-dir=$(CURDIR)/build/llama-cpp-python $(SDIST)
 	@rm -rf build/llama-cpp-python
 	@touch $@
 

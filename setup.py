@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Builds libggml-rotary.so with CMake and puts it, with rotary.h, into the package.
 
-What is not here is in pyproject.toml. The pinned llama-cpp-python is the exception, so that its number stands in
-rotary_llamacpp/pinned.py alone.
+What is not here is in pyproject.toml. The pinned llama-cpp-python is the exception, so that its number
+stands in rotary_llamacpp/pinned.py alone.
 
-The library needs headers of the pinned llama.cpp: from the environment variable ROTARY_LLAMA_CPP_DIR, else from the
-llama-cpp-python sdist unpacked in build/sdist, else from one that pip downloads to there. `python setup.py llama_cpp`
-does only that and prints the directory.
+The library needs headers of the pinned llama.cpp: from the environment variable ROTARY_LLAMA_CPP_DIR, else
+from the llama-cpp-python sdist unpacked in build/sdist, else from one that pip downloads to there.
+`python setup.py llama_cpp` does only that and prints the directory.
 """
 
 import os
@@ -32,7 +32,7 @@ class BuildFailed(BaseError):
 
 
 def pin(name: str) -> str:
-    """Value of the plain assignment `name` in pinned.py, which must not be imported: its package needs our library."""
+    """Value of the plain assignment `name` in pinned.py, which needs our library to be imported."""
     text = (ROOT / PACKAGE / "pinned.py").read_text()
     found = re.search(rf'^{name} = "([^"]+)"', text, re.MULTILINE)
     if not found:
@@ -46,7 +46,9 @@ def llama_cpp_dir() -> Path:
     if given:
         path = Path(given).resolve()
         if not (path / "ggml" / "include" / "ggml.h").is_file():
-            raise BuildFailed(f"ROTARY_LLAMA_CPP_DIR={given}: no llama.cpp source there; unset it to download one")
+            raise BuildFailed(
+                f"ROTARY_LLAMA_CPP_DIR={given}: no llama.cpp source there; unset it to download one"
+            )
         return path
 
     version = pin("LLAMA_CPP_PYTHON")
@@ -62,7 +64,8 @@ def llama_cpp_dir() -> Path:
     shutil.rmtree(part, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")
+            # Early releases of 3.11, Debian 12's among them, have no filters.
+            tar.extractall(part, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         (part / stem).rename(SDIST_DIR / stem)
     except (tarfile.TarError, OSError, EOFError) as err:
         raise BuildFailed(f"{archive}: cannot unpack ({err}); delete it and try again") from err
@@ -75,7 +78,16 @@ def download_sdist(version: str) -> None:
     print(f"downloading the llama-cpp-python {version} sdist to {SDIST_DIR}", file=sys.stderr, flush=True)
     SDIST_DIR.mkdir(parents=True, exist_ok=True)
     name = "llama-cpp-python"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", name, f"{name}=={version}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-binary",
+        name,
+        f"{name}=={version}",
+    ]
     result = subprocess.run([*command, "--dest", str(SDIST_DIR)], stdout=sys.stderr.fileno(), check=False)
     if result.returncode != 0:
         raise BuildFailed(
@@ -118,7 +130,7 @@ class BuildNative(build_ext):
         package = ROOT / PACKAGE if self.inplace else Path(self.build_lib).resolve() / PACKAGE
         build = ROOT / "build" / "native"
         cmake = tool("cmake")
-        # A build directory remembers the cmake of the isolated environment it was made in, which may be gone by now.
+        # A build directory remembers the cmake it was made with; that of an isolated build is gone by now.
         if self.stale(build):
             shutil.rmtree(build)
         self.call(
@@ -141,7 +153,9 @@ class BuildNative(build_ext):
     def call(*command: str) -> None:
         result = subprocess.run(command, stdout=sys.stderr.fileno(), check=False)
         if result.returncode != 0:
-            raise BuildFailed(f"{Path(command[0]).name}: failed with exit status {result.returncode}, see above")
+            raise BuildFailed(
+                f"{Path(command[0]).name}: failed with exit status {result.returncode}, see above"
+            )
 
     # What setuptools asks of a build_ext, for wheels and for editable installs.
 
@@ -151,7 +165,10 @@ class BuildNative(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         if not self.inplace:
             return {}
-        return {str(Path(self.build_lib) / PACKAGE / file): str(Path(PACKAGE) / file) for file in self.native_files()}
+        return {
+            str(Path(self.build_lib) / PACKAGE / file): str(Path(PACKAGE) / file)
+            for file in self.native_files()
+        }
 
 
 class PlatformWheel(bdist_wheel):

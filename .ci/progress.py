@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Run a long build and say how far it is: progress.py NAME LOG COMMAND...
 
-The command's output goes to LOG; of it only ninja's step counters are shown, one line every few seconds, and a line
-when nothing has changed for a while. If the command fails, the end of LOG follows, and its exit status is ours.
+The command's output goes to LOG; of it only ninja's step counters are shown, one line every few seconds, and
+a line when nothing has changed for a while. If the command fails, the end of LOG follows, and its exit status
+is ours.
 """
 
 import re
@@ -42,7 +43,12 @@ def main() -> int:
     with (
         log_path.open("w") as log,
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         ) as process,
     ):
         assert process.stdout is not None
@@ -57,7 +63,7 @@ def main() -> int:
     if process.returncode != 0:
         lines = log_path.read_text(errors="replace").splitlines()
         print(*(line[:400] for line in lines[-TAIL_LINES:]), sep="\n")
-        print(f"{name}: failed after {elapsed()} with exit status {process.returncode}; all output in {log_path}")
+        print(f"{name}: failed after {elapsed()}, exit status {process.returncode}; all output in {log_path}")
         return process.returncode if process.returncode > 0 else 1
     print(f"{name}: done, {elapsed()}", flush=True)
     return 0

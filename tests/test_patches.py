@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every patch in patches/ says what it is for, applies exactly to the pinned source, and does what it says."""
+"""Every patch says what it is for, applies exactly to the pinned source, and does what it says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 
 
 def apply(patch: Path, root: Path) -> None:
-    """Apply a unified diff (-p1) to the files below `root`. Every context line must match at the stated place: no fuzz."""
+    """Apply a unified diff (-p1) below `root`. Each line of context must stand where stated: no fuzz."""
     lines = patch.read_text().split("\n---\n", 1)[1].splitlines()
     i = 0
     while i < len(lines):
@@ -37,7 +37,9 @@ def apply(patch: Path, root: Path) -> None:
         taken = 0
         i += 2
         while i < len(lines) and lines[i].startswith("@@ "):
-            start, _, _, n_new = (int(n or 1) for n in re.match(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))?", lines[i]).groups())
+            start, _, _, n_new = (
+                int(n or 1) for n in re.match(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))?", lines[i]).groups()
+            )
             first = max(start - 1, 0)
             new += old[taken:first]
             taken = first
@@ -46,7 +48,9 @@ def apply(patch: Path, root: Path) -> None:
             while i < len(lines) and lines[i][:1] in (" ", "-", "+") and not lines[i].startswith("--- "):
                 sign, text = lines[i][0], lines[i][1:]
                 if sign != "+":
-                    assert old[taken] == text, f"{patch.name}: {name}:{taken + 1} is {old[taken]!r}, not {text!r}"
+                    assert old[taken] == text, (
+                        f"{patch.name}: {name}:{taken + 1} is {old[taken]!r}, not {text!r}"
+                    )
                     taken += 1
                 if sign != "-":
                     new.append(text)
@@ -77,7 +81,7 @@ def copy_package(source: Path, target: Path) -> None:
     shutil.copytree(source / "llama_cpp", target / "llama_cpp", ignore=ignore)
 
 
-# ---- devices and tensor_buft_overrides -----------------------------------------------------------------------------
+# ---- devices and tensor_buft_overrides -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +115,14 @@ else:
 
 
 def generate(package: Path, backend: str = "", **kwargs: object) -> tuple[dict, str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ROTARY_", "LLAMA_CPP_"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("ROTARY_", "LLAMA_CPP_"))
+    }
     environment |= {"PYTHONPATH": str(package), "ROTARY_BUDGET": "25%", "ROTARY_STATS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(MODEL), backend, json.dumps(kwargs)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout), result.stderr
 
@@ -126,7 +134,10 @@ needs_model = pytest.mark.skipif(not MODEL.exists(), reason="models/tiny-moe-q8_
     ("kwargs", "message"),
     [
         ({"devices": ["CPU", "GPU9"]}, "devices: no device named 'GPU9'; there are CPU"),
-        ({"tensor_buft_overrides": {"exps": "GPU9"}}, "tensor_buft_overrides: no buffer type named 'GPU9'; there are CPU"),
+        (
+            {"tensor_buft_overrides": {"exps": "GPU9"}},
+            "tensor_buft_overrides: no buffer type named 'GPU9'; there are CPU",
+        ),
     ],
 )
 @pytest.mark.model

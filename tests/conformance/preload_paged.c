@@ -19,8 +19,9 @@ typedef ggml_backend_buffer_t (*alloc_ctx_tensors_t)(struct ggml_context * ctx, 
 static ggml_backend_buffer_t paged_buffer = NULL;
 
 static ggml_backend_buffer_type_t paged_buft(ggml_backend_dev_t dev) {
-    ggml_backend_dev_get_extra_bufts_t get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t)
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
+    ggml_backend_dev_get_extra_bufts_t get_extra_bufts =
+        (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev),
+                                                                               "ggml_backend_dev_get_extra_bufts");
     ggml_backend_buffer_type_t * buft = get_extra_bufts ? get_extra_bufts(dev) : NULL;
     for (; buft != NULL && *buft != NULL; buft++) {
         if (strncmp(ggml_backend_buft_name(*buft), "ROTARY_PAGED", strlen("ROTARY_PAGED")) == 0) {
