@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// LD_PRELOAD library for test-llama-archs, in two parts.
+// LD_PRELOAD library for test-llama-archs, in three parts.
 //
 // It loads the backend named by GGML_BACKEND_PATH at start, since that program does not call ggml_backend_load_all().
 // (Not for one that does: it would register the devices twice.)
@@ -8,6 +8,9 @@
 // And it gives the test's models N_EXPERT experts instead of two. Upstream's use two of two, so that each is needed
 // for each token and none can be paged: whatever the budget, the test would not test us. The models the test compares
 // with and its round trip through a file see the same number.
+//
+// At the end it flushes llama.cpp's log, which is written by a thread that the process does not wait for: the last rows
+// of the table could be lost (llama.cpp issue 22142).
 #include "ggml-backend.h"
 #include "gguf.h"
 
@@ -26,6 +29,16 @@ __attribute__((constructor)) static void preload(void) {
     if (ggml_backend_load(path) == NULL) {
         fprintf(stderr, "preload: cannot load GGML_BACKEND_PATH=%s\n", path);
         exit(2);
+    }
+}
+
+__attribute__((destructor)) static void flush_log(void) {
+    void * (*common_log_main)(void);
+    void (*common_log_flush)(void *);
+    *(void **) &common_log_main  = dlsym(RTLD_DEFAULT, "_Z15common_log_mainv");
+    *(void **) &common_log_flush = dlsym(RTLD_DEFAULT, "_Z16common_log_flushP10common_log");
+    if (common_log_main != NULL && common_log_flush != NULL) {
+        common_log_flush(common_log_main());
     }
 }
 
