@@ -69,8 +69,9 @@ static device * device_at(int32_t index) {
 }
 
 static int32_t no_device(int32_t index) {
-    return fail(ROTARY_ERR_DEVICE, format("ROTARY%d: no such device; there are %zu; load the library into llama.cpp first",
-                                          index, devices().size()));
+    return fail(ROTARY_ERR_DEVICE,
+                format("ROTARY%d: no such device; there are %zu; load the library into llama.cpp first", index,
+                       devices().size()));
 }
 
 int32_t rotary_device_count(void) {
@@ -97,8 +98,9 @@ int32_t rotary_device_set_inner(int32_t index, const char * inner) {
         return ROTARY_ERR_DEVICE;
     }
     if (!dev->set_inner(found, inner)) {
-        return fail(ROTARY_ERR_STATE, format("%s: wraps %s for a loaded model, cannot change to %s; close that model first",
-                                             dev->name().c_str(), dev->inner_name().c_str(), inner));
+        return fail(ROTARY_ERR_STATE,
+                    format("%s: wraps %s for a loaded model, cannot change to %s; close that model first",
+                           dev->name().c_str(), dev->inner_name().c_str(), inner));
     }
     return ROTARY_OK;
 }

@@ -12,10 +12,10 @@
 namespace rotary {
 
 struct backend {
-    device &         dev;
-    ggml_backend_ptr inner;
+    device &                  dev;
+    ggml_backend_ptr          inner;
     std::unique_ptr<executor> exec;
-    std::string      name;
+    std::string               name;
 };
 
 static backend & self(ggml_backend_t handle) {
@@ -59,7 +59,8 @@ static void backend_get_tensor_2d_async(ggml_backend_t handle, const ggml_tensor
 }
 
 // The inner backend checks that both ends are its own kind, so it must not see ours.
-static bool backend_cpy_tensor_async(ggml_backend_t src, ggml_backend_t dst, const ggml_tensor * from, ggml_tensor * to) {
+static bool backend_cpy_tensor_async(ggml_backend_t src, ggml_backend_t dst, const ggml_tensor * from,
+                                     ggml_tensor * to) {
     ggml_backend_t inner = unwrap(dst);
     return inner->iface.cpy_tensor_async != nullptr && inner->iface.cpy_tensor_async(unwrap(src), inner, from, to);
 }
@@ -108,7 +109,8 @@ static const ggml_backend_i backend_i = {
 };
 
 static ggml_guid_t backend_guid() {
-    static ggml_guid guid = { 0x52, 0x6f, 0x74, 0x61, 0x72, 0x79, 0x2d, 0x67, 0x67, 0x6d, 0x6c, 0x2d, 0x65, 0x78, 0x70, 0x31 };
+    static ggml_guid guid = { 0x52, 0x6f, 0x74, 0x61, 0x72, 0x79, 0x2d, 0x67,
+                              0x67, 0x6d, 0x6c, 0x2d, 0x65, 0x78, 0x70, 0x31 };
     return &guid;
 }
 

@@ -72,7 +72,7 @@ bool budget_parse(const std::string & text, budget & out) {
         return value == std::floor(value) && value <= INT32_MAX;
     }
     const double factor = unit_bytes(unit);
-    out = { value == 0 ? budget::kind::off : budget::kind::bytes, value * factor };
+    out                 = { value == 0 ? budget::kind::off : budget::kind::bytes, value * factor };
     return factor > 0 && out.value < 1e18;
 }
 
@@ -96,11 +96,11 @@ uint64_t budget_bytes(const budget & b, const std::vector<layer_size> & layers, 
     const uint64_t all = budget_all_bytes(layers);
     switch (b.what) {
         case budget::kind::automatic: return std::min(all, free_bytes);
-        case budget::kind::minimum:   return budget_min_bytes(layers);
-        case budget::kind::bytes:     return std::min(all, (uint64_t) b.value);
-        case budget::kind::share:     return std::min(all, (uint64_t) std::llround((double) all * b.value));
-        case budget::kind::off:       return 0;
-        case budget::kind::slots:     break;
+        case budget::kind::minimum: return budget_min_bytes(layers);
+        case budget::kind::bytes: return std::min(all, (uint64_t) b.value);
+        case budget::kind::share: return std::min(all, (uint64_t) std::llround((double) all * b.value));
+        case budget::kind::off: return 0;
+        case budget::kind::slots: break;
     }
     uint64_t sum = 0;
     for (const auto & layer : layers) {
@@ -111,7 +111,7 @@ uint64_t budget_bytes(const budget & b, const std::vector<layer_size> & layers, 
 
 std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> & layers) {
     std::vector<int32_t> slots(layers.size());
-    uint64_t used = 0;
+    uint64_t             used = 0;
     for (size_t i = 0; i < layers.size(); i++) {
         slots[i] = layers[i].n_expert_used;
         used += layers[i].expert_bytes * slots[i];
@@ -122,7 +122,7 @@ std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> 
     // Raise the lowest layers first, one slot a round, until a round adds none: equal shares, and the remainder spread.
     // Rounds are at most the largest n_expert, so this costs nothing beside the allocation that follows.
     for (bool added = true; added;) {
-        added = false;
+        added          = false;
         int32_t lowest = INT32_MAX;
         for (size_t i = 0; i < layers.size(); i++) {
             if (slots[i] < layers[i].n_expert && used + layers[i].expert_bytes <= bytes) {
@@ -141,8 +141,10 @@ std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> 
 }
 
 std::string budget_not_understood(const std::string & text) {
-    return format("budget %s: not understood; accepted are auto, min, a share (25%%), a size (8GiB), bytes or slots per "
-                  "layer (16 slots); correct the budget", text.c_str());
+    return format(
+        "budget %s: not understood; accepted are auto, min, a share (25%%), a size (8GiB), bytes or slots per "
+        "layer (16 slots); correct the budget",
+        text.c_str());
 }
 
 std::string budget_too_small(const std::string & model, const std::string & text, uint64_t bytes,
@@ -161,20 +163,22 @@ int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * laye
     using namespace rotary;
     for (int32_t i = 0; i < n_layers; i++) {
         if (layers[i].n_expert_used < 1 || layers[i].n_expert_used > layers[i].n_expert) {
-            return fail(ROTARY_ERR_ARG, format("layer %d: %d experts used per token of %d; between 1 and all; correct them",
-                                               i, layers[i].n_expert_used, layers[i].n_expert));
+            return fail(ROTARY_ERR_ARG,
+                        format("layer %d: %d experts used per token of %d; between 1 and all; correct them", i,
+                               layers[i].n_expert_used, layers[i].n_expert));
         }
     }
     rotary::budget parsed;
-    if (n_layers < 0 || budget == nullptr || !budget_parse(budget, parsed) || parsed.what == rotary::budget::kind::off) {
+    if (n_layers < 0 || budget == nullptr || !budget_parse(budget, parsed) ||
+        parsed.what == rotary::budget::kind::off) {
         return fail(ROTARY_ERR_ARG, budget_not_understood(budget != nullptr ? budget : ""));
     }
     const std::vector<layer_size> sizes(layers, layers + n_layers);
-    *bytes = budget_bytes(parsed, sizes, free_bytes);
+    *bytes                           = budget_bytes(parsed, sizes, free_bytes);
     const std::vector<int32_t> slots = budget_slots(*bytes, sizes);
     if (slots.empty() && n_layers > 0) {
         const uint64_t wanted = *bytes;
-        *bytes = budget_min_bytes(sizes);
+        *bytes                = budget_min_bytes(sizes);
         return fail(ROTARY_ERR_BUDGET, budget_too_small("model", budget, wanted, sizes));
     }
     std::copy(slots.begin(), slots.end(), n_slots);

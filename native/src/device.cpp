@@ -27,7 +27,8 @@ bool is_rotary(ggml_backend_dev_t dev) {
 static uint64_t env_bytes(const char * name) {
     budget       parsed;
     const char * text = getenv(name);
-    return text != nullptr && budget_parse(text, parsed) && parsed.what == budget::kind::bytes ? (uint64_t) parsed.value : 0;
+    return text != nullptr && budget_parse(text, parsed) && parsed.what == budget::kind::bytes ? (uint64_t) parsed.value
+                                                                                               : 0;
 }
 
 static bool env_on(const char * name) {
@@ -107,7 +108,7 @@ void device::stop_collecting(const pool * pool) {
 
 uint64_t device::slot_bytes() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    uint64_t sum = 0;
+    uint64_t                          sum = 0;
     for (const std::shared_ptr<pool> & each : { opened_, from_environment_.lock() }) {
         if (each) {
             rotary_stats stats = {};
@@ -135,7 +136,7 @@ void device::remember_n_expert_used(const std::string & name, int32_t n) {
 
 int32_t device::n_expert_used(const std::string & name) const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto it = n_expert_used_.find(name);
+    const auto                        it = n_expert_used_.find(name);
     return it == n_expert_used_.end() ? 1 : it->second;
 }
 

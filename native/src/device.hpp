@@ -40,9 +40,9 @@ class device {
     uint64_t              slot_bytes() const; // of the pools known here
 
     // What the loader is told about weights, before any pool has them.
-    bool paging() const;                                            // false: budget "off"
-    bool repack() const;
-    void remember_n_expert_used(const std::string & name, int32_t n); // from the loader's question
+    bool    paging() const;                                              // false: budget "off"
+    bool    repack() const;
+    void    remember_n_expert_used(const std::string & name, int32_t n); // from the loader's question
     int32_t n_expert_used(const std::string & name) const;
 
     // Backends and paged buffers alive on this device.
@@ -66,7 +66,7 @@ class device {
     std::vector<ggml_backend_buffer_type_t> extra_bufts_;
 
     mutable std::mutex             mutex_;
-    std::shared_ptr<pool>          opened_;   // by rotary_pool_open
+    std::shared_ptr<pool>          opened_; // by rotary_pool_open
     std::weak_ptr<pool>            from_environment_;
     pool_config                    environment_;
     int                            n_users_ = 0;
@@ -83,8 +83,8 @@ extern const ggml_backend_device_i      device_i;       // device_iface.cpp
 extern const ggml_backend_device_i      paged_device_i; // paged_buffer.cpp
 extern const ggml_backend_buffer_type_i paged_buft_i;   // paged_buffer.cpp
 
-ggml_backend_t backend_new(device & dev);                          // backend.cpp
-ggml_backend_t backend_inner(ggml_backend_t handle);               // backend.cpp
+ggml_backend_t backend_new(device & dev);               // backend.cpp
+ggml_backend_t backend_inner(ggml_backend_t handle);    // backend.cpp
 
 // An expert matrix of a graph whose bytes lie in a ROTARY_PAGED buffer: its pool, else NULL.
 std::shared_ptr<pool> paged_pool_of(const ggml_tensor * weight); // paged_buffer.cpp

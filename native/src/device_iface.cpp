@@ -92,13 +92,14 @@ static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backen
     }
     if (buft == dev.paged_buft()) {
         if (op->op == GGML_OP_MUL_MAT_ID && dev.paging() && is_expert_matrix(weight)) {
-            dev.collecting_pool()->notice(format("%s: %s cannot multiply expert matrices of type %s; they are not paged",
-                                                 weight->name, dev.inner_name().c_str(), ggml_type_name(weight->type)));
+            dev.collecting_pool()->notice(
+                format("%s: %s cannot multiply expert matrices of type %s; they are not paged", weight->name,
+                       dev.inner_name().c_str(), ggml_type_name(weight->type)));
         }
         return false;
     }
-    const std::vector<ggml_backend_buffer_type_t> extra = inner_extra_bufts(dev.inner());
-    const bool is_extra = std::find(extra.begin(), extra.end(), buft) != extra.end();
+    const std::vector<ggml_backend_buffer_type_t> extra    = inner_extra_bufts(dev.inner());
+    const bool                                    is_extra = std::find(extra.begin(), extra.end(), buft) != extra.end();
     if (is_extra && !dev.repack()) {
         return false;
     }

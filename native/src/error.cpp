@@ -19,7 +19,7 @@ std::string format(const char * fmt, ...) {
     va_start(args, fmt);
     va_list again;
     va_copy(again, args);
-    const int n = vsnprintf(nullptr, 0, fmt, args);
+    const int   n = vsnprintf(nullptr, 0, fmt, args);
     std::string out(n > 0 ? n : 0, '\0');
     vsnprintf(&out[0], out.size() + 1, fmt, again);
     va_end(again);

@@ -46,7 +46,8 @@ ggml_status executor::compute(ggml_cgraph * graph) {
         const std::shared_ptr<rotary::pool> its = paged_pool_of(graph->nodes[i]->src[0]);
         if (its && pool && its != pool) {
             fail(ROTARY_ERR_STATE, format("%s: belongs to another pool than this model's other experts; load adapters "
-                                          "before the next model", graph->nodes[i]->src[0]->name));
+                                          "before the next model",
+                                          graph->nodes[i]->src[0]->name));
             return GGML_STATUS_FAILED;
         }
         pool = its ? its : pool;
@@ -91,9 +92,9 @@ ggml_status executor::run_nodes(rotary::pool & pool, ggml_cgraph * graph) {
         const auto [layer, tensor] = pool.find(node->src[0]);
         if (layer == nullptr) {
             fail(ROTARY_ERR_STATE, format("%s: a view of shape [%lld, %lld, %lld] of paged experts; only whole expert "
-                                          "matrices can be paged; turn paging off for this model", node->src[0]->name,
-                                          (long long) node->src[0]->ne[0], (long long) node->src[0]->ne[1],
-                                          (long long) node->src[0]->ne[2]));
+                                          "matrices can be paged; turn paging off for this model",
+                                          node->src[0]->name, (long long) node->src[0]->ne[0],
+                                          (long long) node->src[0]->ne[1], (long long) node->src[0]->ne[2]));
             return GGML_STATUS_FAILED;
         }
         const bool same = lookup_.layer == layer && lookup_.ids == node->src[2];
@@ -113,17 +114,14 @@ ggml_status executor::run_nodes(rotary::pool & pool, ggml_cgraph * graph) {
             }
         }
         switch (lookup_.how) {
-            case mode::direct:
-                break;
+            case mode::direct: break;
             case mode::resident:
                 patch(node, tensor->slots, node->src[2]); // expert e is in slot e
                 break;
-            case mode::slots:
-                patch(node, tensor->slots, layer->slot_ids);
-                break;
+            case mode::slots: patch(node, tensor->slots, layer->slot_ids); break;
             case mode::waves:
                 ggml_status status = run_segment(graph, i0, i);
-                i0 = i + 1;
+                i0                 = i + 1;
                 if (status == GGML_STATUS_SUCCESS) {
                     status = run_waves(pool, node, *tensor);
                 }
@@ -148,8 +146,9 @@ ggml_status executor::run_segment(ggml_cgraph * graph, int i0, int i1) {
         if (patched_.empty() && i1 - i0 == graph->n_nodes) {
             view.uid = graph->uid;
         } else if (graph->uid != 0) {
-            auto it = std::find_if(segments_.begin(), segments_.end(),
-                                   [&](const segment & s) { return s.graph == graph->uid && s.i0 == i0 && s.i1 == i1; });
+            auto it = std::find_if(segments_.begin(), segments_.end(), [&](const segment & s) {
+                return s.graph == graph->uid && s.i0 == i0 && s.i1 == i1;
+            });
             if (it == segments_.end()) {
                 it = segments_.insert(it, { graph->uid, i0, i1, ggml_graph_next_uid() });
             }
@@ -195,8 +194,8 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tenso
     lookup_.ids   = ids;
 
     rotary_layer_stats delta = {};
-    delta.lookups  = 1;
-    delta.requests = ggml_nelements(ids);
+    delta.lookups            = 1;
+    delta.requests           = ggml_nelements(ids);
     if (layer.path != ROTARY_PATH_SLOTS) {
         // Every expert is there: nobody needs to know which ones are wanted.
         lookup_.how = layer.path == ROTARY_PATH_MAPPED ? mode::direct : mode::resident;
@@ -226,7 +225,7 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tenso
     delta.misses = order.end() - absent;
     delta.hits   = delta.requests - delta.misses;
     if ((int32_t) order.size() <= layer.table->n_slots()) {
-        lookup_.how = mode::slots;
+        lookup_.how            = mode::slots;
         ggml_tensor * slot_ids = pool.slot_ids(layer, ids->ne[0], ids->ne[1]);
         if (slot_ids == nullptr) {
             fail(ROTARY_ERR_MEMORY, format("%s: no memory for %zu ids on the inner device; lower n_ubatch",
@@ -235,8 +234,8 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tenso
         }
         std::vector<rotary_load> loads(layer.table->n_slots());
         layer.slot_ids_host.resize(ids_.size());
-        const int32_t n_loads = layer.table->resolve(ids_.data(), (int32_t) ids_.size(), layer.slot_ids_host.data(),
-                                                     loads.data());
+        const int32_t n_loads =
+            layer.table->resolve(ids_.data(), (int32_t) ids_.size(), layer.slot_ids_host.data(), loads.data());
         for (int32_t i = 0; i < n_loads; i++) {
             pool.page_in(inner_, layer, loads[i].expert, loads[i].slot);
             delta.evictions += loads[i].evicted >= 0;
@@ -328,7 +327,8 @@ ggml_status executor::run_wave(pool & pool, ggml_tensor * node, paged_tensor & t
     const int64_t       n_rows = (int64_t) its.rows.size();
     if (!ggml_is_contiguous(input) || !ggml_is_contiguous(node) || input->type != GGML_TYPE_F32) {
         fail(ROTARY_ERR_STATE, format("%s: input of type %s is not contiguous F32; raise the budget so that a batch's "
-                                      "experts fit, or lower n_ubatch", node->name, ggml_type_name(input->type)));
+                                      "experts fit, or lower n_ubatch",
+                                      node->name, ggml_type_name(input->type)));
         return GGML_STATUS_FAILED;
     }
 
@@ -338,8 +338,8 @@ ggml_status executor::run_wave(pool & pool, ggml_tensor * node, paged_tensor & t
         from[i] = (int32_t) (its.rows[i] / n_used * input->ne[1] + its.rows[i] % n_used % input->ne[1]);
     }
 
-    const ggml_context_ptr owner(ggml_init({ ggml_tensor_overhead() * 16 + ggml_graph_overhead_custom(16, false),
-                                             nullptr, true }));
+    const ggml_context_ptr owner(
+        ggml_init({ ggml_tensor_overhead() * 16 + ggml_graph_overhead_custom(16, false), nullptr, true }));
     ggml_context * ctx    = owner.get();
     ggml_tensor *  gather = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
     ggml_tensor *  slots  = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n_rows);
@@ -350,14 +350,16 @@ ggml_status executor::run_wave(pool & pool, ggml_tensor * node, paged_tensor & t
     ggml_tensor * rows = ggml_get_rows(ctx, rows_of(ctx, input), gather);
     ggml_tensor * out  = ggml_mul_mat_id(ctx, tensor.slots, ggml_reshape_3d(ctx, rows, input->ne[0], 1, n_rows), slots);
     memcpy(out->op_params, node->op_params, sizeof(out->op_params));
-    ggml_tensor * scattered = ggml_set_rows(ctx, rows_of(ctx, node), ggml_reshape_2d(ctx, out, node->ne[0], n_rows), to);
+    ggml_tensor * scattered =
+        ggml_set_rows(ctx, rows_of(ctx, node), ggml_reshape_2d(ctx, out, node->ne[0], n_rows), to);
     ggml_cgraph * graph = ggml_new_graph_custom(ctx, 16, false);
     ggml_build_forward_expand(graph, scattered);
 
     for (const ggml_tensor * op : { rows, scattered }) {
         if (!ggml_backend_supports_op(inner_, op)) {
             fail(ROTARY_ERR_DEVICE, format("%s: has no %s, which a batch of more experts than slots needs; raise the "
-                                           "budget or lower n_ubatch", ggml_backend_name(inner_), ggml_op_name(op->op)));
+                                           "budget or lower n_ubatch",
+                                           ggml_backend_name(inner_), ggml_op_name(op->op)));
             return GGML_STATUS_FAILED;
         }
     }

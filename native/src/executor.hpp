@@ -28,16 +28,16 @@ class executor {
     // What one wave pages in and which (expert-used, token) rows of the lookup it computes.
     struct wave {
         std::vector<rotary_load> loads;
-        std::vector<int32_t>     rows;     // k + t * n_expert_used
-        std::vector<int32_t>     slots;    // the slot of each row's expert
+        std::vector<int32_t>     rows;  // k + t * n_expert_used
+        std::vector<int32_t>     slots; // the slot of each row's expert
     };
 
     // The current lookup of a layer: its routing, resolved once for all tensors that share it.
     struct lookup {
-        paged_layer *       layer = nullptr;
-        const ggml_tensor * ids   = nullptr;
-        mode                how   = mode::direct;
-        std::vector<wave>   waves;
+        paged_layer *                     layer = nullptr;
+        const ggml_tensor *               ids   = nullptr;
+        mode                              how   = mode::direct;
+        std::vector<wave>                 waves;
         std::vector<const paged_tensor *> done; // tensors that have been through the waves
     };
 
@@ -68,7 +68,7 @@ class executor {
     std::vector<std::weak_ptr<pool>> pools_; // that this backend has run over
 
     lookup               lookup_;
-    std::vector<int32_t> ids_;   // [n_expert_used * n_tokens] of the current lookup, k fastest
+    std::vector<int32_t> ids_; // [n_expert_used * n_tokens] of the current lookup, k fastest
     std::vector<char>    ids_raw_;
     std::vector<patched> patched_;
 

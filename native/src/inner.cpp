@@ -27,14 +27,16 @@ static std::string device_names() {
 static ggml_backend_dev_t find_rpc(const std::string & name, const std::string & endpoint) {
     ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
     if (rpc == nullptr) {
-        fail(ROTARY_ERR_DEVICE, format("%s: this llama.cpp has no RPC backend; build it with GGML_RPC=ON", name.c_str()));
+        fail(ROTARY_ERR_DEVICE,
+             format("%s: this llama.cpp has no RPC backend; build it with GGML_RPC=ON", name.c_str()));
         return nullptr;
     }
-    using add_server_t = ggml_backend_reg_t (*)(const char *);
-    const auto add_server = (add_server_t) ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server");
+    using add_server_t        = ggml_backend_reg_t (*)(const char *);
+    const auto add_server     = (add_server_t) ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server");
     ggml_backend_reg_t server = add_server != nullptr ? add_server(endpoint.c_str()) : nullptr;
     if (server == nullptr || ggml_backend_reg_dev_count(server) == 0) {
-        fail(ROTARY_ERR_DEVICE, format("%s: no RPC server answers with a device; start rpc-server there", name.c_str()));
+        fail(ROTARY_ERR_DEVICE,
+             format("%s: no RPC server answers with a device; start rpc-server there", name.c_str()));
         return nullptr;
     }
     return ggml_backend_reg_dev_get(server, 0);
@@ -72,8 +74,8 @@ std::vector<ggml_backend_dev_t> inner_default() {
 }
 
 bool inner_starts_threads(ggml_backend_dev_t inner) {
-    const auto get = (ggml_backend_get_features_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(inner),
-                                                                                     "ggml_backend_get_features");
+    const auto get = (ggml_backend_get_features_t) ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(inner), "ggml_backend_get_features");
     if (ggml_backend_dev_type(inner) != GGML_BACKEND_DEVICE_TYPE_CPU || get == nullptr) {
         return false;
     }
@@ -87,9 +89,9 @@ bool inner_starts_threads(ggml_backend_dev_t inner) {
 
 std::vector<ggml_backend_buffer_type_t> inner_extra_bufts(ggml_backend_dev_t inner) {
     std::vector<ggml_backend_buffer_type_t> found;
-    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(inner);
-    const auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
-        reg, "ggml_backend_dev_get_extra_bufts");
+    ggml_backend_reg_t                      reg = ggml_backend_dev_backend_reg(inner);
+    const auto                              get =
+        (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts");
     if (get != nullptr) {
         for (ggml_backend_buffer_type_t * buft = get(inner); buft != nullptr && *buft != nullptr; buft++) {
             found.push_back(*buft);

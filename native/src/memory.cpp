@@ -51,7 +51,7 @@ static uint64_t cgroup_tree_left(const std::string & root, std::string path, con
                                  const char * inactive) {
     uint64_t left = UINT64_MAX;
     while (true) {
-        left = std::min(left, cgroup_left(root + path, limit, usage, inactive));
+        left               = std::min(left, cgroup_left(root + path, limit, usage, inactive));
         const size_t slash = path.rfind('/');
         if (slash == std::string::npos || path == "/") {
             return left;
@@ -74,8 +74,8 @@ uint64_t host_available_bytes() {
         const std::string controllers = "," + line.substr(a + 1, b - a - 1) + ",";
         const std::string path        = line.substr(b + 1);
         if (controllers == ",,") {
-            left = std::min(left, cgroup_tree_left("/sys/fs/cgroup", path, "memory.max", "memory.current",
-                                                   "inactive_file"));
+            left = std::min(left,
+                            cgroup_tree_left("/sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file"));
         } else if (controllers.find(",memory,") != std::string::npos) {
             left = std::min(left, cgroup_tree_left("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes",
                                                    "memory.usage_in_bytes", "total_inactive_file"));

@@ -155,7 +155,8 @@ static ggml_backend_buffer_type_t paged_device_get_buffer_type(ggml_backend_dev_
     return ((device *) dev->context)->paged_buft();
 }
 
-static ggml_backend_buffer_t paged_device_buffer_from_host_ptr(ggml_backend_dev_t dev, void * ptr, size_t size, size_t) {
+static ggml_backend_buffer_t paged_device_buffer_from_host_ptr(ggml_backend_dev_t dev, void * ptr, size_t size,
+                                                               size_t) {
     return paged_buffer_new(*(device *) dev->context, ptr, size, false);
 }
 

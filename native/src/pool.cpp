@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Pool: store, sizing, slots and counters of one model on one device. See pool.hpp.
+// Pool: store, sizing and slots of one model on one device. See pool.hpp; the figures are in pool_figures.cpp.
 
 #include "pool.hpp"
 
@@ -80,8 +80,9 @@ void pool::build_layers() {
     for (const auto & tensor : tensors_) {
         const int32_t il    = layer_number(tensor->name);
         paged_layer * layer = il < 0 ? nullptr : known[{ il, tensor->ne[2] }];
-        const bool taken = layer != nullptr && std::any_of(layer->tensors.begin(), layer->tensors.end(),
-                                                           [&](const auto * each) { return each->name == tensor->name; });
+        const bool    taken =
+            layer != nullptr && std::any_of(layer->tensors.begin(), layer->tensors.end(),
+                                            [&](const auto * each) { return each->name == tensor->name; });
         if (layer == nullptr || taken) {
             layers_.push_back(std::make_unique<paged_layer>());
             layer           = layers_.back().get();
@@ -133,8 +134,10 @@ int32_t pool::prepare() {
     prepared_ = true;
     build_layers();
     if (inner_starts_threads(inner_)) {
-        notice(format("%s: this llama.cpp's CPU backend was built without OpenMP and starts its threads anew for each part "
-                      "of a graph; build it with GGML_OPENMP=ON", config.model.c_str()));
+        notice(format(
+            "%s: this llama.cpp's CPU backend was built without OpenMP and starts its threads anew for each part "
+            "of a graph; build it with GGML_OPENMP=ON",
+            config.model.c_str()));
     }
 
     std::vector<layer_size> sizes;
@@ -147,15 +150,16 @@ int32_t pool::prepare() {
         const std::vector<int32_t> n_slots = budget_slots(bytes, sizes);
         if (n_slots.empty()) {
             status_text_ = budget_too_small(config.model, config.budget_text, bytes, sizes);
-            status_ = fail(ROTARY_ERR_BUDGET, status_text_);
+            status_      = fail(ROTARY_ERR_BUDGET, status_text_);
             break;
         }
         status_ = allocate(n_slots);
         if (status_ == ROTARY_OK) {
             const auto [least, most] = std::minmax_element(n_slots.begin(), n_slots.end());
-            GGML_LOG_INFO("rotary: %s: experts of %zu layers (%s) paged on %s, budget %s is %s, %d to %d slots per layer\n",
-                          config.model.c_str(), layers_.size(), mib(budget_all_bytes(sizes)).c_str(),
-                          ggml_backend_dev_name(inner_), config.budget_text.c_str(), mib(bytes).c_str(), *least, *most);
+            GGML_LOG_INFO(
+                "rotary: %s: experts of %zu layers (%s) paged on %s, budget %s is %s, %d to %d slots per layer\n",
+                config.model.c_str(), layers_.size(), mib(budget_all_bytes(sizes)).c_str(),
+                ggml_backend_dev_name(inner_), config.budget_text.c_str(), mib(bytes).c_str(), *least, *most);
             break;
         }
         status_text_ = last_error();
@@ -180,9 +184,9 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
     generation_++;
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> by_buft;
-    uint64_t slot_bytes = 0;
-    bool     repacked   = false;
-    std::unique_lock<std::mutex> lock(counter_mutex_);
+    uint64_t                                             slot_bytes = 0;
+    bool                                                 repacked   = false;
+    std::unique_lock<std::mutex>                         lock(counter_mutex_);
     for (size_t i = 0; i < layers_.size(); i++) {
         paged_layer & layer = *layers_[i];
         const bool    all   = n_slots[i] == layer.n_expert;
@@ -190,12 +194,12 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
         for (const paged_tensor * tensor : layer.tensors) {
             layer.host_plain = layer.host_plain && slot_buft(*tensor) == ggml_backend_dev_buffer_type(inner_);
         }
-        layer.path  = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
-        layer.table = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
-        layer.stats = {};
-        layer.stats.n_slots    = n_slots[i];
+        layer.path          = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
+        layer.table         = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
+        layer.stats         = {};
+        layer.stats.n_slots = n_slots[i];
         layer.stats.n_resident = all ? layer.n_expert : 0;
-        repacked = repacked || (inner_is_host_ && !layer.host_plain);
+        repacked               = repacked || (inner_is_host_ && !layer.host_plain);
         for (paged_tensor * tensor : layer.tensors) {
             tensor->slots = nullptr;
             if (layer.path == ROTARY_PATH_MAPPED) {
@@ -217,9 +221,9 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
         if (buffer == nullptr) {
             buffers_.clear();
-            return fail(ROTARY_ERR_MEMORY, format("%s: no memory for %s of slots on %s; lower the budget",
-                                                  config.model.c_str(), mib(slot_bytes).c_str(),
-                                                  ggml_backend_dev_name(inner_)));
+            return fail(ROTARY_ERR_MEMORY,
+                        format("%s: no memory for %s of slots on %s; lower the budget", config.model.c_str(),
+                               mib(slot_bytes).c_str(), ggml_backend_dev_name(inner_)));
         }
         buffers_.emplace_back(buffer);
         if (!inner_is_host_) {
@@ -290,10 +294,10 @@ void pool::page_in(ggml_backend_t backend, paged_layer & layer, int32_t expert, 
 
 void pool::page_in(ggml_backend_t backend, paged_tensor & tensor, int32_t expert, int32_t slot) {
     // One slot as a tensor of its own: a repacking buffer takes whole tensors only.
-    ggml_tensor one = *tensor.slots;
-    one.ne[2]       = 1;
-    one.nb[3]       = one.nb[2];
-    one.data        = (char *) one.data + one.nb[2] * slot;
+    ggml_tensor one      = *tensor.slots;
+    one.ne[2]            = 1;
+    one.nb[3]            = one.nb[2];
+    one.data             = (char *) one.data + one.nb[2] * slot;
     const uint64_t start = now_us();
     if (backend != nullptr) {
         ggml_backend_tensor_set_async(backend, &one, tensor.expert_data(expert), 0, tensor.expert_bytes);
@@ -312,8 +316,8 @@ ggml_tensor * pool::slot_ids(paged_layer & layer, int64_t n_ids, int64_t n_token
         for (const auto & each : layers_) {
             each->slot_ids = ggml_new_tensor_2d(ids_context_.get(), GGML_TYPE_I32, capacity, 1);
         }
-        ids_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ids_context_.get(),
-                                                                   ggml_backend_dev_buffer_type(inner_)));
+        ids_buffer_.reset(
+            ggml_backend_alloc_ctx_tensors_from_buft(ids_context_.get(), ggml_backend_dev_buffer_type(inner_)));
         ids_capacity_ = ids_buffer_ ? capacity : 0;
         if (!ids_buffer_) {
             return nullptr;
@@ -349,115 +353,6 @@ bool pool::use_from(ggml_backend_t backend) {
 void pool::forget(ggml_backend_t backend) {
     const std::lock_guard<std::mutex> lock(mutex);
     users_.erase(std::remove(users_.begin(), users_.end(), backend), users_.end());
-}
-
-// ---- figures
-
-void pool::count(paged_layer & layer, const rotary_layer_stats & delta) {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    rotary_layer_stats & stats = layer.stats;
-    stats.lookups += delta.lookups;
-    stats.requests += delta.requests;
-    stats.hits += delta.hits;
-    stats.misses += delta.misses;
-    stats.bypassed += delta.bypassed;
-    stats.evictions += delta.evictions;
-    stats.bytes_paged += delta.bytes_paged;
-    stats.waves += delta.waves;
-    stats.n_resident = layer.table ? layer.table->n_resident() : layer.n_expert;
-}
-
-void pool::count_wait(uint64_t us) {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    totals_.waits++;
-    totals_.wait_us += us;
-}
-
-void pool::count_page(uint64_t us) {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    totals_.page_us += us;
-}
-
-void pool::set_scratch_bytes(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    scratch_bytes_ = bytes;
-}
-
-void pool::notice(const std::string & text) {
-    {
-        const std::lock_guard<std::mutex> lock(counter_mutex_);
-        if (std::find(notices_.begin(), notices_.end(), text) != notices_.end()) {
-            return;
-        }
-        notices_.push_back(text);
-    }
-    GGML_LOG_WARN("rotary: %s\n", text.c_str()); // a log callback may ask for the figures
-}
-
-void pool::stats(rotary_stats & out) const {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    out               = totals_;
-    out.n_layers      = (int32_t) layers_.size();
-    out.staging_bytes = scratch_bytes_;
-    out.n_notices     = (int32_t) notices_.size();
-    for (const auto & layer : layers_) {
-        out.n_expert      = std::max(out.n_expert, layer->n_expert);
-        out.n_expert_used = std::max(out.n_expert_used, layer->n_expert_used);
-        out.n_slots       = out.n_slots ? std::min(out.n_slots, layer->stats.n_slots) : layer->stats.n_slots;
-        out.path          = out.path ? std::min<int32_t>(out.path, layer->path) : layer->path;
-        out.lookups += layer->stats.lookups;
-        out.requests += layer->stats.requests;
-        out.hits += layer->stats.hits;
-        out.misses += layer->stats.misses;
-        out.bypassed += layer->stats.bypassed;
-        out.evictions += layer->stats.evictions;
-        out.bytes_paged += layer->stats.bytes_paged;
-        out.waves += layer->stats.waves;
-    }
-}
-
-bool pool::layer_stats(int32_t index, rotary_layer_stats & out) const {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    if (index < 0 || index >= (int32_t) layers_.size()) {
-        return false;
-    }
-    const paged_layer & layer = *layers_[index];
-    out               = layer.stats;
-    out.il            = layer.il;
-    out.n_expert      = layer.n_expert;
-    out.n_expert_used = layer.n_expert_used;
-    out.path          = layer.path;
-    out.expert_bytes  = layer.expert_bytes;
-    return true;
-}
-
-void pool::reset_counters() {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    for (const auto & layer : layers_) {
-        rotary_layer_stats fresh = {};
-        fresh.n_slots            = layer->stats.n_slots;
-        fresh.n_resident         = layer->stats.n_resident;
-        layer->stats             = fresh;
-    }
-    totals_.waits = totals_.wait_us = totals_.page_us = 0;
-}
-
-const char * pool::notice_text(int32_t index) const {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    return index >= 0 && index < (int32_t) notices_.size() ? notices_[index].c_str() : nullptr;
-}
-
-void pool::print_summary() const {
-    rotary_stats s = {};
-    stats(s);
-    fprintf(stderr,
-            "rotary: model=%s inner=%s budget_bytes=%llu n_layers=%d n_expert=%d n_slots=%d path=%d lookups=%llu "
-            "requests=%llu hits=%llu misses=%llu bypassed=%llu evictions=%llu bytes_paged=%llu waves=%llu waits=%llu\n",
-            config.model.c_str(), ggml_backend_dev_name(inner_), (unsigned long long) s.budget_bytes, s.n_layers,
-            s.n_expert, s.n_slots, s.path, (unsigned long long) s.lookups, (unsigned long long) s.requests,
-            (unsigned long long) s.hits, (unsigned long long) s.misses, (unsigned long long) s.bypassed,
-            (unsigned long long) s.evictions, (unsigned long long) s.bytes_paged, (unsigned long long) s.waves,
-            (unsigned long long) s.waits);
 }
 
 } // namespace rotary

@@ -27,14 +27,14 @@ namespace rotary {
 
 // One expert matrix of the model, [ne0, ne1, n_expert], in host memory: the mapping or a no-mmap copy.
 struct paged_tensor {
-    std::string    name;
-    ggml_type      type;
-    int64_t        ne[3];
-    size_t         expert_bytes; // bytes of one expert: nb[2]
-    const char *   data;
-    const void *   owner;        // the paged buffer it lies in
-    int32_t        n_expert_used;
-    ggml_tensor *  slots = nullptr; // [ne0, ne1, n_slots] on the inner device; NULL on the mapped path
+    std::string   name;
+    ggml_type     type;
+    int64_t       ne[3];
+    size_t        expert_bytes;    // bytes of one expert: nb[2]
+    const char *  data;
+    const void *  owner;           // the paged buffer it lies in
+    int32_t       n_expert_used;
+    ggml_tensor * slots = nullptr; // [ne0, ne1, n_slots] on the inner device; NULL on the mapped path
 
     const char * expert_data(int32_t expert) const { return data + expert_bytes * expert; }
 };
@@ -46,20 +46,20 @@ struct paged_layer {
     int32_t                     n_expert_used = 1;
     uint64_t                    expert_bytes  = 0; // one expert, all tensors
     std::vector<paged_tensor *> tensors;
-    rotary_path                 path = ROTARY_PATH_NONE;
-    bool                        host_plain = false;    // the inner device can compute from the store itself, exactly
-    std::unique_ptr<slot_table> table;             // NULL unless path is SLOTS
+    rotary_path                 path       = ROTARY_PATH_NONE;
+    bool                        host_plain = false; // the inner device can compute from the store itself, exactly
+    std::unique_ptr<slot_table> table;              // NULL unless path is SLOTS
     rotary_layer_stats          stats = {};
 
     // The rewritten ids, on the inner device: a fixed place for each layer, so that a captured graph stays valid.
-    ggml_tensor *               slot_ids = nullptr;
-    std::vector<int32_t>        slot_ids_host; // the copy's source; must live until the inner backend has taken it
+    ggml_tensor *        slot_ids = nullptr;
+    std::vector<int32_t> slot_ids_host; // the copy's source; must live until the inner backend has taken it
 };
 
 struct pool_config {
     budget      wanted;
-    std::string budget_text = "auto";
-    std::string model       = "model";
+    std::string budget_text  = "auto";
+    std::string model        = "model";
     uint64_t    margin_bytes = 0;
     bool        repack       = true;
     bool        direct       = true;
@@ -99,21 +99,21 @@ class pool {
     bool is_shared() const { return users_.size() > 1; }
 
     // ---- figures
-    void count(paged_layer & layer, const rotary_layer_stats & delta);
-    void count_wait(uint64_t us);
-    void count_page(uint64_t us);
-    void set_scratch_bytes(size_t bytes);
-    void notice(const std::string & text); // said once: logged as a warning and kept for rotary_pool_notice
-    void stats(rotary_stats & out) const;
-    bool layer_stats(int32_t index, rotary_layer_stats & out) const;
-    void reset_counters();
+    void         count(paged_layer & layer, const rotary_layer_stats & delta);
+    void         count_wait(uint64_t us);
+    void         count_page(uint64_t us);
+    void         set_scratch_bytes(size_t bytes);
+    void         notice(const std::string & text); // said once: logged as a warning and kept for rotary_pool_notice
+    void         stats(rotary_stats & out) const;
+    bool         layer_stats(int32_t index, rotary_layer_stats & out) const;
+    void         reset_counters();
     const char * notice_text(int32_t index) const;
 
     std::mutex         mutex;
     const pool_config  config;
     ggml_backend_dev_t inner() const { return inner_; }
     bool               inner_is_host() const { return inner_is_host_; }
-    ggml_gallocr_t     scratch(); // activations of the waves
+    ggml_gallocr_t     scratch();                                 // activations of the waves
     uint64_t           generation() const { return generation_; } // changes whenever slots or ids move
 
   private:
@@ -128,12 +128,12 @@ class pool {
     ggml_backend_dev_t inner_;
     bool               inner_is_host_;
 
-    std::vector<std::unique_ptr<paged_tensor>>    tensors_;
-    std::vector<std::unique_ptr<paged_layer>>     layers_;
-    std::unordered_map<const void *, place>       by_data_;
-    bool                                          prepared_ = false;
-    int32_t                                       status_   = ROTARY_OK; // of the sizing, so that it is tried once
-    std::string                                   status_text_;
+    std::vector<std::unique_ptr<paged_tensor>> tensors_;
+    std::vector<std::unique_ptr<paged_layer>>  layers_;
+    std::unordered_map<const void *, place>    by_data_;
+    bool                                       prepared_ = false;
+    int32_t                                    status_   = ROTARY_OK; // of the sizing, so that it is tried once
+    std::string                                status_text_;
 
     std::vector<ggml_context_ptr>        contexts_; // of the slot tensors, one for each buffer type
     std::vector<ggml_backend_buffer_ptr> buffers_;
@@ -144,10 +144,10 @@ class pool {
     std::vector<ggml_backend_t>          users_;
     uint64_t                             generation_ = 0;
 
-    mutable std::mutex       counter_mutex_;
-    rotary_stats             totals_ = {}; // what layers do not count themselves
-    std::deque<std::string>  notices_;     // a deque: the texts handed out must not move
-    size_t                   scratch_bytes_ = 0;
+    mutable std::mutex      counter_mutex_;
+    rotary_stats            totals_ = {}; // what layers do not count themselves
+    std::deque<std::string> notices_;     // a deque: the texts handed out must not move
+    size_t                  scratch_bytes_ = 0;
 };
 
 } // namespace rotary

@@ -75,7 +75,7 @@ static ggml_backend_reg reg = {
 // git: then the version and the checks below must do.
 static bool commit_matches(std::string in_use) {
     const std::string built = ROTARY_GGML_COMMIT;
-    in_use = in_use.substr(0, in_use.find("-dirty"));
+    in_use                  = in_use.substr(0, in_use.find("-dirty"));
     return in_use == "unknown" || built == "unknown" || built.compare(0, in_use.size(), in_use) == 0;
 }
 
@@ -84,8 +84,8 @@ static bool commit_matches(std::string in_use) {
 static bool ggml_matches() {
     if (strcmp(ggml_version(), ROTARY_GGML_VERSION) != 0 || !commit_matches(ggml_commit())) {
         fail(ROTARY_ERR_VERSION, format("libggml-rotary.so: compiled against ggml %s (%s), loaded into ggml %s (%s); "
-                                        "rebuild it against the llama.cpp in use", ROTARY_GGML_VERSION,
-                                        ROTARY_GGML_COMMIT, ggml_version(), ggml_commit()));
+                                        "rebuild it against the llama.cpp in use",
+                                        ROTARY_GGML_VERSION, ROTARY_GGML_COMMIT, ggml_version(), ggml_commit()));
         return false;
     }
     const size_t in_use   = ggml_tensor_overhead();
@@ -93,7 +93,8 @@ static bool ggml_matches() {
     if (in_use != expected || strcmp(ggml_op_name(GGML_OP_MUL_MAT_ID), "MUL_MAT_ID") != 0 ||
         strcmp(ggml_op_name(GGML_OP_GLU), "GLU") != 0) {
         fail(ROTARY_ERR_VERSION, format("libggml-rotary.so: ggml %s in use is patched (tensors of %zu bytes, %zu "
-                                        "expected); rebuild against its source", ggml_version(), in_use, expected));
+                                        "expected); rebuild against its source",
+                                        ggml_version(), in_use, expected));
         return false;
     }
     return true;
@@ -108,7 +109,8 @@ static bool environment_is_valid() {
     }
     const char * margin = getenv("ROTARY_MARGIN");
     if (margin != nullptr && *margin != '\0' && !(budget_parse(margin, parsed) && parsed.what == budget::kind::bytes)) {
-        fail(ROTARY_ERR_ARG, format("ROTARY_MARGIN=%s: not a size; more than 0 bytes; write for example 512MiB", margin));
+        fail(ROTARY_ERR_ARG,
+             format("ROTARY_MARGIN=%s: not a size; more than 0 bytes; write for example 512MiB", margin));
         return false;
     }
     return true;
@@ -116,7 +118,7 @@ static bool environment_is_valid() {
 
 static bool make_devices() {
     std::vector<std::pair<std::string, ggml_backend_dev_t>> inner;
-    const char * names = getenv("ROTARY_INNER");
+    const char *                                            names = getenv("ROTARY_INNER");
     if (names != nullptr && *names != '\0') {
         std::istringstream list(names);
         std::string        name;

@@ -31,10 +31,10 @@ class slot_table {
   private:
     int32_t take_slot();
 
-    std::vector<int32_t>  slot_of_;     // [n_expert] slot, -1 absent
-    std::vector<int32_t>  expert_of_;   // [n_slots] expert, -1 free
-    std::vector<uint64_t> last_use_;    // [n_slots] value of clock_ at the last use
-    std::vector<uint64_t> wanted_by_;   // [n_expert] the last call_ that wanted this expert: those are held
+    std::vector<int32_t>  slot_of_;   // [n_expert] slot, -1 absent
+    std::vector<int32_t>  expert_of_; // [n_slots] expert, -1 free
+    std::vector<uint64_t> last_use_;  // [n_slots] value of clock_ at the last use
+    std::vector<uint64_t> wanted_by_; // [n_expert] the last call_ that wanted this expert: those are held
     uint64_t              clock_      = 0;
     uint64_t              call_       = 0;
     int32_t               n_resident_ = 0;

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: MIT
+//
+// Pool: what it counts and says of itself. See pool.hpp.
+
+#include "pool.hpp"
+
+#include "error.hpp"
+
+#include "ggml-impl.h"
+
+#include <algorithm>
+
+namespace rotary {
+
+void pool::count(paged_layer & layer, const rotary_layer_stats & delta) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    rotary_layer_stats &              stats = layer.stats;
+    stats.lookups += delta.lookups;
+    stats.requests += delta.requests;
+    stats.hits += delta.hits;
+    stats.misses += delta.misses;
+    stats.bypassed += delta.bypassed;
+    stats.evictions += delta.evictions;
+    stats.bytes_paged += delta.bytes_paged;
+    stats.waves += delta.waves;
+    stats.n_resident = layer.table ? layer.table->n_resident() : layer.n_expert;
+}
+
+void pool::count_wait(uint64_t us) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.waits++;
+    totals_.wait_us += us;
+}
+
+void pool::count_page(uint64_t us) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.page_us += us;
+}
+
+void pool::set_scratch_bytes(size_t bytes) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    scratch_bytes_ = bytes;
+}
+
+void pool::notice(const std::string & text) {
+    {
+        const std::lock_guard<std::mutex> lock(counter_mutex_);
+        if (std::find(notices_.begin(), notices_.end(), text) != notices_.end()) {
+            return;
+        }
+        notices_.push_back(text);
+    }
+    GGML_LOG_WARN("rotary: %s\n", text.c_str()); // a log callback may ask for the figures
+}
+
+void pool::stats(rotary_stats & out) const {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    out               = totals_;
+    out.n_layers      = (int32_t) layers_.size();
+    out.staging_bytes = scratch_bytes_;
+    out.n_notices     = (int32_t) notices_.size();
+    for (const auto & layer : layers_) {
+        out.n_expert      = std::max(out.n_expert, layer->n_expert);
+        out.n_expert_used = std::max(out.n_expert_used, layer->n_expert_used);
+        out.n_slots       = out.n_slots ? std::min(out.n_slots, layer->stats.n_slots) : layer->stats.n_slots;
+        out.path          = out.path ? std::min<int32_t>(out.path, layer->path) : layer->path;
+        out.lookups += layer->stats.lookups;
+        out.requests += layer->stats.requests;
+        out.hits += layer->stats.hits;
+        out.misses += layer->stats.misses;
+        out.bypassed += layer->stats.bypassed;
+        out.evictions += layer->stats.evictions;
+        out.bytes_paged += layer->stats.bytes_paged;
+        out.waves += layer->stats.waves;
+    }
+}
+
+bool pool::layer_stats(int32_t index, rotary_layer_stats & out) const {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    if (index < 0 || index >= (int32_t) layers_.size()) {
+        return false;
+    }
+    const paged_layer & layer = *layers_[index];
+    out                       = layer.stats;
+    out.il                    = layer.il;
+    out.n_expert              = layer.n_expert;
+    out.n_expert_used         = layer.n_expert_used;
+    out.path                  = layer.path;
+    out.expert_bytes          = layer.expert_bytes;
+    return true;
+}
+
+void pool::reset_counters() {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    for (const auto & layer : layers_) {
+        rotary_layer_stats fresh = {};
+        fresh.n_slots            = layer->stats.n_slots;
+        fresh.n_resident         = layer->stats.n_resident;
+        layer->stats             = fresh;
+    }
+    totals_.waits = totals_.wait_us = totals_.page_us = 0;
+}
+
+const char * pool::notice_text(int32_t index) const {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    return index >= 0 && index < (int32_t) notices_.size() ? notices_[index].c_str() : nullptr;
+}
+
+void pool::print_summary() const {
+    rotary_stats s = {};
+    stats(s);
+    fprintf(stderr,
+            "rotary: model=%s inner=%s budget_bytes=%llu n_layers=%d n_expert=%d n_slots=%d path=%d lookups=%llu "
+            "requests=%llu hits=%llu misses=%llu bypassed=%llu evictions=%llu bytes_paged=%llu waves=%llu waits=%llu\n",
+            config.model.c_str(), ggml_backend_dev_name(inner_), (unsigned long long) s.budget_bytes, s.n_layers,
+            s.n_expert, s.n_slots, s.path, (unsigned long long) s.lookups, (unsigned long long) s.requests,
+            (unsigned long long) s.hits, (unsigned long long) s.misses, (unsigned long long) s.bypassed,
+            (unsigned long long) s.evictions, (unsigned long long) s.bytes_paged, (unsigned long long) s.waves,
+            (unsigned long long) s.waits);
+}
+
+} // namespace rotary
