@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Decode and prefill speed of paged against stock, in turn on this machine.
 
-Each measurement is a process of its own: it loads the model, evaluates a prompt, then decodes greedily. A round runs
-every configuration once, so that a slow spell of the machine hits all of them; figures are medians over rounds, and
-ratios are to stock with the same repacking. The generated text must be the same everywhere, or the benchmark fails.
+Each measurement is a process of its own: it loads the model, evaluates a prompt, then decodes greedily. A
+round runs every configuration once, so that a slow spell of the machine hits all of them; figures are medians
+over rounds, and ratios are to stock with the same kernels, repacking included. The generated text must be the
+same everywhere, or the benchmark fails. Run it on an idle machine: with more runnable threads than cores,
+ggml's barriers measure the scheduler.
 
     python benchmarks/decode.py models/tiny-moe-q8_0.gguf
-    python benchmarks/decode.py --shape qwen3-30b-a3b --layers 6 --type q4_0 --locality 0.38 --budgets 100%,50%,25%
+    python benchmarks/decode.py --shape qwen3-30b-a3b --layers 6 --type q4_0 --locality 0.38
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_thre
     Returns
     -------
     dict
-        ``prefill`` and ``decode`` in tokens per second, ``text_hash`` of the greedy tokens, ``hit_rate`` of the
-        decode (None for stock) and ``n_slots``.
+        ``prefill`` and ``decode`` in tokens per second, ``text_hash`` of the greedy tokens, ``hit_rate`` of
+        the decode (None for stock) and ``n_slots``.
     """
     import numpy as np
 
@@ -72,7 +74,10 @@ def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_thre
 
 def in_process(arguments: list[object]) -> dict:
     """`measure` in a fresh interpreter: no run inherits another's memory or threads."""
-    code = "import json, sys; from benchmarks.decode import measure; print(json.dumps(measure(*json.loads(sys.argv[1]))))"
+    code = (
+        "import json, sys; from benchmarks.decode import measure; "
+        "print(json.dumps(measure(*json.loads(sys.argv[1]))))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
@@ -80,6 +85,14 @@ def in_process(arguments: list[object]) -> dict:
     if result.returncode != 0:
         raise click.ClickException(f"{arguments[1] or 'stock'}: failed: {result.stderr.strip()[-800:]}")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def cpu_name() -> str:
+    """The processor as /proc/cpuinfo names it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def synthetic(shape: str, type_: str, layers: int, locality: float | None) -> Path:
@@ -98,8 +111,10 @@ def synthetic(shape: str, type_: str, layers: int, locality: float | None) -> Pa
 @click.option("--shape", help="Generate a model of this shape instead of reading MODEL.")
 @click.option("--type", "type_", default="q4_0", show_default=True, help="Type of its experts.")
 @click.option("--layers", default=6, show_default=True, help="Its layers.")
-@click.option("--locality", type=float, help="Share of experts that the next token uses again; random if left out.")
-@click.option("--budgets", default="100%,50%,25%", show_default=True, help="Paged configurations, comma separated.")
+@click.option(
+    "--locality", type=float, help="Share of experts the next token uses again; random if left out."
+)
+@click.option("--budgets", default="100%,50%,25%", show_default=True, help="Paged runs, comma separated.")
 @click.option("--prompt", "n_prompt", default=128, show_default=True, help="Prompt tokens.")
 @click.option("-n", "n_decode", default=64, show_default=True, help="Decoded tokens.")
 @click.option("--rounds", default=5, show_default=True)
@@ -125,7 +140,7 @@ def main(model, shape, type_, layers, locality, budgets, n_prompt, n_decode, rou
     def median(budget: str | None, figure: str) -> float:
         return statistics.median(run[figure] for run in runs[budget])
 
-    click.echo(f"{path.name}, {platform.processor() or platform.machine()}, {threads} threads, medians of {rounds}")
+    click.echo(f"{path.name}, {cpu_name()}, {threads} threads, medians of {rounds} rounds")
     click.echo("| | decode tok/s | of stock | prefill tok/s | of stock | slots | hit rate |")
     click.echo("|---|---|---|---|---|---|---|")
     table = []
@@ -141,12 +156,13 @@ def main(model, shape, type_, layers, locality, budgets, n_prompt, n_decode, rou
         table.append(row)
         hit_rate = "" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}"
         click.echo(
-            f"| {row['configuration']} | {row['decode']:.1f} | {row['decode_ratio']:.2f} | {row['prefill']:.1f} "
-            f"| {row['prefill_ratio']:.2f} | {row['n_slots'] or ''} | {hit_rate} |"
+            f"| {row['configuration']} | {row['decode']:.1f} | {row['decode_ratio']:.2f} "
+            f"| {row['prefill']:.1f} | {row['prefill_ratio']:.2f} | {row['n_slots'] or ''} | {hit_rate} |"
         )
     if json_path:
-        figures = {str(budget or "stock"): each for budget, each in runs.items()}
-        Path(json_path).write_text(json.dumps({"model": path.name, "table": table, "runs": figures}, indent=1))
+        figures = {budget or "stock": each for budget, each in runs.items()}
+        everything = {"model": path.name, "table": table, "runs": figures}
+        Path(json_path).write_text(json.dumps(everything, indent=1))
 
 
 if __name__ == "__main__":

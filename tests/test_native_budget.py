@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Division of a budget into slots, through cffi: cases solved by hand, properties over random layers, and the two
-readers of budget texts (the library's and RotaryConfig's) taking each other's words."""
+"""Division of a budget into slots, through cffi: cases solved by hand, properties over random layers, and the
+two readers of budget texts (the library's and RotaryConfig's) taking each other's words."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_by_hand(native, budget, slots, n_bytes):
 
 
 def test_layers_of_different_sizes(native):
-    # Experts of 10 and of 30 bytes, 4 of each, 1 used. 100 bytes: one each (40), a second each (80), and the 20 left
-    # hold two more of the small ones and none of the large.
+    # Experts of 10 and of 30 bytes, 4 of each, 1 used. 100 bytes: one each (40), a second each (80), and the
+    # 20 left hold two more of the small ones and none of the large.
     assert divide(native, "100", [(10, 4, 1), (30, 4, 1)])[1] == [4, 2]
 
 
@@ -98,7 +98,9 @@ def test_both_readers_accept(native, text):
     assert divide(native, Budget.parse(text).text, layers, 5) == ours
 
 
-@pytest.mark.parametrize("text", ["", "lots", "-1", "101%", "1.5 slots", "8 GiBs", "8QB", "nan", "inf", "0x10"])
+@pytest.mark.parametrize(
+    "text", ["", "lots", "-1", "101%", "1.5 slots", "8 GiBs", "8QB", "nan", "inf", "0x10"]
+)
 def test_both_readers_refuse(native, text):
     assert divide(native, text, [(1, 8, 1)])[0] == ERR_ARG
     with pytest.raises(RotaryError):
