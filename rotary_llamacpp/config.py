@@ -96,8 +96,8 @@ class Budget:
         """A budget of `percent` of the experts."""
         return cls("share", percent, f"{percent:.10g}%")
 
-    def check(self, info: ModelInfo) -> None:
-        """Refuse a budget that cannot hold one token's experts of this model.
+    def check(self, info: ModelInfo, given: object) -> None:
+        """Refuse a budget, written as `given`, that cannot hold one token's experts of this model.
 
         Raises
         ------
@@ -105,19 +105,16 @@ class Budget:
             Its message names the minimum.
         """
         least = info.min_budget_bytes
-        todo = f'use "min" or raise the budget to {math.ceil(least / MIB)} MiB'
-        if self.kind == "slots" and self.amount < info.n_expert_used:
-            raise BudgetError(
-                f"{info.path.name}: a token uses {info.n_expert_used} experts per layer, the budget is "
-                f"{self.text}; at least {info.n_expert_used} slots; {todo}"
-            )
-        n_bytes = {"share": round(info.expert_bytes * self.amount / 100), "bytes": self.amount}.get(
-            self.kind, least
-        )
+        n_bytes = {
+            "share": round(info.expert_bytes * self.amount / 100),
+            "bytes": self.amount,
+            "slots": least * self.amount / info.n_expert_used,
+        }.get(self.kind, least)
         if n_bytes < least:
             raise BudgetError(
-                f"{info.path.name}: one token's experts take {least} bytes, the budget {self.text} is "
-                f"{int(n_bytes)} bytes; at least {least} bytes; {todo}"
+                f"{info.path.name}: budget {given} is {n_bytes / MIB:.1f} MiB; one token's "
+                f"{info.n_expert_used} experts per layer take {least / MIB:.1f} MiB in {len(info.layers)} layers; "
+                f'use "min", "{info.n_expert_used} slots" or {math.ceil(least / MIB)}MiB'
             )
 
 

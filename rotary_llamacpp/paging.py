@@ -83,7 +83,7 @@ class Paging:
             logger.info("%s: dense model, paging does not apply", info.path.name)
             return self.step_aside("dense model, paging does not apply", kwargs)
         budget = Budget.parse(config.budget)
-        budget.check(info)
+        budget.check(info, config.budget)
         lib = _native.load()
         device = lib.device_for(config.inner or ("CPU" if self.given_n_gpu_layers == 0 else None))
         self.pool = _native.Pool(

@@ -264,7 +264,7 @@ def test_auto_falls_back_when_there_is_no_room_or_no_device(native, tiny_model, 
 @pytest.mark.parametrize(
     ("rotary", "kind", "reason"),
     [
-        ("1%", BudgetError, "at least 2506752 bytes"),
+        ("1%", BudgetError, 'take 2.4 MiB .* use "min", "4 slots" or 3MiB'),
         ("nonsense", BudgetError, "not understood"),
         ({"bugdet": 1}, RotaryError, "unknown option"),
         ({"inner": "FOO0"}, DeviceError, "FOO0"),

@@ -61,7 +61,7 @@ def test_below_the_minimum_names_it(native):
     status, _, least = divide(native, "7MiB", [(MIB, 16, 4)] * 2)
     assert (status, least) == (ERR_BUDGET, 8 * MIB)
     assert "budget 7MiB is 7.0 MiB" in native.last_error()
-    assert "raise the budget to 8.0 MiB" in native.last_error()
+    assert "raise the budget to 8 MiB" in native.last_error()
 
 
 def test_properties_over_random_layers(native):

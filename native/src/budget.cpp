@@ -149,9 +149,11 @@ std::string budget_not_understood(const std::string & text) {
 
 std::string budget_too_small(const std::string & model, const std::string & text, uint64_t bytes,
                              const std::vector<layer_size> & layers) {
-    const std::string least = mib(budget_min_bytes(layers));
-    return format("%s: budget %s is %s; one token's experts take %s in %zu layers; raise the budget to %s or more",
-                  model.c_str(), text.c_str(), mib(bytes).c_str(), least.c_str(), layers.size(), least.c_str());
+    const uint64_t least = budget_min_bytes(layers);
+    return format("%s: budget %s is %s; one token's experts take %s in %zu layers; use \"min\" or raise the budget to "
+                  "%llu MiB",
+                  model.c_str(), text.c_str(), mib(bytes).c_str(), mib(least).c_str(), layers.size(),
+                  (unsigned long long) ((least + 1048575) / 1048576));
 }
 
 } // namespace rotary
