@@ -111,10 +111,11 @@ class Budget:
             "slots": least * self.amount / info.n_expert_used,
         }.get(self.kind, least)
         if n_bytes < least:
+            n_used, n_layers = info.n_expert_used, len(info.layers)
             raise BudgetError(
-                f"{info.path.name}: budget {given} is {n_bytes / MIB:.1f} MiB; one token's "
-                f"{info.n_expert_used} experts per layer take {least / MIB:.1f} MiB in {len(info.layers)} layers; "
-                f'use "min", "{info.n_expert_used} slots" or {math.ceil(least / MIB)}MiB'
+                f"{info.path.name}: budget {given} is {n_bytes / MIB:.1f} MiB; one token's {n_used} experts "
+                f"per layer take {least / MIB:.1f} MiB in {n_layers} layers; "
+                f'use "min", "{n_used} slots" or {math.ceil(least / MIB)}MiB'
             )
 
 

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,6 +82,24 @@ def load(
         raise ModelError(f"{model}: llama.cpp refuses it, {error}; run with --verbose to see why") from None
 
 
+@contextlib.contextmanager
+def _noting_interrupts(event: threading.Event) -> Iterator[None]:
+    """Set `event` at Ctrl-C too: raised in a destructor or a C callback, KeyboardInterrupt would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_interrupt(*_: object) -> None:
+        event.set()
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def generate(
     llama: Llama,
     prompt: str,
@@ -111,7 +132,7 @@ def generate(
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
     pieces: list[str] = []
     made: list[int] = []
-    interrupted = False
+    interrupted = threading.Event()
 
     def put(data: bytes, final: bool = False) -> None:
         if text := decoder.decode(data, final):
@@ -120,23 +141,24 @@ def generate(
 
     start = first = end = time.monotonic()
     try:
-        llama.eval(tokens[:1])
-        llama.reset()
-        llama.rotary_reset_stats()
-        start = first = end = time.monotonic()
-        for token in llama.generate(tokens, temp=temp) if room > 0 else ():
-            end = time.monotonic()
-            if not made:
-                first = end
-            if llama_is_eog(llama, token):
-                break
-            piece = llama.detokenize([token], prev_tokens=tokens + made)
-            made.append(token)
-            put(piece)
-            if len(made) == room:
-                break
+        with _noting_interrupts(interrupted):
+            llama.eval(tokens[:1])
+            llama.reset()
+            llama.rotary_reset_stats()
+            start = first = end = time.monotonic()
+            for token in llama.generate(tokens, temp=temp) if room > 0 else ():
+                end = time.monotonic()
+                if not made:
+                    first = end
+                if llama_is_eog(llama, token):
+                    break
+                piece = llama.detokenize([token], prev_tokens=tokens + made)
+                made.append(token)
+                put(piece)
+                if len(made) == room or interrupted.is_set():
+                    break
     except KeyboardInterrupt:
-        interrupted = True
+        interrupted.set()
     put(b"", final=True)
     return Generation(
         text="".join(pieces),
@@ -144,7 +166,7 @@ def generate(
         completion_tokens=len(made),
         prompt_tokens_per_second=_per_second(len(tokens), first - start),
         tokens_per_second=_per_second(len(made) - 1, end - first),
-        interrupted=interrupted,
+        interrupted=interrupted.is_set(),
         rotary=llama.rotary_stats(),
     )
 
