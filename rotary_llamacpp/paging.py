@@ -133,9 +133,9 @@ class Paging:
         store = "mmap" if llama.model_params.load_mode in mapped else "file copy"
         logger.log(
             logging.INFO if config.verbose else logging.DEBUG,
-            "%s: experts paged on %s, budget %d of %d MiB, %d of %d slots per layer, store %s, path %s",
-            os.path.basename(llama.model_path), self.inner_device, stats["budget_bytes"] // MIB,
-            stats["expert_bytes"] // MIB, stats["n_slots"], stats["n_expert"], store,
+            "%s: experts paged on %s, budget %.1f of %.1f MiB, %d of %d slots per layer, store %s, path %s",
+            os.path.basename(llama.model_path), self.inner_device, stats["budget_bytes"] / MIB,
+            stats["expert_bytes"] / MIB, stats["n_slots"], stats["n_expert"], store,
             stats["path"],
         )  # fmt: skip
 

@@ -17,12 +17,10 @@ import llama_cpp.llama_cpp as llama_api
 import numpy as np
 import pytest
 from conftest import ROOT
-from gguf import GGUFWriter
 from tracing import OPTIONS, trace
 
 from rotary_llamacpp import Llama, RotaryConfig, _native, paging
 from rotary_llamacpp.errors import BudgetError, DeviceError, LibraryError, ModelError, RotaryError
-from rotary_llamacpp.gguf_header import read_header
 
 PROMPT = "In the beginning"
 
@@ -154,7 +152,7 @@ def test_announces_what_it_chose(make, caplog):
         make("25%", use_mmap=False)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
-    for part in ("tiny-moe-q8_0.gguf", "on CPU", "4 of 19 MiB", "8 of 32 slots per layer"):
+    for part in ("tiny-moe-q8_0.gguf", "on CPU", "4.8 of 19.1 MiB", "8 of 32 slots per layer"):
         assert part in lines[0]
     assert "mmap" in lines[0] and "file copy" in lines[1]
 
@@ -182,23 +180,8 @@ def test_mlock_defeats_paging_and_is_warned_of(make, caplog):
 
 
 @pytest.mark.parametrize("names", [("attn_q.weight",), ("ffn_up_exps.weight", "ffn_down_exps.weight")])
-def test_lora_adapters(make, tiny_model, tmp_path, names):
-    adapter = tmp_path / "adapter.gguf"
-    writer = GGUFWriter(adapter, "qwen3moe")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 8.0)
-    rng = np.random.default_rng(0)
-    for tensor in read_header(tiny_model).tensors:
-        if any(name in tensor.name for name in names):
-            n_in, n_out, *experts = tensor.shape
-            for half, shape in (("a", (*experts, 4, n_in)), ("b", (*experts, n_out, 4))):
-                values = rng.normal(scale=0.05, size=shape).astype(np.float32)
-                writer.add_tensor(f"{tensor.name}.lora_{half}", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def test_lora_adapters(make, tiny_model, lora_adapter, names):
+    adapter = lora_adapter(tiny_model, names)
     plain, stock, paged = (
         trace(make(rotary, lora_path=lora), 40)["logits"]
         for rotary, lora in ((None, None), (None, str(adapter)), ("min", str(adapter)))
