@@ -161,7 +161,9 @@ def check_archs(**rotary: str) -> dict[str, int]:
 
 def test_archs() -> None:
     total = check_archs(inner="CPU", direct="1")
-    assert total["bypassed"] == total["misses"]  # its batches all want more experts than there are slots
+    # Nearly all of its batches want more experts than there are slots; none of those may be paged in waves.
+    assert total["waves"] == 0 and total["bypassed"] > 1000
+    assert total["misses"] > total["bypassed"], "the smallest batches are paged"
 
 
 def test_archs_in_waves() -> None:
