@@ -226,10 +226,9 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
                                mib(slot_bytes).c_str(), ggml_backend_dev_name(inner_)));
         }
         buffers_.emplace_back(buffer);
-        if (!inner_is_host_) {
-            // A GPU kernel may read past an expert's end into the next slot and multiply by zero: no NaN may be there.
-            ggml_backend_buffer_clear(buffer, 0);
-        }
+        // A GPU kernel may read past an expert's end into the next slot and multiply by zero: no NaN may be there. In
+        // host memory this touches every page now, which costs more than the copy when it happens in decode.
+        ggml_backend_buffer_clear(buffer, 0);
     }
     for (const auto & layer : layers_) {
         if (layer->path == ROTARY_PATH_RESIDENT) {
