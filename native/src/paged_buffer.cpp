@@ -8,7 +8,6 @@
 #include "ggml-impl.h"
 
 #include <cstring>
-#include <new>
 
 namespace rotary {
 

@@ -109,12 +109,11 @@ class pool {
     void         reset_counters();
     const char * notice_text(int32_t index) const;
 
-    std::mutex         mutex;
-    const pool_config  config;
-    ggml_backend_dev_t inner() const { return inner_; }
-    bool               inner_is_host() const { return inner_is_host_; }
-    ggml_gallocr_t     scratch();                                 // activations of the waves
-    uint64_t           generation() const { return generation_; } // changes whenever slots or ids move
+    std::mutex        mutex;
+    const pool_config config;
+    bool              inner_is_host() const { return inner_is_host_; }
+    ggml_gallocr_t    scratch();                                 // activations of the waves
+    uint64_t          generation() const { return generation_; } // changes whenever slots or ids move
 
   private:
     void     build_layers();
