@@ -199,6 +199,7 @@ setup(
         "numpy",
         "cffi",
         "click",
+        "tqdm",
     ],
     ext_modules=[Extension(f"{PACKAGE}.lib", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel, "llama_cpp": LlamaCpp},

@@ -16,17 +16,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import click
 
-ROOT = Path(__file__).resolve().parent.parent
-MODELS = ROOT / "build" / "bench"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
+
+from benchmarks.common import MODELS, ProcessFailed, cpu_name, in_process, synthetic
 
 
 def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_threads: int) -> dict:
@@ -72,40 +71,6 @@ def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_thre
     }
 
 
-def in_process(arguments: list[object]) -> dict:
-    """`measure` in a fresh interpreter: no run inherits another's memory or threads."""
-    code = (
-        "import json, sys; from benchmarks.decode import measure; "
-        "print(json.dumps(measure(*json.loads(sys.argv[1]))))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(arguments)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if result.returncode != 0:
-        raise click.ClickException(f"{arguments[1] or 'stock'}: failed: {result.stderr.strip()[-800:]}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def cpu_name() -> str:
-    """The processor as /proc/cpuinfo names it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def synthetic(shape: str, type_: str, layers: int, locality: float | None) -> Path:
-    """A model of the generator's, written once."""
-    from models.synth import synthesize
-
-    MODELS.mkdir(parents=True, exist_ok=True)
-    path = MODELS / f"{shape}-{layers}L-{type_}-{locality or 'random'}.gguf"
-    if not path.exists():
-        synthesize(path, shape, type=type_, locality=locality, layers=layers)
-    return path
-
-
 @click.command()
 @click.argument("model", required=False, type=click.Path(exists=True, dir_okay=False))
 @click.option("--shape", help="Generate a model of this shape instead of reading MODEL.")
@@ -124,13 +89,17 @@ def main(model, shape, type_, layers, locality, budgets, n_prompt, n_decode, rou
     """Print a table of decode and prefill speed, stock and paged."""
     if (model is None) == (shape is None):
         raise click.UsageError("give either a MODEL or --shape")
-    path = Path(model).resolve() if model else synthetic(shape, type_, layers, locality)
+    path = Path(model).resolve() if model else synthetic(MODELS, shape, type_, locality, layers=layers)
     configurations: list[str | None] = [None, *budgets.split(",")]
     runs: dict[str | None, list[dict]] = {budget: [] for budget in configurations}
     for round_ in range(rounds):
         for budget in configurations:
             click.echo(f"\rround {round_ + 1} of {rounds}: {budget or 'stock':8}", nl=False, err=True)
-            runs[budget].append(in_process([str(path), budget, n_prompt, n_decode, threads]))
+            arguments = (str(path), budget, n_prompt, n_decode, threads)
+            try:
+                runs[budget].append(in_process("benchmarks.decode", "measure", *arguments))
+            except ProcessFailed as error:
+                raise click.ClickException(f"{budget or 'stock'}: failed: {error}") from None
     click.echo("\r" + " " * 40 + "\r", nl=False, err=True)
 
     hashes = {run["text_hash"] for each in runs.values() for run in each}
@@ -166,5 +135,4 @@ def main(model, shape, type_, layers, locality, budgets, n_prompt, n_decode, rou
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

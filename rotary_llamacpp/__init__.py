@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .activation import activate, deactivate
     from .config import RotaryConfig
-    from .errors import RotaryError
+    from .errors import ReadError, RotaryError
     from .info import ModelInfo
     from .llama import Llama
 
     __version__: str
 
 _HOMES = {
-    "Llama": "llama", "RotaryConfig": "config", "RotaryError": "errors", "ModelInfo": "info",
-    "activate": "activation", "deactivate": "activation",
+    "Llama": "llama", "RotaryConfig": "config", "RotaryError": "errors", "ReadError": "errors",
+    "ModelInfo": "info", "activate": "activation", "deactivate": "activation",
 }  # fmt: skip
-__all__ = ["Llama", "ModelInfo", "RotaryConfig", "RotaryError", "__version__", "activate", "deactivate"]
+__all__ = [
+    "Llama", "ModelInfo", "ReadError", "RotaryConfig", "RotaryError", "__version__", "activate", "deactivate",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from . import machine, pinned
-from .errors import BudgetError, DeviceError, LibraryError, RotaryError, VersionError
+from .errors import BudgetError, DeviceError, LibraryError, ReadError, RotaryError, VersionError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _HERE = Path(__file__).resolve().parent
 _STRUCTS = ("rotary_config", "rotary_stats", "rotary_layer_stats", "rotary_layer_size", "rotary_load")
@@ -35,6 +35,7 @@ _ERRORS: dict[str, type[RotaryError]] = {  # by name in enum rotary_status
     "ROTARY_ERR_BUDGET": BudgetError,
     "ROTARY_ERR_MEMORY": LibraryError,
     "ROTARY_ERR_STATE": DeviceError,
+    "ROTARY_ERR_READ": ReadError,
 }
 _DEVICE_TYPE_GPU, _DEVICE_TYPE_IGPU = 1, 2
 
@@ -223,7 +224,7 @@ class Library:
         """Raise what a negative status stands for."""
         if status < 0:
             kind = _ERRORS.get(self.ffi.typeof("enum rotary_status").elements.get(status, ""), LibraryError)
-            raise kind(self.last_error() or f"{self.path}: failed with status {status}")
+            raise kind(self.last_error() or f"{self.path}: failed with status {status}") from None
         return status
 
     # ---- devices
@@ -300,14 +301,18 @@ class Pool:
         margin_bytes: int,
         repack: bool,
         direct: bool,
+        store: str,
+        prefetch: bool,
+        staging_bytes: int,
     ) -> None:
         self.lib = lib
         self.device = device
         # The texts must outlive the call only; the library copies them.
-        texts = [lib.ffi.new("char[]", text.encode()) for text in (budget, model)]
+        texts = [lib.ffi.new("char[]", text.encode()) for text in (budget, model, store)]
         config = lib.ffi.new("rotary_config *", {
             "struct_size": lib.ffi.sizeof("rotary_config"), "budget": texts[0], "model": texts[1],
-            "margin_bytes": margin_bytes, "repack": repack, "direct": direct,
+            "margin_bytes": margin_bytes, "repack": repack, "direct": direct, "store": texts[2],
+            "prefetch": prefetch, "staging_bytes": staging_bytes,
         })  # fmt: skip
         with _native_log_muted():
             self._pool = lib.c.rotary_pool_open(device, config)
@@ -319,8 +324,13 @@ class Pool:
         with _native_log_muted():
             self.lib.check(self.lib.c.rotary_pool_prepare(self._pool))
 
+    def set_budget(self, text: str) -> None:
+        """Change the budget; the slots are allocated anew, cold, at the next graph or `prepare`."""
+        with _native_log_muted():
+            self.lib.check(self.lib.c.rotary_pool_set_budget(self._pool, text.encode()))
+
     def stats(self) -> dict[str, Any]:
-        """The fields of struct rotary_stats, `path` by name."""
+        """The fields of struct rotary_stats, `path`, `store` and `io` by name."""
         return self._fields("rotary_stats", self.lib.c.rotary_pool_stats)
 
     def layer_stats(self) -> list[dict[str, Any]]:
@@ -335,8 +345,10 @@ class Pool:
         out = ffi.new(f"{struct} *")
         self.lib.check(function(self._pool, *args, out))
         fields = {name: getattr(out, name) for name, _ in ffi.typeof(struct).fields if name != "reserved"}
-        path = ffi.typeof("enum rotary_path").elements[fields["path"]]
-        return {**fields, "path": path.removeprefix("ROTARY_PATH_").lower()}
+        for name in fields.keys() & {"path", "store", "io"}:
+            constant = ffi.typeof(f"enum rotary_{name}").elements[fields[name]]
+            fields[name] = constant.removeprefix(f"ROTARY_{name.upper()}_").lower()
+        return fields
 
     def notices(self) -> list[str]:
         """Fallbacks and choices worth saying, in the order they were made."""

@@ -42,6 +42,7 @@ def activate(rotary: Any = "auto") -> None:
             "__init__": _paged_init(llama_cpp.Llama.__init__),
             "__getstate__": _paged_getstate(llama_cpp.Llama.__getstate__),
             "rotary_stats": lambda self: _paging_of(self).stats(),
+            "rotary_set_budget": lambda self, budget: _paging_of(self).set_budget(budget),
             "rotary_reset_stats": lambda self: _paging_of(self).reset(),
         }
         for name, method in paged_methods.items():

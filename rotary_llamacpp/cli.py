@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import click
 
-from .config import RotaryConfig
+from .config import STORES, RotaryConfig
 from .errors import LibraryError, RotaryError
 
 
@@ -70,8 +70,19 @@ def main() -> None:
 @click.option(
     "--no-direct", is_flag=True, help="Page long prompts too instead of computing from the mapped file."
 )
+@click.option(
+    "--store",
+    default="auto",
+    show_default=True,
+    metavar=f"[{'|'.join(STORES)}]",
+    help="Where experts come from: the mapped file, or direct reads past the page cache; auto reads directly "
+    "where they do not fit into memory.",
+)
+@click.option("--no-prefetch", is_flag=True, help="Do not read ahead what the next layers may want.")
+@click.option("--staging", metavar="SIZE", help="Memory for direct reads in flight, such as 64MiB.")
 @click.option("--no-mmap", is_flag=True, help="Read the file into memory instead of mapping it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--no-progress", is_flag=True, help="Show no live figures on a terminal.")
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
 def run(
     model: str,
@@ -85,8 +96,12 @@ def run(
     threads: int | None,
     no_repack: bool,
     no_direct: bool,
+    store: str,
+    no_prefetch: bool,
+    staging: str | None,
     no_mmap: bool,
     as_json: bool,
+    no_progress: bool,
     verbose: bool,
 ) -> None:
     """Generate text: text on stdout, then a line of figures on stderr."""
@@ -97,32 +112,38 @@ def run(
                 "inner": inner,
                 "repack": not no_repack,
                 "direct": not no_direct,
+                "store": store,
+                "prefetch": not no_prefetch,
+                "staging": staging,
                 "verbose": not as_json,
             }
         )
-        from .generation import (
-            generate,
-            load,
-        )  # imports llama_cpp: only once the options are known to be good
+        # These import llama_cpp: only once the options are known to be good.
+        from .generation import generate, load
+        from .live import watching
 
         options = {"seed": seed} if seed is not None else {}
-        llama = load(
-            model,
-            config,
-            n_ctx=ctx,
-            n_threads=threads,
-            n_threads_batch=threads,
-            use_mmap=not no_mmap,
-            verbose=verbose,
-            **options,
-        )
-        with contextlib.closing(llama):
+        with contextlib.ExitStack() as stack:
+            watcher = stack.enter_context(watching(off=no_progress or as_json or verbose))
+            llama = load(
+                model,
+                config,
+                n_ctx=ctx,
+                n_threads=threads,
+                n_threads_batch=threads,
+                use_mmap=not no_mmap,
+                verbose=verbose,
+                watcher=watcher,
+                **options,
+            )
+            stack.enter_context(contextlib.closing(llama))
             result = generate(
                 llama,
                 prompt,
                 n_predict,
                 temp=temp,
                 on_text=lambda text: None if as_json else click.echo(text, nl=False),
+                watcher=watcher,
             )
         if as_json:
             click.echo(json.dumps(result.to_dict()))

@@ -14,6 +14,7 @@ from .errors import BudgetError, RotaryError
 from .info import ModelInfo
 
 MIB = 1024 * 1024
+STORES = ("auto", "mmap", "direct")
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -140,6 +141,15 @@ class RotaryConfig:
         file.
     margin : int or str, optional
         Bytes of the inner device's memory that ``"auto"`` leaves free.
+    store : str
+        Where absent experts come from: ``"mmap"``, the mapped file through the page cache; ``"direct"``,
+        reads past the page cache, many at a time; ``"auto"``, direct where the experts do not fit into the
+        available memory.
+    prefetch : bool
+        With the direct store, read the experts that the next layers will probably want while the disk is
+        idle.
+    staging : int or str, optional
+        Bytes of memory for reads in flight, with the direct store.
     verbose : bool
         Say what was chosen in one line on the logger ``rotary_llamacpp``. Warnings are always logged.
     """
@@ -149,12 +159,20 @@ class RotaryConfig:
     repack: bool = True
     direct: bool = True
     margin: int | str | None = None
+    store: str = "auto"
+    prefetch: bool = True
+    staging: int | str | None = None
     verbose: bool = True
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
-        if self.margin is not None:
-            parse_bytes(self.margin)
+        for size in (self.margin, self.staging):
+            if size is not None:
+                parse_bytes(size)
+        if self.store not in STORES:
+            raise RotaryError(
+                f"store {self.store!r}: not understood; accepted are {', '.join(STORES)}; correct the store"
+            )
         if self.inner is not None and not (isinstance(self.inner, str) and self.inner.strip()):
             raise RotaryError(
                 f"inner {self.inner!r}: not a device name; a text such as CPU or CUDA0; "
@@ -165,6 +183,11 @@ class RotaryConfig:
     def margin_bytes(self) -> int:
         """The margin in bytes, 0 for the native library's default."""
         return 0 if self.margin is None else parse_bytes(self.margin)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory for reads in flight, 0 for the native library's default."""
+        return 0 if self.staging is None else parse_bytes(self.staging)
 
     @classmethod
     def from_any(

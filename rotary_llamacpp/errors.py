@@ -27,5 +27,9 @@ class LibraryError(RotaryError, RuntimeError):
     """The native library is missing, damaged or built for another machine, or it failed."""
 
 
+class ReadError(RotaryError, RuntimeError):
+    """The model's file cannot be read while the model runs, or is no longer the file that was loaded."""
+
+
 class VersionError(LibraryError):
     """llama-cpp-python, ggml or the native library is of another version than the others."""

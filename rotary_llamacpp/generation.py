@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""One generation with its timings, for ``rotary run``. Greedy or sampled as llama.cpp's own tools do it."""
+"""One generation with its timings, for ``rotary run``. Greedy or sampled as llama.cpp's own tools do it.
+
+Prints nothing: text goes to a callback, and a `Watcher` is told how far things are.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import llama_cpp.llama_cpp as llama_api
+
 from .config import MIB, RotaryConfig
 from .errors import ModelError, RotaryError
 from .info import ModelInfo
 from .llama import Llama
+from .paging import default_model_params
 
 _DEFAULT_CTX = 4096  # what llama.cpp's own tools take, capped by what the model was trained for
+
+
+class Watcher:
+    """Told of the steps of `load` and `generate`, by the thread that runs them; this one takes no notice."""
+
+    def loading(self, fraction: float) -> None:
+        """So much of the weights is loaded."""
+
+    def prompt(self, llama: Llama, n_tokens: int) -> None:
+        """The prompt is about to be computed."""
+
+    def token(self, n_made: int, n_predict: int) -> None:
+        """One more token has been chosen, its text comes next; the first means that the prompt is done."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +71,28 @@ class Generation:
                 f"{stats['n_slots']} of {stats['n_expert']} slots per layer in "
                 f"{stats['budget_bytes'] / MIB:.1f} MiB on {stats['inner_device']}",
             ]
+            if stats["store"] == "direct":
+                speed, accuracy = stats["read_bandwidth"], stats["prefetch_accuracy"]
+                parts += [
+                    "store direct",
+                    "nothing read" if speed is None else f"{speed / MIB:.1f} MiB/s from disk",
+                    "no prefetch" if accuracy is None else f"prefetch accuracy {100 * accuracy:.1f} %",
+                ]
         else:
             parts.append(f"not paged: {stats['reason']}")
         return "; ".join(parts)
 
 
 def load(
-    model: str, config: RotaryConfig | None, *, n_ctx: int | None = None, verbose: bool = False, **kwargs: Any
+    model: str,
+    config: RotaryConfig | None,
+    *,
+    n_ctx: int | None = None,
+    verbose: bool = False,
+    watcher: Watcher | None = None,
+    **kwargs: Any,
 ) -> Llama:
-    """Load a model for `generate`.
+    """Load a model for `generate`. With a watcher, llama.cpp's log loses its line of dots.
 
     Raises
     ------
@@ -68,17 +100,32 @@ def load(
         Also where stock raises a bare ValueError.
     """
     info = ModelInfo.read(model)
+    interrupted = threading.Event()
+
+    @llama_api.llama_progress_callback
+    def on_progress(fraction: float, _: Any) -> bool:
+        if watcher is not None:
+            watcher.loading(fraction)
+        return True
+
+    def adjust(params: Any) -> None:
+        if watcher is not None:
+            params.progress_callback = on_progress
+
     try:
-        return Llama(
-            model,
-            rotary=config,
-            verbose=verbose,
-            n_ctx=n_ctx or min(_DEFAULT_CTX, info.n_ctx_train or _DEFAULT_CTX),
-            **kwargs,
-        )
+        with default_model_params(adjust), _noting_interrupts(interrupted):
+            return Llama(
+                model,
+                rotary=config,
+                verbose=verbose,
+                n_ctx=n_ctx or min(_DEFAULT_CTX, info.n_ctx_train or _DEFAULT_CTX),
+                **kwargs,
+            )
     except RotaryError:
         raise
     except ValueError as error:
+        if interrupted.is_set():  # in on_progress, which made llama.cpp stop
+            raise KeyboardInterrupt from None
         raise ModelError(f"{model}: llama.cpp refuses it, {error}; run with --verbose to see why") from None
 
 
@@ -107,6 +154,7 @@ def generate(
     *,
     temp: float = 0.8,
     on_text: Callable[[str], None] = lambda text: None,
+    watcher: Watcher | None = None,
 ) -> Generation:
     """Generate up to `n_predict` tokens after `prompt`, handing out text as it comes.
 
@@ -133,6 +181,7 @@ def generate(
     pieces: list[str] = []
     made: list[int] = []
     interrupted = threading.Event()
+    watcher = watcher or Watcher()
 
     def put(data: bytes, final: bool = False) -> None:
         if text := decoder.decode(data, final):
@@ -145,6 +194,7 @@ def generate(
             llama.eval(tokens[:1])
             llama.reset()
             llama.rotary_reset_stats()
+            watcher.prompt(llama, len(tokens))
             start = first = end = time.monotonic()
             for token in llama.generate(tokens, temp=temp) if room > 0 else ():
                 end = time.monotonic()
@@ -154,6 +204,7 @@ def generate(
                     break
                 piece = llama.detokenize([token], prev_tokens=tokens + made)
                 made.append(token)
+                watcher.token(len(made), room)
                 put(piece)
                 if len(made) == room or interrupted.is_set():
                     break

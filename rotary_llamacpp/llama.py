@@ -46,7 +46,8 @@ class Llama(llama_cpp.Llama):
     RotaryError
         `BudgetError` before anything is loaded if the budget is below one token's experts, `ModelError` for a
         damaged file, `DeviceError` for an unknown inner device, `LibraryError` or `VersionError` if the
-        native library cannot be used.
+        native library cannot be used. Later, where stock raises RuntimeError because decoding failed,
+        `ReadError` if the file could not be read, or what else the native library says.
     """
 
     _rotary: Paging
@@ -71,11 +72,32 @@ class Llama(llama_cpp.Llama):
         Returns
         -------
         dict
-            ``active`` and, if not, ``reason``; ``inner_device``, ``path``, ``n_slots`` and ``n_expert`` per
-            layer, ``budget_bytes`` and other sizes; ``hit_rate`` (None before the first request), ``hits``,
-            ``misses``, ``bytes_paged`` and other counters; ``notices``; ``layers`` with the same per layer.
+            ``active`` and, if not, ``reason``; ``inner_device``, ``path``, ``store``, ``n_slots`` and
+            ``n_expert`` per layer, ``budget_bytes`` and other sizes; ``hit_rate`` (None before the first
+            request), ``hits``, ``misses``, ``bytes_paged`` and other counters; for the direct store
+            ``bytes_read``, ``read_bandwidth`` (bytes per second), ``prefetch_accuracy`` and the like;
+            ``notices``; ``layers`` with the counters per layer.
         """
         return self._rotary.stats()
+
+    def rotary_set_budget(self, budget: str | int | float) -> None:
+        """Change the memory for experts, between runs. The slots are allocated anew and start cold.
+
+        Parameters
+        ----------
+        budget : str, int or float
+            As in `RotaryConfig`.
+
+        Raises
+        ------
+        BudgetError
+            It makes no sense or is below one token's experts; the budget stays as it was.
+        LibraryError
+            The slots cannot be allocated; the model does not run until a smaller budget is set.
+        RotaryError
+            Nothing is paged, or the model is closed.
+        """
+        self._rotary.set_budget(budget)
 
     def rotary_reset_stats(self) -> None:
         """Start counting anew; what is resident stays."""

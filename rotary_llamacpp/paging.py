@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,10 +31,13 @@ _construction = threading.RLock()
 _NOT_PAGED: dict[str, Any] = {
     "active": False, "reason": None, "inner_device": None, "path": "none", "repacked": False,
     "hit_rate": None, "budget_bytes": 0, "slot_bytes": 0, "expert_bytes": 0, "min_budget_bytes": 0,
-    "staging_bytes": 0,
+    "staging_bytes": 0, "resident_bytes": 0, "store": "none", "io": "none",
     "n_layers": 0, "n_expert": 0, "n_expert_used": 0, "n_slots": 0,
     "lookups": 0, "requests": 0, "hits": 0, "misses": 0, "bypassed": 0, "evictions": 0, "bytes_paged": 0,
     "waves": 0, "waits": 0, "wait_us": 0, "page_us": 0,
+    "reads": 0, "bytes_read": 0, "read_us": 0, "stall_us": 0, "shrinks": 0, "read_bandwidth": None,
+    "predicted": 0, "predicted_right": 0, "prefetched": 0, "prefetch_used": 0, "late_hits": 0,
+    "prefetch_accuracy": None, "prefetch_coverage": None, "prefetch_timeliness": None,
 }  # fmt: skip
 
 
@@ -59,6 +63,7 @@ class Paging:
         self.given_n_gpu_layers = n_gpu_layers
         self.reason: str | None = None  # why nothing is paged
         self.pool: _native.Pool | None = None
+        self.info: ModelInfo | None = None  # of a paged model
         self.inner_device: str | None = None
         self.devices: ctypes.Array[ctypes.c_void_p] | None = None  # kept: model_params points at it
         self.no_repack = False
@@ -94,7 +99,11 @@ class Paging:
             repack=config.repack,
             margin_bytes=config.margin_bytes,
             direct=config.direct,
+            store=config.store,
+            prefetch=config.prefetch,
+            staging_bytes=config.staging_bytes,
         )
+        self.info = info
         self.inner_device = lib.inner(device)
         self.devices = lib.device_list(device)
         self.no_repack = not config.repack
@@ -127,15 +136,14 @@ class Paging:
         if self.pool is None:
             return
         self.pool.prepare()
+        _raise_our_errors(llama._ctx, self.pool.lib)
         llama._stack.callback(self.keep_last_figures)  # last on the stack, so first to run
         stats = self.stats()
-        mapped = (llama_api.LLAMA_LOAD_MODE_MMAP, llama_api.LLAMA_LOAD_MODE_MMAP_MLOCK)
-        store = "mmap" if llama.model_params.load_mode in mapped else "file copy"
         logger.log(
             logging.INFO if config.verbose else logging.DEBUG,
             "%s: experts paged on %s, budget %.1f of %.1f MiB, %d of %d slots per layer, store %s, path %s",
             os.path.basename(llama.model_path), self.inner_device, stats["budget_bytes"] / MIB,
-            stats["expert_bytes"] / MIB, stats["n_slots"], stats["n_expert"], store,
+            stats["expert_bytes"] / MIB, stats["n_slots"], stats["n_expert"], stats["store"],
             stats["path"],
         )  # fmt: skip
 
@@ -160,13 +168,16 @@ class Paging:
         for text in self.pool.notices():
             self.notice(text)
         figures = {name: value for name, value in self.pool.stats().items() if name in _NOT_PAGED}
-        layers = [{**layer, "hit_rate": _rate(layer)} for layer in self.pool.layer_stats()]
+        layers = [
+            {**layer, "hit_rate": _ratio(layer["hits"], layer["requests"])}
+            for layer in self.pool.layer_stats()
+        ]
         self._last = {
             **_NOT_PAGED,
             **figures,
             "active": True,
             "inner_device": self.inner_device,
-            "hit_rate": _rate(figures),
+            **_rates(figures),
             "repacked": bool(figures["repacked"]),
             "layers": layers,
         }
@@ -181,6 +192,19 @@ class Paging:
                 "notices": list(self.notices),
                 "layers": [dict(layer) for layer in self._last["layers"]],
             }
+
+    def set_budget(self, budget: str | int | float) -> None:
+        """See `Llama.rotary_set_budget`."""
+        with self._lock:
+            if self.pool is None or self.info is None:
+                raise RotaryError(
+                    f"budget {budget!r}: cannot be set, {self.reason or 'the model is closed'}; only a paged "
+                    "model has one; load the model with rotary="
+                )
+            parsed = Budget.parse(budget)
+            parsed.check(self.info, budget)
+            self.pool.set_budget(parsed.text)
+            self.pool.prepare()
 
     def reset(self) -> None:
         """Start counting anew."""
@@ -204,8 +228,36 @@ class Paging:
         return state
 
 
-def _rate(figures: dict[str, Any]) -> float | None:
-    return figures["hits"] / figures["requests"] if figures["requests"] else None
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _rates(figures: dict[str, Any]) -> dict[str, float | None]:
+    used = figures["prefetch_used"]
+    return {
+        "hit_rate": _ratio(figures["hits"], figures["requests"]),
+        "read_bandwidth": _ratio(1e6 * figures["bytes_read"], figures["read_us"]),
+        "prefetch_accuracy": _ratio(used, figures["prefetched"]),
+        "prefetch_coverage": _ratio(used, figures["misses"]),
+        "prefetch_timeliness": _ratio(used - figures["late_hits"], used),
+    }
+
+
+def _raise_our_errors(context: Any, lib: _native.Library) -> None:
+    """Have a llama.cpp context raise what the library says of a graph that fails, not stock's bare number."""
+    stock_decode = type(context).decode
+    reference = weakref.proxy(context)  # not a cycle: a dropped model is freed at once
+
+    def decode(batch: Any) -> None:
+        lib.c.rotary_clear_error()
+        try:
+            stock_decode(reference, batch)
+        except RuntimeError:
+            if lib.last_error():
+                lib.check(lib.c.rotary_last_status())
+            raise  # the failure is llama.cpp's or the inner device's
+
+    context.decode = decode
 
 
 def construct(
@@ -228,7 +280,7 @@ def construct(
     config = RotaryConfig.from_any(rotary)
 
     def run_stock(arguments: dict[str, Any]) -> None:
-        with _default_model_params(lambda params: paging.adjust(llama, params)):
+        with default_model_params(lambda params: paging.adjust(llama, params)):
             stock_init(model_path, **arguments)
 
     def undo() -> None:
@@ -258,7 +310,7 @@ def construct(
 
 
 @contextlib.contextmanager
-def _default_model_params(adjust: Callable[[Any], None]) -> Iterator[None]:
+def default_model_params(adjust: Callable[[Any], None]) -> Iterator[None]:
     """Pass the default model params that this thread asks for to `adjust`."""
     stock = llama_api.llama_model_default_params
     thread = threading.get_ident()

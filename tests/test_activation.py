@@ -14,7 +14,7 @@ from tracing import OPTIONS
 
 import rotary_llamacpp
 from rotary_llamacpp import activate, deactivate
-from rotary_llamacpp.errors import BudgetError
+from rotary_llamacpp.errors import BudgetError, DeviceError
 
 
 def class_contents():
@@ -102,6 +102,21 @@ def test_objects_outlive_deactivation_and_older_ones_are_left_alone(native, tiny
     assert llama._rotary.pool is None
     plain = ImportedBefore(str(tiny_model), **OPTIONS)
     assert not hasattr(plain, "rotary_stats")
+
+
+def test_plain_objects_have_what_ours_have(native, tiny_model, monkeypatch):
+    activate("25%")
+    llama = ImportedBefore(str(tiny_model), **OPTIONS)
+    llama.rotary_set_budget("50%")
+    assert llama.rotary_stats()["n_slots"] == 16
+
+    def decode(*_):
+        native.c.rotary_device_set_inner(0, b"NOSUCH0")
+        return -3
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_decode", decode)
+    with pytest.raises(DeviceError, match="NOSUCH0"):
+        llama.create_completion("In the beginning", max_tokens=4)
 
 
 def test_from_many_threads():

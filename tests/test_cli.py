@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from rotary_llamacpp.cli import main
+from rotary_llamacpp.generation import Watcher, load
 from rotary_llamacpp.info import ModelInfo
 
 QUICK = ("--temp", "0", "--threads", "1")
@@ -35,6 +36,12 @@ def test_help(rotary_command):
         ran = rotary_command(*command, "--help")
         assert ran.returncode == 0 and "Usage:" in ran.stdout
         assert not command or "Example:" in ran.stdout
+
+
+def test_options_of_the_store_are_in_the_help(rotary_command):
+    said = rotary_command("run", "--help").stdout
+    for part in ("--store [auto|mmap|direct]", "--no-prefetch", "--staging SIZE", "--no-progress"):
+        assert part in said
 
 
 def test_run(native, tiny_model, rotary_command):
@@ -82,9 +89,25 @@ def test_run_options_reach_the_model(native, tiny_model, rotary_command):
     arguments = ("--no-mmap", "--no-repack", "--no-direct", "--inner", "CPU", "--ctx", "64")
     ran = rotary_command("run", tiny_model, "-p", "In", "-n", 100, *arguments, "--budget", "16 slots", *QUICK)
     assert ran.returncode == 0, ran.stderr
-    assert "file copy" in ran.stderr and "16 of 32 slots" in ran.stderr
+    assert "store memory" in ran.stderr and "16 of 32 slots" in ran.stderr
     n_tokens = int(ran.stderr.splitlines()[-1].split()[1])
     assert n_tokens < 64, "generation stops at the end of the context"
+
+
+def test_run_with_direct_reads(native, tiny_model, rotary_command):
+    arguments = ("run", tiny_model, "-p", "In the beginning", "-n", 8, "--budget", "25%", *QUICK)
+    mapped = rotary_command(*arguments, "--store", "mmap")
+    assert "MiB/s" not in mapped.stderr
+    for options in ((), ("--no-prefetch", "--staging", "4MiB")):
+        ran = rotary_command(*arguments, "--store", "direct", *options)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout == mapped.stdout
+        announced, figures = ran.stderr.splitlines()
+        assert "store direct" in announced
+        assert "store direct; " in figures and "MiB/s from disk" in figures
+        assert ("no prefetch" in figures) == bool(options)
+    found = json.loads(rotary_command(*arguments, "--store", "direct", "--json").stdout)
+    assert found["store"] == "direct" and found["io"] in ("uring", "threads") and found["bytes_read"] > 0
 
 
 def test_dense_model_runs_and_says_paging_does_not_apply(dense_model, rotary_command):
@@ -113,6 +136,16 @@ def test_interrupting_prints_the_figures(native, synthetic):
     assert running.returncode == 130
     assert first and rest.endswith(b"\n")
     assert b"Traceback" not in errors and b"tok/s" in errors.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupting_the_load_stops_it(tiny_model):
+    class Impatient(Watcher):
+        def loading(self, fraction):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        load(str(tiny_model), None, watcher=Impatient())
 
 
 # ---- info, doctor, backend-path
@@ -193,6 +226,12 @@ def test_budget_below_one_token_names_the_minimum(native, tiny_model, refusal):
 @pytest.mark.parametrize("budget", ["lots", "-1", "150%", "8XiB", ""])
 def test_nonsense_budget(tiny_model, refusal, budget):
     assert "budget" in refusal("run", tiny_model, "-p", "x", f"--budget={budget}")
+
+
+@pytest.mark.parametrize(("option", "value"), [("store", "disk"), ("store", ""), ("staging", "much")])
+def test_nonsense_store(tiny_model, refusal, option, value):
+    said = refusal("run", tiny_model, "-p", "x", f"--{option}", value)
+    assert repr(value) in said and said.count("; ") == 2
 
 
 def test_unknown_inner_device(native, tiny_model, refusal):

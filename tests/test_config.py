@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 
 import pytest
+from conftest import ROOT
 
 from rotary_llamacpp.config import Budget, RotaryConfig, parse_bytes
 from rotary_llamacpp.errors import BudgetError, RotaryError
@@ -72,6 +73,27 @@ def test_from_any():
         RotaryConfig(margin="25%")
     with pytest.raises(RotaryError, match="inner"):
         RotaryConfig(inner="")
+
+
+def test_store():
+    config = RotaryConfig.from_any({"store": "direct", "prefetch": False, "staging": "64MiB"})
+    assert (config.store, config.prefetch, config.staging_bytes) == ("direct", False, 64 << 20)
+    default = RotaryConfig()
+    assert (default.store, default.prefetch, default.staging_bytes) == ("auto", True, 0)
+    for nonsense in ("", "Direct", "disk", None, True, 1, ["mmap"]):
+        with pytest.raises(RotaryError, match=r"^store .*not understood; .*auto, mmap, direct; ") as caught:
+            RotaryConfig(store=nonsense)
+        assert "\n" not in str(caught.value)
+    for nonsense in ("much", "25%", "16 slots", -1):
+        with pytest.raises(RotaryError, match="not a number of bytes"):
+            RotaryConfig(staging=nonsense)
+
+
+def test_every_option_is_documented():
+    readme = (ROOT / "README.md").read_text()
+    for field in dataclasses.fields(RotaryConfig):
+        assert f"`{field.name}`" in readme, field.name
+        assert f"    {field.name} : " in RotaryConfig.__doc__, field.name
 
 
 def test_is_frozen_and_pickles():

@@ -55,7 +55,7 @@ def test_unknown_arguments_pass_through_as_in_stock(make):
 
 
 def test_stats(make):
-    llama = make("25%")
+    llama = make({"budget": "25%", "store": "mmap"})
     fresh = llama.rotary_stats()
     assert fresh["hit_rate"] is None and fresh["requests"] == 0
     greedy(llama)
@@ -65,6 +65,9 @@ def test_stats(make):
         "path", "hit_rate", "hits", "misses", "requests", "bypassed", "evictions", "bytes_paged", "waves",
         "waits", "wait_us", "page_us", "staging_bytes", "notices", "layers",
     }  # fmt: skip
+    assert set(stats) == {*paging._NOT_PAGED, "layers", "notices"}, "the same keys, paged or not"
+    assert (stats["store"], stats["io"], stats["read_bandwidth"]) == ("mmap", "none", None)
+    assert stats["prefetch_accuracy"] is stats["prefetch_coverage"] is stats["prefetch_timeliness"] is None
     assert (stats["active"], stats["inner_device"], stats["path"]) == (True, "CPU", "slots")
     assert (stats["n_layers"], stats["n_expert"], stats["n_slots"]) == (6, 32, 8)
     assert stats["budget_bytes"] == stats["expert_bytes"] // 4 >= stats["slot_bytes"] > 0
@@ -73,6 +76,84 @@ def test_stats(make):
         assert stats[name] == sum(layer[name] for layer in stats["layers"]) > 0, name
     assert [layer["il"] for layer in stats["layers"]] == list(range(6))
     assert all(layer["n_resident"] <= 8 for layer in stats["layers"])
+
+
+def test_stats_of_direct_reads(make):
+    mapped, direct = (make({"budget": "25%", "store": store}) for store in ("mmap", "direct"))
+    assert greedy(direct) == greedy(mapped)
+    stats = direct.rotary_stats()
+    assert stats["store"] == "direct" and stats["io"] in ("uring", "threads")
+    assert stats["bytes_read"] >= stats["bytes_paged"] > 0 and stats["reads"] > 0
+    assert stats["read_bandwidth"] == 1e6 * stats["bytes_read"] / stats["read_us"]
+    for rate in ("prefetch_accuracy", "prefetch_coverage", "prefetch_timeliness"):
+        assert stats[rate] is None or 0 <= stats[rate] <= 1, rate
+    quiet = make({"budget": "25%", "store": "direct", "prefetch": False, "staging": "4MiB"})
+    assert greedy(quiet) == greedy(mapped)
+    assert quiet.rotary_stats()["prefetched"] == 0
+    assert quiet.rotary_stats()["prefetch_accuracy"] is None
+
+
+def test_rates():
+    figures = {
+        **paging._NOT_PAGED, "hits": 3, "requests": 4, "misses": 20, "prefetched": 8, "prefetch_used": 4,
+        "late_hits": 1, "bytes_read": 5000, "read_us": 1000,
+    }  # fmt: skip
+    assert paging._rates(figures) == {
+        "hit_rate": 0.75, "read_bandwidth": 5e6,
+        "prefetch_accuracy": 0.5, "prefetch_coverage": 0.2, "prefetch_timeliness": 0.75,
+    }  # fmt: skip
+    assert set(paging._rates(paging._NOT_PAGED).values()) == {None}
+
+
+@pytest.mark.parametrize("store", ["mmap", "direct"])
+def test_set_budget(make, store):
+    llama = make({"budget": "min", "store": store})
+    expected = greedy(llama)
+    for budget, n_slots in (("50%", 16), ("100%", 32), ("8 slots", 8), (0.25, 8)):
+        llama.rotary_set_budget(budget)
+        stats = llama.rotary_stats()
+        assert stats["n_slots"] == n_slots
+        assert n_slots == 32 or not any(layer["n_resident"] for layer in stats["layers"]), "starts cold"
+        llama.reset()
+        assert greedy(llama) == expected
+    for budget, reason in (
+        ("1%", 'use "min", "4 slots" or 3MiB'),
+        ("lots", "not understood"),
+        (0, "budget 0"),
+    ):
+        with pytest.raises(BudgetError, match=reason):
+            llama.rotary_set_budget(budget)
+    assert llama.rotary_stats()["n_slots"] == 8
+    llama.close()
+    with pytest.raises(RotaryError, match="the model is closed"):
+        llama.rotary_set_budget("50%")
+
+
+def test_set_budget_of_what_is_not_paged(make):
+    with pytest.raises(RotaryError, match="budget '50%': cannot be set, rotary is off; "):
+        make(None).rotary_set_budget("50%")
+
+
+def test_a_failing_graph_raises_what_the_library_says(make, native, monkeypatch):
+    llama = make()
+    stock_decode = llama_api.llama_decode
+    failing = True
+
+    def decode(*args):
+        if not failing:
+            return stock_decode(*args)
+        native.c.rotary_device_set_inner(0, b"NOSUCH0")  # stands for what a graph may say
+        return -3
+
+    monkeypatch.setattr(llama_api, "llama_decode", decode)
+    with pytest.raises(DeviceError, match="NOSUCH0") as caught:
+        llama.eval([1, 2, 3])
+    assert caught.value.__suppress_context__
+    failing = False
+    llama.eval([1, 2, 3])
+    monkeypatch.setattr(llama_api, "llama_decode", lambda *_: 1)
+    with pytest.raises(RuntimeError, match="llama_decode returned 1"):  # an old text is not this call's
+        llama.eval([1, 2, 3])
 
 
 def test_reset(make):
@@ -148,13 +229,13 @@ def test_dense_model_runs_and_says_so(make, dense_model, caplog):
 
 def test_announces_what_it_chose(make, caplog):
     with caplog.at_level(logging.INFO, "rotary_llamacpp"):
-        make("25%")
+        make({"budget": "25%", "store": "mmap"})
         make("25%", use_mmap=False)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     for part in ("tiny-moe-q8_0.gguf", "on CPU", "4.8 of 19.1 MiB", "8 of 32 slots per layer"):
         assert part in lines[0]
-    assert "mmap" in lines[0] and "file copy" in lines[1]
+    assert "store mmap" in lines[0] and "store memory" in lines[1]
 
 
 def test_says_it_on_stderr_when_logging_is_not_configured(tiny_model, native):
@@ -348,7 +429,7 @@ def test_two_threads_with_a_model_each(native, tiny_model, synthetic, stock_trac
 
 def test_the_hook_reaches_only_its_own_thread(native, monkeypatch):
     elsewhere = []
-    with paging._default_model_params(lambda params: setattr(params, "main_gpu", 77)):
+    with paging.default_model_params(lambda params: setattr(params, "main_gpu", 77)):
         thread = threading.Thread(
             target=lambda: elsewhere.append(llama_api.llama_model_default_params().main_gpu)
         )

@@ -35,6 +35,7 @@ enum rotary_status {
     ROTARY_ERR_BUDGET  = -4, // the budget is below what one token needs
     ROTARY_ERR_MEMORY  = -5, // an allocation failed
     ROTARY_ERR_STATE   = -6, // not now: for example the inner device of a device that has models
+    ROTARY_ERR_READ    = -7, // the model's file cannot be read, or is no longer the file that was loaded
 };
 
 enum rotary_path {
@@ -42,6 +43,19 @@ enum rotary_path {
     ROTARY_PATH_SLOTS    = 1, // experts are paged into slots
     ROTARY_PATH_RESIDENT = 2, // every expert of the layer has its slot, filled once
     ROTARY_PATH_MAPPED   = 3, // every expert fits and the inner device computes straight from the mapping: no copy
+};
+
+enum rotary_store {
+    ROTARY_STORE_AUTO   = 0, // not chosen yet
+    ROTARY_STORE_MMAP   = 1, // experts come from llama.cpp's mapping of the file, through the page cache
+    ROTARY_STORE_DIRECT = 2, // experts are read from the file past the page cache, many requests in flight
+    ROTARY_STORE_MEMORY = 3, // llama.cpp has copied them into memory (no mmap)
+};
+
+enum rotary_io {
+    ROTARY_IO_NONE     = 0,
+    ROTARY_IO_URING    = 1, // io_uring
+    ROTARY_IO_THREADS  = 2, // a few threads with pread, where the kernel or a container forbids io_uring
 };
 
 // ---- library ------------------------------------------------------------------------------------------------------
@@ -63,6 +77,9 @@ int32_t rotary_last_status(void);
 
 // Text of the last error on this thread, "" if none. Valid until the next failing call on this thread.
 const char * rotary_last_error(void);
+
+// Forget this thread's last error, to tell a new one from an old one.
+void rotary_clear_error(void);
 
 // ---- devices ------------------------------------------------------------------------------------------------------
 
@@ -90,6 +107,11 @@ typedef struct rotary_config {
                                 // llama.cpp loads weights), 0 plain layout (as stock with use_extra_bufts = false)
     int32_t      direct;        // 1 lets a host inner device compute a batch that wants more experts than there are
                                 // slots straight from the mapping; 0 always pages (waves)
+    const char * store;         // "auto", "mmap" or "direct"; NULL is "auto": direct where the experts do not fit into
+                                // the memory that is available
+    int32_t      prefetch;      // 1 reads the experts that the next layers will probably want while the disk is idle
+    int32_t      reserved;
+    uint64_t     staging_bytes; // direct: memory for reads in flight; 0 for the default
 } rotary_config;
 
 typedef struct rotary_stats {
@@ -98,7 +120,8 @@ typedef struct rotary_stats {
     uint64_t slot_bytes;         // bytes really allocated for slots; 0 on the mapped path
     uint64_t expert_bytes;       // bytes of all paged experts
     uint64_t min_budget_bytes;   // one token's experts in every layer
-    uint64_t staging_bytes;      // scratch of the waves and of the rewritten ids
+    uint64_t staging_bytes;      // reads in flight and scratch of the waves
+    uint64_t resident_bytes;     // direct: mapped weights that are not experts, copied out of the page cache
     int32_t  n_layers;           // paged layers
     int32_t  n_expert;           // largest over layers
     int32_t  n_expert_used;      // largest over layers
@@ -106,6 +129,8 @@ typedef struct rotary_stats {
     int32_t  path;               // enum rotary_path; the lowest over layers
     int32_t  repacked;           // 1 if slots are in a repacked layout
     int32_t  n_notices;          // fallbacks and choices worth saying, see rotary_pool_notice
+    int32_t  store;              // enum rotary_store
+    int32_t  io;                 // enum rotary_io
     int32_t  reserved;
     // counters since the pool was opened or reset. A request is one (token, expert) routing.
     uint64_t lookups;            // times a layer's routing was resolved
@@ -118,7 +143,20 @@ typedef struct rotary_stats {
     uint64_t waves;              // passes beyond the first when a batch wanted more experts than slots
     uint64_t waits;              // times the host waited for the inner device to learn the routing
     uint64_t wait_us;
-    uint64_t page_us;            // time spent moving experts
+    uint64_t page_us;            // time spent moving experts into slots
+    // store direct
+    uint64_t reads;              // requests to the kernel; neighbours in the file are one
+    uint64_t bytes_read;
+    uint64_t read_us;            // time with at least one read in flight
+    uint64_t stall_us;           // time the computation waited for reads
+    uint64_t shrinks;            // times slots were given back because memory ran short
+    // prefetch. accuracy = prefetch_used / prefetched; coverage = prefetch_used / misses;
+    // timeliness = (prefetch_used - late_hits) / prefetch_used
+    uint64_t predicted;          // experts predicted for a layer, resident ones included
+    uint64_t predicted_right;    // those that the layer then chose
+    uint64_t prefetched;         // experts read ahead of their layer's routing
+    uint64_t prefetch_used;      // misses that found their expert prefetched or in flight
+    uint64_t late_hits;          // of these, still in flight
 } rotary_stats;
 
 typedef struct rotary_layer_stats {
@@ -141,7 +179,8 @@ typedef struct rotary_layer_stats {
 
 // Open a pool on `device`: paged weights that llama.cpp loads on this device from now on belong to it, until the next
 // rotary_pool_open for the device. Without any, one pool per device is made from the environment
-// (ROTARY_BUDGET, ROTARY_MARGIN, ROTARY_REPACK, ROTARY_DIRECT). NULL on error.
+// (ROTARY_BUDGET, ROTARY_MARGIN, ROTARY_REPACK, ROTARY_DIRECT, ROTARY_STORE, ROTARY_PREFETCH, ROTARY_STAGING). NULL on
+// error.
 rotary_pool * rotary_pool_open(int32_t device, const rotary_config * config);
 
 // Stop collecting and drop the caller's reference. Slots are freed when the model's buffers are gone too.
@@ -150,6 +189,9 @@ void rotary_pool_close(rotary_pool * pool);
 // Resolve the budget and allocate the slots now, rather than at the first graph. Call it after the contexts are made:
 // "auto" then sees what KV cache and compute buffers left. A pool without paged weights is ROTARY_OK.
 int32_t rotary_pool_prepare(rotary_pool * pool);
+
+// Change the budget. The slots are allocated anew, cold, at the next graph or rotary_pool_prepare.
+int32_t rotary_pool_set_budget(rotary_pool * pool, const char * budget);
 
 int32_t      rotary_pool_stats(rotary_pool * pool, rotary_stats * stats);
 int32_t      rotary_pool_layer_stats(rotary_pool * pool, int32_t index, rotary_layer_stats * stats);

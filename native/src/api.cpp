@@ -20,7 +20,7 @@ struct rotary_pool {
 // ---- library
 
 int32_t rotary_abi_version(void) {
-    return 1;
+    return 2;
 }
 
 size_t rotary_sizeof(const char * struct_name) {
@@ -60,6 +60,10 @@ int32_t rotary_last_status(void) {
 
 const char * rotary_last_error(void) {
     return last_error();
+}
+
+void rotary_clear_error(void) {
+    clear_error();
 }
 
 // ---- devices
@@ -123,7 +127,13 @@ rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
     chosen.model        = config->model != nullptr ? config->model : "model";
     chosen.margin_bytes = config->margin_bytes;
     chosen.repack       = config->repack != 0;
-    chosen.direct       = config->direct != 0;
+    chosen.direct        = config->direct != 0;
+    chosen.prefetch      = config->prefetch != 0;
+    chosen.staging_bytes = config->staging_bytes;
+    if (!store_parse(config->store != nullptr ? config->store : "auto", chosen.store)) {
+        fail(ROTARY_ERR_ARG, format("store %s: not known; auto, mmap or direct; correct it", config->store));
+        return nullptr;
+    }
     if (!budget_parse(chosen.budget_text, chosen.wanted) || chosen.wanted.what == budget::kind::off) {
         fail(ROTARY_ERR_ARG, budget_not_understood(chosen.budget_text));
         return nullptr;
@@ -141,6 +151,16 @@ void rotary_pool_close(rotary_pool * handle) {
 int32_t rotary_pool_prepare(rotary_pool * handle) {
     const std::lock_guard<std::mutex> lock(handle->shared->mutex);
     return handle->shared->prepare();
+}
+
+int32_t rotary_pool_set_budget(rotary_pool * handle, const char * text) {
+    budget wanted;
+    if (!budget_parse(text, wanted) || wanted.what == budget::kind::off) {
+        return fail(ROTARY_ERR_ARG, budget_not_understood(text));
+    }
+    const std::lock_guard<std::mutex> lock(handle->shared->mutex);
+    handle->shared->set_budget(wanted, text);
+    return ROTARY_OK;
 }
 
 int32_t rotary_pool_stats(rotary_pool * handle, rotary_stats * stats) {

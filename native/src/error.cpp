@@ -42,6 +42,11 @@ const char * last_error() {
     return last_error_text.c_str();
 }
 
+void clear_error() {
+    last_error_status = ROTARY_OK;
+    last_error_text.clear();
+}
+
 std::string mib(uint64_t bytes) {
     return format("%.1f MiB", bytes / 1048576.0);
 }

@@ -18,6 +18,7 @@ int32_t fail(rotary_status status, const std::string & text);
 
 rotary_status last_status();
 const char *  last_error();
+void          clear_error();
 
 // Bytes as messages show them: "1234.5 MiB".
 std::string mib(uint64_t bytes);

@@ -7,10 +7,11 @@
 // the same ids rewritten to slots. gate, up and down share one ids tensor, so this happens once a layer, and what
 // follows up to the next layer's lookup is one segment again, in which the inner backend can fuse and capture.
 //
+// With the direct store, the reads of all absent experts start at the lookup, then those that the next layers will
+// probably want; each tensor is filled just before its own node, so what precedes it is computed meanwhile.
+//
 // A batch that wants more distinct experts than there are slots runs either straight from host memory (host inner
-// device, plain layout) or in waves: each wave pages in as many experts as there are slots and multiplies the rows
-// routed to them, gathered into a small graph of its own. An expert's rows are always all in one wave, and a row's
-// result does not depend on the others, so the output is the same bit for bit where the kernel is the same.
+// device, plain layout, experts mapped) or in waves, see waves.cpp.
 
 #include "executor.hpp"
 
@@ -68,11 +69,17 @@ ggml_status executor::compute(ggml_cgraph * graph) {
         segments_generation_ = pool->generation();
     }
 
-    const ggml_status status = run_nodes(*pool, graph);
+    pool->follow_memory();
+
+    ggml_status status = pool->files_unchanged() ? run_nodes(*pool, graph) : GGML_STATUS_FAILED;
     if (status == GGML_STATUS_SUCCESS) {
-        finish_lookup(*pool);
-    } else if (lookup_.layer != nullptr && lookup_.layer->table) {
-        lookup_.layer->table->clear(); // stopped part-way: the slots may not hold what the table says
+        status = finish_lookup(*pool);
+    }
+    if (status == GGML_STATUS_SUCCESS && !pool->files_unchanged()) {
+        status = GGML_STATUS_FAILED; // what has been read may belong to another model
+    }
+    if (status != GGML_STATUS_SUCCESS) {
+        pool->forget_slots();
     }
     restore();
     lookup_ = {};
@@ -99,15 +106,17 @@ ggml_status executor::run_nodes(rotary::pool & pool, ggml_cgraph * graph) {
         }
         const bool same = lookup_.layer == layer && lookup_.ids == node->src[2];
         // A tensor that has been through this lookup's waves and is wanted again has to begin anew.
-        if (!same || std::find(lookup_.done.begin(), lookup_.done.end(), tensor) != lookup_.done.end()) {
+        if (!same || (lookup_.how == mode::waves && is_done(*tensor))) {
             ggml_status status = GGML_STATUS_SUCCESS;
             if (layer->path == ROTARY_PATH_SLOTS) {
                 status = run_segment(graph, i0, i);
                 i0     = i;
             }
             if (status == GGML_STATUS_SUCCESS) {
-                finish_lookup(pool);
-                status = look_up(pool, *layer, node->src[2]);
+                status = finish_lookup(pool);
+            }
+            if (status == GGML_STATUS_SUCCESS) {
+                status = look_up(pool, *layer, graph, i);
             }
             if (status != GGML_STATUS_SUCCESS) {
                 return status;
@@ -118,7 +127,25 @@ ggml_status executor::run_nodes(rotary::pool & pool, ggml_cgraph * graph) {
             case mode::resident:
                 patch(node, tensor->slots, node->src[2]); // expert e is in slot e
                 break;
-            case mode::slots: patch(node, tensor->slots, layer->slot_ids); break;
+            case mode::slots:
+                if (!is_done(*tensor)) { // still being read: compute what comes before it
+                    ggml_status status = run_segment(graph, i0, i);
+                    i0                 = i;
+                    if (status == GGML_STATUS_SUCCESS && worth_splitting(pool, node)) {
+                        split_rows(*layer);
+                        status = run_waves(pool, node, *tensor);
+                        i0     = i + 1;
+                    } else if (status == GGML_STATUS_SUCCESS) {
+                        status = fill(pool, *tensor);
+                    }
+                    if (status != GGML_STATUS_SUCCESS) {
+                        return status;
+                    }
+                }
+                if (i0 <= i) {
+                    patch(node, tensor->slots, layer->slot_ids);
+                }
+                break;
             case mode::waves:
                 ggml_status status = run_segment(graph, i0, i);
                 i0                 = i + 1;
@@ -188,10 +215,34 @@ void executor::read_ids(pool & pool, const ggml_tensor * ids) {
     }
 }
 
-ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tensor * ids) {
-    lookup_       = {};
-    lookup_.layer = &layer;
-    lookup_.ids   = ids;
+// The tensors that share a lookup, in the order in which the graph from node i on uses them, then those it does not use.
+std::vector<paged_tensor *> executor::order_of_use(const pool & pool, paged_layer & layer, const ggml_cgraph * graph,
+                                                   int i) {
+    std::vector<paged_tensor *> order;
+    const auto                  add = [&](paged_tensor * tensor) {
+        if (std::find(order.begin(), order.end(), tensor) == order.end()) {
+            order.push_back(tensor);
+        }
+    };
+    const ggml_tensor * ids = graph->nodes[i]->src[2];
+    for (; i < graph->n_nodes && order.size() < layer.tensors.size(); i++) {
+        const ggml_tensor * node = graph->nodes[i];
+        if (node->op == GGML_OP_MUL_MAT_ID && node->src[2] == ids) {
+            const auto [its, tensor] = pool.find(node->src[0]);
+            if (its == &layer) {
+                add(tensor);
+            }
+        }
+    }
+    std::for_each(layer.tensors.begin(), layer.tensors.end(), add);
+    return order;
+}
+
+ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgraph * graph, int i) {
+    const ggml_tensor * ids = graph->nodes[i]->src[2];
+    lookup_                 = {};
+    lookup_.layer           = &layer;
+    lookup_.ids             = ids;
 
     rotary_layer_stats delta = {};
     delta.lookups            = 1;
@@ -204,9 +255,11 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tenso
         return GGML_STATUS_SUCCESS;
     }
     read_ids(pool, ids);
+    lookup_.order = order_of_use(pool, layer, graph, i);
 
-    // Distinct experts, those that are resident first: a wave then begins with what needs no copy.
-    std::vector<int32_t> order;
+    // Distinct experts, those that are resident first: a wave then begins with what needs no copy. The others as they
+    // lie in the file.
+    std::vector<int32_t> experts;
     std::vector<bool>    seen(layer.n_expert, false);
     for (const int32_t expert : ids_) {
         if (expert < 0 || expert >= layer.n_expert) {
@@ -216,15 +269,16 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tenso
         }
         if (!seen[expert]) {
             seen[expert] = true;
-            order.push_back(expert);
+            experts.push_back(expert);
         }
     }
-    const auto absent = std::stable_partition(order.begin(), order.end(),
+    const auto absent = std::stable_partition(experts.begin(), experts.end(),
                                               [&](int32_t expert) { return layer.table->slot_of(expert) >= 0; });
+    std::sort(absent, experts.end());
 
-    delta.misses = order.end() - absent;
+    delta.misses = experts.end() - absent;
     delta.hits   = delta.requests - delta.misses;
-    if ((int32_t) order.size() <= layer.table->n_slots()) {
+    if ((int32_t) experts.size() <= layer.table->n_slots()) {
         lookup_.how            = mode::slots;
         ggml_tensor * slot_ids = pool.slot_ids(layer, ids->ne[0], ids->ne[1]);
         if (slot_ids == nullptr) {
@@ -232,22 +286,24 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tenso
                                            pool.config.model.c_str(), ids_.size()));
             return GGML_STATUS_ALLOC_FAILED;
         }
-        std::vector<rotary_load> loads(layer.table->n_slots());
+        lookup_.loads.resize(layer.table->n_slots());
         layer.slot_ids_host.resize(ids_.size());
-        const int32_t n_loads =
-            layer.table->resolve(ids_.data(), (int32_t) ids_.size(), layer.slot_ids_host.data(), loads.data());
-        for (int32_t i = 0; i < n_loads; i++) {
-            pool.page_in(inner_, layer, loads[i].expert, loads[i].slot);
-            delta.evictions += loads[i].evicted >= 0;
+        lookup_.loads.resize(layer.table->resolve(ids_.data(), (int32_t) ids_.size(), layer.slot_ids_host.data(),
+                                                  lookup_.loads.data()));
+        std::sort(lookup_.loads.begin(), lookup_.loads.end(),
+                  [](const rotary_load & a, const rotary_load & b) { return a.expert < b.expert; });
+        lookup_.n_hits = absent - experts.begin();
+        for (const rotary_load & load : lookup_.loads) {
+            delta.evictions += load.evicted >= 0;
         }
-        delta.bytes_paged = n_loads * layer.expert_bytes;
+        delta.bytes_paged = lookup_.loads.size() * layer.expert_bytes;
         ggml_backend_tensor_set_async(inner_, slot_ids, layer.slot_ids_host.data(), 0, ggml_nbytes(slot_ids));
     } else if (layer.host_plain && pool.config.direct) {
         lookup_.how    = mode::direct;
         delta.bypassed = delta.misses;
     } else {
         lookup_.how = mode::waves;
-        plan_waves(layer, order);
+        plan_waves(pool, layer, experts, absent - experts.begin());
         for (const wave & each : lookup_.waves) {
             delta.bytes_paged += each.loads.size() * layer.expert_bytes;
             for (const rotary_load & load : each.loads) {
@@ -257,142 +313,107 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_tenso
         delta.waves = lookup_.waves.size() - 1;
     }
     pool.count(layer, delta);
-    return GGML_STATUS_SUCCESS;
+    ask_store(pool, layer, experts, graph->nodes[i]);
+    return lookup_.how == mode::slots ? fill_landed(pool) : GGML_STATUS_SUCCESS;
 }
 
-// ---- waves
+// ---- reading ahead
 
-void executor::plan_waves(paged_layer & layer, const std::vector<int32_t> & order) {
-    // Some kernels limit the rows of one multiplication, and a wave's activations take memory.
-    static constexpr int64_t max_rows = 8192;
-
-    const size_t         n_slots = layer.table->n_slots();
-    std::vector<int32_t> wave_of(layer.n_expert, -1);
-    std::vector<int32_t> slot_of(layer.n_expert, -1);
-    std::vector<int64_t> n_rows(layer.n_expert, 0);
-    for (const int32_t expert : ids_) {
-        n_rows[expert]++;
+// Ask the store for what this lookup wants, then for what the next layers will probably want.
+void executor::ask_store(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts,
+                         const ggml_tensor * node) {
+    direct_store * store = pool.direct();
+    if (store == nullptr) {
+        return;
     }
-    size_t n = 0; // experts of this wave
-    for (size_t first = 0; first < order.size(); first += n) {
-        int64_t rows = 0;
-        for (n = 0; n < n_slots && first + n < order.size(); n++) {
-            rows += n_rows[order[first + n]];
-            if (n > 0 && rows > max_rows) {
-                break;
+    rotary_stats delta = {};
+    store->pump();
+    store->cancel_queued();
+    for (const int32_t expert : layer.predicted) {
+        delta.predicted_right += std::find(experts.begin(), experts.end(), expert) != experts.end();
+    }
+    delta.predicted = layer.predicted.size();
+    layer.predicted.clear();
+
+    const auto demand = [&](const paged_tensor & tensor, const rotary_load & load) {
+        const direct_store::found found = store->demand(tensor, load.expert);
+        if (&tensor == lookup_.order[0] && found != direct_store::found::absent) {
+            delta.prefetch_used++;
+            const bool all = std::all_of(lookup_.order.begin(), lookup_.order.end(),
+                                         [&](const auto * each) { return store->landed(*each, load.expert); });
+            delta.late_hits += !all;
+        }
+    };
+    for (const paged_tensor * tensor : lookup_.order) {
+        for (const rotary_load & load : lookup_.loads) {
+            demand(*tensor, load);
+        }
+        for (const wave & each : lookup_.waves) {
+            for (const rotary_load & load : each.loads) {
+                demand(*tensor, load);
             }
         }
-        std::vector<int32_t> slots(n);
-        wave                 next;
-        next.loads.resize(n_slots);
-        next.loads.resize(layer.table->resolve(&order[first], (int32_t) n, slots.data(), next.loads.data()));
-        for (size_t i = 0; i < n; i++) {
-            wave_of[order[first + i]] = (int32_t) lookup_.waves.size();
-            slot_of[order[first + i]] = slots[i];
-        }
-        lookup_.waves.push_back(std::move(next));
     }
-    for (size_t row = 0; row < ids_.size(); row++) {
-        wave & its = lookup_.waves[wave_of[ids_[row]]];
-        its.rows.push_back((int32_t) row);
-        its.slots.push_back(slot_of[ids_[row]]);
+    for (const paged_tensor * tensor : layer.tensors) {
+        store->cancel(*tensor); // foretold, and not wanted
     }
+    store->pump();
+    if (pool.config.prefetch) {
+        foretell(pool, layer, node);
+        store->pump();
+    }
+    pool.count_prefetch(delta);
 }
 
-ggml_status executor::run_waves(pool & pool, ggml_tensor * node, paged_tensor & tensor) {
+// ---- filling
+
+bool executor::is_done(const paged_tensor & tensor) const {
+    return std::find(lookup_.done.begin(), lookup_.done.end(), &tensor) != lookup_.done.end();
+}
+
+// Fill all tensors whose experts have landed, in one go.
+ggml_status executor::fill_landed(pool & pool) {
+    std::vector<fill_job> jobs;
+    for (const paged_tensor * tensor : lookup_.order) {
+        const bool all = std::all_of(lookup_.loads.begin(), lookup_.loads.end(), [&](const rotary_load & load) {
+            return pool.fetchable(*tensor, load.expert);
+        });
+        if (all) {
+            for (const rotary_load & load : lookup_.loads) {
+                jobs.push_back({ tensor, load.expert, load.slot });
+            }
+            lookup_.done.push_back(tensor);
+        }
+    }
+    return filler_.fill(pool, jobs);
+}
+
+ggml_status executor::fill(pool & pool, const paged_tensor & tensor) {
+    std::vector<fill_job> jobs;
+    for (const rotary_load & load : lookup_.loads) {
+        jobs.push_back({ &tensor, load.expert, load.slot });
+    }
     lookup_.done.push_back(&tensor);
-    for (const wave & each : lookup_.waves) {
-        for (const rotary_load & load : each.loads) {
-            pool.page_in(inner_, tensor, load.expert, load.slot);
-        }
-        const ggml_status status = run_wave(pool, node, tensor, each);
-        if (status != GGML_STATUS_SUCCESS) {
-            return status;
-        }
-    }
-    return GGML_STATUS_SUCCESS;
+    return filler_.fill(pool, jobs);
 }
 
-// A leaf that stands for `tensor`'s memory as rows of ne0: without it, building a graph would pull in its history.
-static ggml_tensor * rows_of(ggml_context * ctx, const ggml_tensor * tensor) {
-    ggml_tensor * leaf = ggml_new_tensor_2d(ctx, tensor->type, tensor->ne[0], ggml_nrows(tensor));
-    leaf->data         = tensor->data;
-    leaf->buffer       = tensor->view_src ? tensor->view_src->buffer : tensor->buffer;
-    return leaf;
-}
-
-ggml_status executor::run_wave(pool & pool, ggml_tensor * node, paged_tensor & tensor, const wave & its) {
-    const ggml_tensor * input  = node->src[1]; // [ne0, 1 or n_expert_used, n_tokens]
-    const int64_t       n_used = node->ne[1];
-    const int64_t       n_rows = (int64_t) its.rows.size();
-    if (!ggml_is_contiguous(input) || !ggml_is_contiguous(node) || input->type != GGML_TYPE_F32) {
-        fail(ROTARY_ERR_STATE, format("%s: input of type %s is not contiguous F32; raise the budget so that a batch's "
-                                      "experts fit, or lower n_ubatch",
-                                      node->name, ggml_type_name(input->type)));
-        return GGML_STATUS_FAILED;
-    }
-
-    std::vector<int32_t> from(n_rows);
-    for (int64_t i = 0; i < n_rows; i++) {
-        // One input row a token, shared by its experts, or one for each expert.
-        from[i] = (int32_t) (its.rows[i] / n_used * input->ne[1] + its.rows[i] % n_used % input->ne[1]);
-    }
-
-    const ggml_context_ptr owner(
-        ggml_init({ ggml_tensor_overhead() * 16 + ggml_graph_overhead_custom(16, false), nullptr, true }));
-    ggml_context * ctx    = owner.get();
-    ggml_tensor *  gather = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
-    ggml_tensor *  slots  = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n_rows);
-    ggml_tensor *  to     = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
-    for (ggml_tensor * each : { gather, slots, to }) {
-        ggml_set_input(each);
-    }
-    ggml_tensor * rows = ggml_get_rows(ctx, rows_of(ctx, input), gather);
-    ggml_tensor * out  = ggml_mul_mat_id(ctx, tensor.slots, ggml_reshape_3d(ctx, rows, input->ne[0], 1, n_rows), slots);
-    memcpy(out->op_params, node->op_params, sizeof(out->op_params));
-    ggml_tensor * scattered =
-        ggml_set_rows(ctx, rows_of(ctx, node), ggml_reshape_2d(ctx, out, node->ne[0], n_rows), to);
-    ggml_cgraph * graph = ggml_new_graph_custom(ctx, 16, false);
-    ggml_build_forward_expand(graph, scattered);
-
-    for (const ggml_tensor * op : { rows, scattered }) {
-        if (!ggml_backend_supports_op(inner_, op)) {
-            fail(ROTARY_ERR_DEVICE, format("%s: has no %s, which a batch of more experts than slots needs; raise the "
-                                           "budget or lower n_ubatch",
-                                           ggml_backend_name(inner_), ggml_op_name(op->op)));
-            return GGML_STATUS_FAILED;
-        }
-    }
-    if (!ggml_gallocr_alloc_graph(pool.scratch(), graph)) {
-        fail(ROTARY_ERR_MEMORY, format("%s: no memory for the activations of %lld rows; lower n_ubatch",
-                                       ggml_backend_name(inner_), (long long) n_rows));
-        return GGML_STATUS_ALLOC_FAILED;
-    }
-    pool.set_scratch_bytes(ggml_gallocr_get_buffer_size(pool.scratch(), 0));
-
-    ggml_backend_tensor_set_async(inner_, gather, from.data(), 0, ggml_nbytes(gather));
-    ggml_backend_tensor_set_async(inner_, slots, its.slots.data(), 0, ggml_nbytes(slots));
-    ggml_backend_tensor_set_async(inner_, to, its.rows.data(), 0, ggml_nbytes(to));
-    // Waits at the end: the next wave overwrites the slots, the scratch and these arrays.
-    return ggml_backend_graph_compute(inner_, graph);
-}
-
-// The slot table already tells the state after the last wave; a tensor that this graph did not touch must get there too.
-void executor::finish_lookup(pool & pool) {
-    if (lookup_.layer != nullptr && lookup_.how == mode::waves) {
-        for (paged_tensor * tensor : lookup_.layer->tensors) {
-            if (std::find(lookup_.done.begin(), lookup_.done.end(), tensor) != lookup_.done.end()) {
-                continue;
-            }
-            for (int32_t slot = 0; slot < lookup_.layer->table->n_slots(); slot++) {
+// The slot table already tells the state after the lookup; a tensor that this graph did not touch must get there too.
+ggml_status executor::finish_lookup(pool & pool) {
+    std::vector<fill_job> jobs;
+    if (lookup_.layer != nullptr && (lookup_.how == mode::waves || lookup_.how == mode::slots)) {
+        for (const paged_tensor * tensor : lookup_.layer->tensors) {
+            for (int32_t slot = 0; !is_done(*tensor) && slot < lookup_.layer->table->n_slots(); slot++) {
                 const int32_t expert = lookup_.layer->table->expert_of(slot);
-                if (expert >= 0) {
-                    pool.page_in(inner_, *tensor, expert, slot);
+                const auto    loaded = [&](const rotary_load & load) { return load.expert == expert; };
+                if (expert >= 0 && (lookup_.how == mode::waves ||
+                                    std::any_of(lookup_.loads.begin(), lookup_.loads.end(), loaded))) {
+                    jobs.push_back({ tensor, expert, slot });
                 }
             }
         }
     }
     lookup_ = {};
+    return filler_.fill(pool, jobs);
 }
 
 } // namespace rotary

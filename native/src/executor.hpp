@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "filler.hpp"
 #include "pool.hpp"
 
 #include "ggml-backend-impl.h"
@@ -16,13 +17,13 @@ namespace rotary {
 
 class executor {
   public:
-    explicit executor(ggml_backend_t inner) : inner_(inner) {}
+    explicit executor(ggml_backend_t inner) : inner_(inner), filler_(inner) {}
     ~executor();
 
     ggml_status compute(ggml_cgraph * graph);
 
   private:
-    // direct: from host memory as it is; resident: every expert in its slot; slots: with rewritten ids; waves: below
+    // direct: from host memory as it is; resident: every expert in its slot; slots: with rewritten ids; waves: in passes
     enum class mode { direct, resident, slots, waves };
 
     // What one wave pages in and which (expert-used, token) rows of the lookup it computes.
@@ -37,17 +38,38 @@ class executor {
         paged_layer *                     layer = nullptr;
         const ggml_tensor *               ids   = nullptr;
         mode                              how   = mode::direct;
+        std::vector<paged_tensor *>       order;  // the layer's tensors as the graph uses them
+        std::vector<rotary_load>          loads;  // mode slots: what is absent
+        size_t                            n_hits = 0; // mode slots: experts that are there
         std::vector<wave>                 waves;
-        std::vector<const paged_tensor *> done; // tensors that have been through the waves
+        std::vector<const paged_tensor *> done; // tensors whose slots are filled, or that have been through the waves
     };
 
     ggml_status run_nodes(pool & pool, ggml_cgraph * graph);
     ggml_status run_segment(ggml_cgraph * graph, int i0, int i1);
-    ggml_status look_up(pool & pool, paged_layer & layer, const ggml_tensor * ids);
-    void        plan_waves(paged_layer & layer, const std::vector<int32_t> & order);
+    ggml_status look_up(pool & pool, paged_layer & layer, const ggml_cgraph * graph, int i);
+    ggml_status finish_lookup(pool & pool);
+
+    static std::vector<paged_tensor *> order_of_use(const pool & pool, paged_layer & layer, const ggml_cgraph * graph,
+                                                    int i);
+
+    // filling slots
+    bool        is_done(const paged_tensor & tensor) const;
+    ggml_status fill_landed(pool & pool);
+    ggml_status fill(pool & pool, const paged_tensor & tensor);
+
+    // reading ahead; what is foretold is in foresight.cpp
+    void ask_store(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts, const ggml_tensor * node);
+    void foretell(pool & pool, paged_layer & layer, const ggml_tensor * node);
+    void learn_gate(paged_layer & layer, const ggml_tensor * ids);
+
+    // passes: waves.cpp
+    void        plan_waves(const pool & pool, paged_layer & layer, const std::vector<int32_t> & order, size_t n_hits);
     ggml_status run_waves(pool & pool, ggml_tensor * node, paged_tensor & tensor);
     ggml_status run_wave(pool & pool, ggml_tensor * node, paged_tensor & tensor, const wave & its);
-    void        finish_lookup(pool & pool);
+    bool        worth_splitting(const pool & pool, const ggml_tensor * node) const;
+    void        split_rows(const paged_layer & layer);
+
     void        read_ids(pool & pool, const ggml_tensor * ids);
     void        patch(ggml_tensor * node, ggml_tensor * weight, ggml_tensor * ids);
     void        restore();
@@ -65,6 +87,7 @@ class executor {
     };
 
     ggml_backend_t                   inner_;
+    slot_filler                      filler_;
     std::vector<std::weak_ptr<pool>> pools_; // that this backend has run over
 
     lookup               lookup_;

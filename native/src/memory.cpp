@@ -6,6 +6,7 @@
 #include "memory.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <fstream>
 #include <sstream>
 #include <string>
@@ -27,6 +28,13 @@ static uint64_t read_field(const std::string & path, const std::string & key, ui
     return otherwise;
 }
 
+struct cgroup_files {
+    const char * limit;
+    const char * usage;
+    const char * inactive;
+    const char * active;
+};
+
 // The single number a cgroup file holds; "max" and absent files are `otherwise`.
 static uint64_t read_number(const std::string & path, uint64_t otherwise) {
     std::ifstream file(path);
@@ -34,34 +42,25 @@ static uint64_t read_number(const std::string & path, uint64_t otherwise) {
     return file >> value ? value : otherwise;
 }
 
-// What is left under one cgroup directory. Inactive file pages are reclaimed before the limit bites.
-static uint64_t cgroup_left(const std::string & dir, const char * limit, const char * usage, const char * inactive) {
-    const uint64_t max = read_number(dir + "/" + limit, UINT64_MAX);
-    if (max == UINT64_MAX) {
-        return UINT64_MAX;
+// Tighten `memory` to what one cgroup directory allows. File pages are reclaimed before the limit bites.
+static void tighten(host_memory & memory, const std::string & dir, const cgroup_files & names) {
+    const uint64_t max = read_number(dir + "/" + names.limit, UINT64_MAX);
+    if (max >= UINT64_MAX / 4096) {
+        return; // v1 writes a huge number for no limit
     }
-    const uint64_t used  = read_number(dir + "/" + usage, 0);
-    const uint64_t cache = read_field(dir + "/memory.stat", inactive, 0);
+    const uint64_t used  = read_number(dir + "/" + names.usage, 0);
+    const uint64_t cache = read_field(dir + "/memory.stat", names.inactive, 0) +
+                           read_field(dir + "/memory.stat", names.active, 0);
     const uint64_t taken = used > cache ? used - cache : 0;
-    return max > taken ? max - taken : 0;
+    memory.total         = std::min(memory.total, max);
+    memory.available     = std::min(memory.available, max > taken ? max - taken : 0);
 }
 
-// The tightest of a cgroup and its ancestors; in a container the path may not exist, then the root is what counts.
-static uint64_t cgroup_tree_left(const std::string & root, std::string path, const char * limit, const char * usage,
-                                 const char * inactive) {
-    uint64_t left = UINT64_MAX;
-    while (true) {
-        left               = std::min(left, cgroup_left(root + path, limit, usage, inactive));
-        const size_t slash = path.rfind('/');
-        if (slash == std::string::npos || path == "/") {
-            return left;
-        }
-        path = path.substr(0, slash);
-    }
-}
-
-uint64_t host_available_bytes() {
-    uint64_t left = read_field("/proc/meminfo", "MemAvailable:", UINT64_MAX / 1024) * 1024;
+// The cgroups that hold this process, from its own up; in a container the path may not exist, then the root counts.
+template <typename visitor> static void each_cgroup(const visitor & visit) {
+    static const cgroup_files v1 = { "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+                                     "total_active_file" };
+    static const cgroup_files v2 = { "memory.max", "memory.current", "inactive_file", "active_file" };
 
     std::ifstream groups("/proc/self/cgroup"); // lines "id:controllers:path"; v2 has id 0 and no controllers
     std::string   line;
@@ -72,16 +71,47 @@ uint64_t host_available_bytes() {
             continue;
         }
         const std::string controllers = "," + line.substr(a + 1, b - a - 1) + ",";
-        const std::string path        = line.substr(b + 1);
-        if (controllers == ",,") {
-            left = std::min(left,
-                            cgroup_tree_left("/sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file"));
-        } else if (controllers.find(",memory,") != std::string::npos) {
-            left = std::min(left, cgroup_tree_left("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes",
-                                                   "memory.usage_in_bytes", "total_inactive_file"));
+        const bool        is_v2       = controllers == ",,";
+        if (!is_v2 && controllers.find(",memory,") == std::string::npos) {
+            continue;
+        }
+        std::string path = line.substr(b + 1);
+        while (true) {
+            visit((is_v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory") + path, is_v2 ? v2 : v1);
+            const size_t slash = path.rfind('/');
+            if (slash == std::string::npos || path == "/") {
+                break;
+            }
+            path = path.substr(0, slash);
         }
     }
-    return left;
+}
+
+host_memory host_memory_now() {
+    host_memory memory = { read_field("/proc/meminfo", "MemTotal:", UINT64_MAX / 1024) * 1024,
+                           read_field("/proc/meminfo", "MemAvailable:", UINT64_MAX / 1024) * 1024 };
+    each_cgroup([&](const std::string & dir, const cgroup_files & names) { tighten(memory, dir, names); });
+    return memory;
+}
+
+// "some avg10=1.23 avg60=..." -> 1.23; negative if there is no such file.
+static double some_avg10(const std::string & path) {
+    std::ifstream file(path);
+    std::string   word;
+    while (file >> word) {
+        if (word.compare(0, 6, "avg10=") == 0) {
+            return strtod(word.c_str() + 6, nullptr);
+        }
+    }
+    return -1.0;
+}
+
+double host_memory_pressure() {
+    double found = -1.0;
+    each_cgroup([&](const std::string & dir, const cgroup_files &) {
+        found = found < 0.0 ? some_avg10(dir + "/memory.pressure") : found;
+    });
+    return std::max(found < 0.0 ? some_avg10("/proc/pressure/memory") : found, 0.0);
 }
 
 } // namespace rotary

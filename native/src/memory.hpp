@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// How much host memory this process may still take: free memory, cgroup limits included.
+// Host memory as this process may use it: the machine's, within the limits of its cgroups.
 
 #pragma once
 
@@ -8,8 +8,15 @@
 
 namespace rotary {
 
-// Bytes that can be allocated without pushing the machine or any enclosing memory cgroup (v1 or v2) over its limit;
-// page cache counts as available. UINT64_MAX where the system does not tell.
-uint64_t host_available_bytes();
+struct host_memory {
+    uint64_t total;     // bytes: the machine's memory, or the tightest cgroup limit
+    uint64_t available; // bytes that can be allocated without swapping, page cache counted as free
+};
+
+host_memory host_memory_now();
+
+// Share of the last ten seconds, in percent, in which something waited for memory: the kernel's pressure stall
+// information of this process's cgroup if it has one, else of the machine. 0 where the kernel keeps none.
+double host_memory_pressure();
 
 } // namespace rotary

@@ -38,7 +38,8 @@ static void * buffer_get_base(ggml_backend_buffer_t buffer) {
 
 static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor * tensor) {
     if (tensor->view_src == nullptr && tensor->ne[2] > 1) {
-        self(buffer).owner->add_tensor(buffer, tensor, self(buffer).dev.n_expert_used(tensor->name));
+        const paged_buffer & paged = self(buffer);
+        paged.owner->add_tensor(buffer, tensor, paged.dev.n_expert_used(tensor->name), !paged.owns_memory);
     }
     return GGML_STATUS_SUCCESS;
 }

@@ -4,6 +4,7 @@
 
 #include "pool.hpp"
 
+#include "clock.hpp"
 #include "error.hpp"
 #include "inner.hpp"
 #include "memory.hpp"
@@ -12,10 +13,11 @@
 #include "ggml-impl.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <sys/mman.h>
+#include <unistd.h>
 
 namespace rotary {
 
@@ -39,7 +41,7 @@ static int32_t layer_number(const std::string & name) {
     return end != name.c_str() + 4 && *end == '.' ? (int32_t) il : -1;
 }
 
-void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used) {
+void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used, bool is_mapped) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (prepared_) {
         // Weights that come late, such as an adapter's: divide the budget anew at the next graph.
@@ -57,15 +59,24 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
     paged->data          = (const char *) tensor->data;
     paged->owner         = owner;
     paged->n_expert_used = n_expert_used;
+    if (is_mapped) {
+        paged->file = weight_file::at(paged->data, paged->offset, no_direct_);
+    }
+    register_experts(*paged);
     tensors_.push_back(std::move(paged));
 }
 
 void pool::remove_owner(const void * owner) {
     const std::lock_guard<std::mutex> lock(mutex);
     release();
-    tensors_.erase(std::remove_if(tensors_.begin(), tensors_.end(),
-                                  [owner](const auto & tensor) { return tensor->owner == owner; }),
-                   tensors_.end());
+    const auto gone = std::stable_partition(tensors_.begin(), tensors_.end(),
+                                            [owner](const auto & tensor) { return tensor->owner != owner; });
+    std::for_each(gone, tensors_.end(), [](const auto & tensor) { forget_experts(*tensor); });
+    tensors_.erase(gone, tensors_.end());
+    detached_.erase(std::remove(detached_.begin(), detached_.end(), owner), detached_.end());
+    if (tensors_.empty()) {
+        direct_.reset();
+    }
 }
 
 // ---- sizing
@@ -94,21 +105,42 @@ void pool::build_layers() {
         }
         layer->n_expert_used = std::max(layer->n_expert_used, std::min(tensor->n_expert_used, layer->n_expert));
         layer->expert_bytes += tensor->expert_bytes;
+        tensor->leads = layer->tensors.empty();
         layer->tensors.push_back(tensor.get());
         by_data_[tensor->data] = { layer, tensor.get() };
     }
     std::stable_sort(layers_.begin(), layers_.end(), [](const auto & a, const auto & b) { return a->il < b->il; });
+    for (size_t i = 0; i + 1 < layers_.size(); i++) {
+        layers_[i]->next = layers_[i + 1].get();
+    }
+}
+
+// What "auto" leaves free when it sizes the slots. Not everything that the model needs is touched by then, such as the
+// buffers of the first graph; what is left over is taken later, see follow_memory().
+uint64_t pool::margin_bytes(uint64_t total) const {
+    return config.margin_bytes ? config.margin_bytes : std::max(total / 10, std::min<uint64_t>(total / 4, 512u << 20));
 }
 
 uint64_t pool::free_bytes() const {
     size_t free  = 0;
     size_t total = 0;
     ggml_backend_dev_memory(inner_, &free, &total);
-    // The CPU backend reports all of the machine's memory as free.
-    const uint64_t left = inner_is_host_ ? host_available_bytes() : free;
-    // Without a stated margin: a tenth of the memory, and at least what other programs' peaks and our own staging take.
-    const uint64_t margin = config.margin_bytes ? config.margin_bytes : std::max<uint64_t>(total / 10, 512u << 20);
+    uint64_t left = free;
+    if (inner_is_host_) { // the CPU backend reports all of the machine's memory as free
+        const host_memory memory = host_memory_now();
+        total                    = memory.total;
+        left = memory.available - std::min<uint64_t>(memory.available, direct_ ? direct_->staging_bytes() : 0);
+    }
+    const uint64_t margin = margin_bytes(total);
     return left > margin ? left - margin : 0;
+}
+
+std::vector<layer_size> pool::layer_sizes() const {
+    std::vector<layer_size> sizes;
+    for (const auto & layer : layers_) {
+        sizes.push_back({ layer->expert_bytes, layer->n_expert, layer->n_expert_used });
+    }
+    return sizes;
 }
 
 // The layout a tensor's slots have: a repacked one if the inner device would use one for this weight, as stock
@@ -140,12 +172,14 @@ int32_t pool::prepare() {
             config.model.c_str()));
     }
 
-    std::vector<layer_size> sizes;
-    for (const auto & layer : layers_) {
-        sizes.push_back({ layer->expert_bytes, layer->n_expert, layer->n_expert_used });
+    choose_store();
+    const std::vector<layer_size> sizes     = layer_sizes();
+    const bool                    automatic = config.wanted.what == budget::kind::automatic;
+    const uint64_t                free      = free_bytes();
+    uint64_t                      bytes     = budget_bytes(config.wanted, sizes, free);
+    if (automatic && direct_ && inner_is_host_) {
+        bytes = std::max(bytes, budget_min_bytes(sizes)); // all that there is, and follow_memory() will see
     }
-    uint64_t   bytes     = budget_bytes(config.wanted, sizes, free_bytes());
-    const bool automatic = config.wanted.what == budget::kind::automatic;
     while (true) {
         const std::vector<int32_t> n_slots = budget_slots(bytes, sizes);
         if (n_slots.empty()) {
@@ -153,13 +187,23 @@ int32_t pool::prepare() {
             status_      = fail(ROTARY_ERR_BUDGET, status_text_);
             break;
         }
-        status_ = allocate(n_slots);
+        // In host memory, address space for what may become free later costs nothing until it is touched.
+        std::vector<int32_t> n_allocated = n_slots;
+        if (automatic && direct_ && inner_is_host_) {
+            n_allocated = budget_slots(std::min(free + margin_bytes(host_memory_now().total), budget_all_bytes(sizes)), sizes);
+            n_allocated.resize(n_slots.size(), 0);
+            for (size_t i = 0; i < n_slots.size(); i++) {
+                n_allocated[i] = std::max(n_allocated[i], n_slots[i]);
+            }
+        }
+        status_ = allocate(n_slots, n_allocated);
         if (status_ == ROTARY_OK) {
             const auto [least, most] = std::minmax_element(n_slots.begin(), n_slots.end());
             GGML_LOG_INFO(
                 "rotary: %s: experts of %zu layers (%s) paged on %s, budget %s is %s, %d to %d slots per layer\n",
                 config.model.c_str(), layers_.size(), mib(budget_all_bytes(sizes)).c_str(),
                 ggml_backend_dev_name(inner_), config.budget_text.c_str(), mib(bytes).c_str(), *least, *most);
+            memory_seen_us_ = now_us();
             break;
         }
         status_text_ = last_error();
@@ -173,12 +217,16 @@ int32_t pool::prepare() {
 
     const std::lock_guard<std::mutex> lock(counter_mutex_);
     totals_.budget_bytes     = bytes;
+    most_slot_bytes_         = 0;
+    for (const auto & layer : layers_) {
+        most_slot_bytes_ += layer->expert_bytes * layer->n_allocated;
+    }
     totals_.min_budget_bytes = budget_min_bytes(sizes);
     totals_.expert_bytes     = budget_all_bytes(sizes);
     return status_;
 }
 
-int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
+int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated) {
     contexts_.clear();
     buffers_.clear();
     generation_++;
@@ -190,16 +238,18 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
     for (size_t i = 0; i < layers_.size(); i++) {
         paged_layer & layer = *layers_[i];
         const bool    all   = n_slots[i] == layer.n_expert;
-        layer.host_plain    = inner_is_host_;
+        bool          plain = inner_is_host_;
         for (const paged_tensor * tensor : layer.tensors) {
-            layer.host_plain = layer.host_plain && slot_buft(*tensor) == ggml_backend_dev_buffer_type(inner_);
+            plain = plain && slot_buft(*tensor) == ggml_backend_dev_buffer_type(inner_);
         }
+        layer.host_plain    = plain && !direct_;
         layer.path          = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
         layer.table         = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
+        layer.n_allocated   = n_allocated[i];
         layer.stats         = {};
         layer.stats.n_slots = n_slots[i];
         layer.stats.n_resident = all ? layer.n_expert : 0;
-        repacked               = repacked || (inner_is_host_ && !layer.host_plain);
+        repacked               = repacked || (inner_is_host_ && !plain);
         for (paged_tensor * tensor : layer.tensors) {
             tensor->slots = nullptr;
             if (layer.path == ROTARY_PATH_MAPPED) {
@@ -210,13 +260,18 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
                 contexts_.emplace_back(ggml_init({ ggml_tensor_overhead() * tensors_.size(), nullptr, true }));
                 ctx = contexts_.back().get();
             }
-            tensor->slots = ggml_new_tensor_3d(ctx, tensor->type, tensor->ne[0], tensor->ne[1], n_slots[i]);
+            tensor->slots = ggml_new_tensor_3d(ctx, tensor->type, tensor->ne[0], tensor->ne[1], n_allocated[i]);
             ggml_format_name(tensor->slots, "%s (slots)", tensor->name.c_str());
-            slot_bytes += ggml_nbytes(tensor->slots);
+            slot_bytes += tensor->expert_bytes * n_slots[i];
         }
     }
     totals_.repacked = repacked;
     lock.unlock();
+    if (inner_is_host_ && slot_bytes > host_memory_now().available) {
+        return fail(ROTARY_ERR_MEMORY, format("%s: no memory for %s of slots, %s are available; lower the budget",
+                                              config.model.c_str(), mib(slot_bytes).c_str(),
+                                              mib(host_memory_now().available).c_str()));
+    }
     for (const auto & [buft, ctx] : by_buft) {
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
         if (buffer == nullptr) {
@@ -226,20 +281,151 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots) {
                                mib(slot_bytes).c_str(), ggml_backend_dev_name(inner_)));
         }
         buffers_.emplace_back(buffer);
-        // A GPU kernel may read past an expert's end into the next slot and multiply by zero: no NaN may be there. In
-        // host memory this touches every page now, which costs more than the copy when it happens in decode.
-        ggml_backend_buffer_clear(buffer, 0);
+        if (!inner_is_host_) {
+            // A GPU kernel may read past an expert's end into the next slot and multiply by zero: no NaN may be there.
+            ggml_backend_buffer_clear(buffer, 0);
+        }
     }
     for (const auto & layer : layers_) {
-        if (layer->path == ROTARY_PATH_RESIDENT) {
-            for (int32_t expert = 0; expert < layer->n_expert; expert++) {
-                page_in(nullptr, *layer, expert, expert);
-            }
+        if (layer->path == ROTARY_PATH_SLOTS && inner_is_host_) {
+            touch(*layer, 0, layer->stats.n_slots);
+        }
+        if (layer->path == ROTARY_PATH_RESIDENT && fill_resident(*layer) != ROTARY_OK) {
+            return last_status();
         }
     }
     lock.lock();
     totals_.slot_bytes = slot_bytes;
     return ROTARY_OK;
+}
+
+// Every expert into its slot, once.
+int32_t pool::fill_resident(paged_layer & layer) {
+    for (paged_tensor * tensor : layer.tensors) {
+        for (int32_t expert = 0; direct_ && expert < layer.n_expert; expert++) {
+            direct_->demand(*tensor, expert);
+        }
+    }
+    for (paged_tensor * tensor : layer.tensors) {
+        for (int32_t expert = 0; expert < layer.n_expert; expert++) {
+            const char * bytes = fetch(*tensor, expert);
+            if (bytes == nullptr) {
+                return last_status();
+            }
+            ggml_tensor slot = tensor->slot(expert);
+            ggml_backend_tensor_set(&slot, bytes, 0, tensor->expert_bytes);
+            release(*tensor, expert);
+        }
+    }
+    return ROTARY_OK;
+}
+
+// ---- memory that comes and goes
+
+// In host memory, have the pages of slots [first, last) now: first faults cost more than the copies when they come
+// during decode.
+void pool::touch(const paged_layer & layer, int32_t first, int32_t last) {
+    for (const paged_tensor * tensor : layer.tensors) {
+        memset((char *) tensor->slots->data + tensor->slots->nb[2] * first, 0, tensor->slots->nb[2] * (last - first));
+    }
+}
+
+// Give the whole pages of slots [first, last) back to the system; they read as zeros afterwards.
+void pool::give_back(const paged_layer & layer, int32_t first, int32_t last) {
+    const uintptr_t page = sysconf(_SC_PAGESIZE);
+    for (const paged_tensor * tensor : layer.tensors) {
+        const auto begin = ((uintptr_t) tensor->slots->data + tensor->slots->nb[2] * first + page - 1) / page * page;
+        const auto end   = ((uintptr_t) tensor->slots->data + tensor->slots->nb[2] * last) / page * page;
+        if (begin < end) {
+            madvise((void *) begin, end - begin, MADV_DONTNEED);
+        }
+    }
+}
+
+void pool::resize(uint64_t bytes) {
+    const std::vector<int32_t>        n_slots = budget_slots(bytes, layer_sizes());
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.slot_bytes = 0;
+    for (size_t i = 0; i < layers_.size(); i++) {
+        paged_layer & layer = *layers_[i];
+        if (layer.table) {
+            const int32_t before = layer.table->n_slots();
+            const int32_t now    = std::min(n_slots[i], layer.n_allocated);
+            layer.table->resize(now);
+            if (now > before) {
+                touch(layer, before, now);
+            } else {
+                give_back(layer, now, before);
+            }
+            layer.stats.n_slots    = now;
+            layer.stats.n_resident = layer.table->n_resident();
+        }
+        totals_.slot_bytes += layer.expert_bytes * layer.stats.n_slots;
+    }
+}
+
+void pool::follow_memory() {
+    static constexpr uint64_t interval_us = 250 * 1000;
+    static constexpr double   too_much    = 20.0; // percent of time waiting for memory
+
+    if (!inner_is_host_ || now_us() - memory_seen_us_ < interval_us || status_ != ROTARY_OK ||
+        std::none_of(layers_.begin(), layers_.end(), [](const auto & layer) { return layer->table != nullptr; })) {
+        return;
+    }
+    memory_seen_us_ = now_us();
+
+    const host_memory memory = host_memory_now();
+    // Between half of this and one and a half nothing changes, so that sizes do not swing.
+    const uint64_t reserve = config.margin_bytes ? config.margin_bytes : std::max<uint64_t>(memory.total / 24, 64u << 20);
+    const uint64_t least   = budget_min_bytes(layer_sizes());
+    const uint64_t now     = totals_.slot_bytes;
+    uint64_t       wanted  = now;
+    if (memory.available < reserve / 2 ||
+        (memory.available < reserve && host_memory_pressure() > too_much)) {
+        const uint64_t lack = reserve - memory.available;
+        wanted              = std::max(least, now > lack ? now - lack : 0);
+    } else if (direct_ && memory.available > reserve + reserve / 2) {
+        wanted = std::min(now + memory.available - reserve, most_slot_bytes_);
+    }
+    if (wanted == now) {
+        return;
+    }
+    resize(wanted);
+    if (totals_.slot_bytes < now) {
+        {
+            const std::lock_guard<std::mutex> lock(counter_mutex_);
+            totals_.shrinks++;
+        }
+        const std::string text =
+            format("%s: memory runs short, %s are available: slots shrink from %s to %s", config.model.c_str(),
+                   mib(memory.available).c_str(), mib(now).c_str(), mib(totals_.slot_bytes).c_str());
+        if (totals_.shrinks == 1) {
+            notice(text);
+        } else {
+            GGML_LOG_WARN("rotary: %s\n", text.c_str());
+        }
+    }
+    if (config.wanted.what == budget::kind::automatic) {
+        const std::lock_guard<std::mutex> lock(counter_mutex_);
+        totals_.budget_bytes = totals_.slot_bytes;
+    }
+}
+
+void pool::forget_slots() {
+    for (const auto & layer : layers_) {
+        if (layer->table) {
+            layer->table->clear();
+        }
+    }
+    if (direct_) {
+        direct_->clear();
+    }
+}
+
+void pool::set_budget(const budget & wanted, const std::string & text) {
+    release();
+    config.wanted      = wanted;
+    config.budget_text = text;
 }
 
 void pool::release() {
@@ -252,6 +438,9 @@ void pool::release() {
     const char * print = getenv("ROTARY_STATS");
     if (print != nullptr && strcmp(print, "0") != 0) {
         print_summary();
+    }
+    if (direct_) {
+        direct_->clear(); // parts point at tensors
     }
     generation_++;
     ids_buffer_.reset();
@@ -278,32 +467,6 @@ pool::place pool::find(const ggml_tensor * weight) const {
         return { nullptr, nullptr };
     }
     return it->second;
-}
-
-static uint64_t now_us() {
-    return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
-void pool::page_in(ggml_backend_t backend, paged_layer & layer, int32_t expert, int32_t slot) {
-    for (paged_tensor * tensor : layer.tensors) {
-        page_in(backend, *tensor, expert, slot);
-    }
-}
-
-void pool::page_in(ggml_backend_t backend, paged_tensor & tensor, int32_t expert, int32_t slot) {
-    // One slot as a tensor of its own: a repacking buffer takes whole tensors only.
-    ggml_tensor one      = *tensor.slots;
-    one.ne[2]            = 1;
-    one.nb[3]            = one.nb[2];
-    one.data             = (char *) one.data + one.nb[2] * slot;
-    const uint64_t start = now_us();
-    if (backend != nullptr) {
-        ggml_backend_tensor_set_async(backend, &one, tensor.expert_data(expert), 0, tensor.expert_bytes);
-    } else {
-        ggml_backend_tensor_set(&one, tensor.expert_data(expert), 0, tensor.expert_bytes);
-    }
-    count_page(now_us() - start);
 }
 
 ggml_tensor * pool::slot_ids(paged_layer & layer, int64_t n_ids, int64_t n_tokens) {

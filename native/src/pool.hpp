@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Pool: the paged experts of one model on one device. Knows where each expert's bytes are (the store), which layers
-// they form, how the budget is divided, and moves experts into slots. How a graph is run over them is executor.cpp.
+// Pool: the paged experts of one model on one device. Knows where each expert's bytes are (the store, pool_store.cpp),
+// which layers they form, how the budget is divided and what becomes of it when memory runs short (pool.cpp), and what
+// has happened (pool_figures.cpp). How a graph is run over them is executor.cpp.
 //
 // Threading: `mutex` is held by whoever runs a graph over the pool or changes its layers or slots; `counter_mutex`
 // guards the counters and what rotary_pool_stats() shows, so that figures can be read while a graph runs.
@@ -9,8 +10,11 @@
 #pragma once
 
 #include "budget.hpp"
+#include "direct_store.hpp"
+#include "predictor.hpp"
 #include "rotary.h"
 #include "slots.hpp"
+#include "weight_file.hpp"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -34,9 +38,22 @@ struct paged_tensor {
     const char *  data;
     const void *  owner;           // the paged buffer it lies in
     int32_t       n_expert_used;
+    bool          leads = false; // the first of its layer: stands for the expert where experts are counted
     ggml_tensor * slots = nullptr; // [ne0, ne1, n_slots] on the inner device; NULL on the mapped path
 
+    std::shared_ptr<weight_file> file;       // that `data` is mapped from, NULL if it is not
+    uint64_t                     offset = 0; // of the first expert in it
+
     const char * expert_data(int32_t expert) const { return data + expert_bytes * expert; }
+
+    // One slot as a tensor of its own: a repacking buffer takes whole tensors only.
+    ggml_tensor slot(int32_t index) const {
+        ggml_tensor one = *slots;
+        one.ne[2]       = 1;
+        one.nb[3]       = one.nb[2];
+        one.data        = (char *) one.data + one.nb[2] * index;
+        return one;
+    }
 };
 
 // The tensors that share one routing: gate, up and down of a layer.
@@ -49,21 +66,37 @@ struct paged_layer {
     rotary_path                 path       = ROTARY_PATH_NONE;
     bool                        host_plain = false; // the inner device can compute from the store itself, exactly
     std::unique_ptr<slot_table> table;              // NULL unless path is SLOTS
-    rotary_layer_stats          stats = {};
+    int32_t                     n_allocated = 0;    // slots there is address space for; the table may use fewer
+    rotary_layer_stats          stats       = {};
+
+    paged_layer *        next = nullptr; // the layer that comes after this one in a graph
+    router               gate;           // for predicting this layer's experts; learnt from the first graph
+    bool                 gate_sought = false;
+    std::vector<int32_t> predicted; // experts foretold for the next lookup of this layer
+    std::vector<paged_tensor *> order; // the tensors as the last graph used them
 
     // The rewritten ids, on the inner device: a fixed place for each layer, so that a captured graph stays valid.
     ggml_tensor *        slot_ids = nullptr;
     std::vector<int32_t> slot_ids_host; // the copy's source; must live until the inner backend has taken it
 };
 
+// Known to all pools, so that none takes another's experts for dense weights.
+void register_experts(const paged_tensor & tensor);
+void forget_experts(const paged_tensor & tensor);
+
 struct pool_config {
-    budget      wanted;
-    std::string budget_text  = "auto";
-    std::string model        = "model";
-    uint64_t    margin_bytes = 0;
-    bool        repack       = true;
-    bool        direct       = true;
+    budget       wanted;
+    std::string  budget_text   = "auto";
+    std::string  model         = "model";
+    uint64_t     margin_bytes  = 0;
+    bool         repack        = true;
+    bool         direct        = true; // may compute a batch from the mapping
+    rotary_store store         = ROTARY_STORE_AUTO;
+    bool         prefetch      = true;
+    uint64_t     staging_bytes = 0;
 };
+
+bool store_parse(const std::string & text, rotary_store & store); // "auto", "mmap", "direct"
 
 class pool {
   public:
@@ -71,12 +104,28 @@ class pool {
     ~pool();
 
     // ---- store: called by the paged buffers while llama.cpp loads
-    void add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used);
+    void add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used, bool is_mapped);
     void remove_owner(const void * owner);
+
+    // The store that reads past the page cache, NULL where experts are in memory or mapped.
+    direct_store * direct() const { return direct_.get(); }
+
+    // One expert's bytes in host memory, valid until release() of it or the next fetch(); NULL with this thread's error.
+    const char * fetch(const paged_tensor & tensor, int32_t expert);
+    bool         fetchable(const paged_tensor & tensor, int32_t expert) const; // without waiting
+    void         release(const paged_tensor & tensor, int32_t expert);
+
+    // Whether the files are still those that were loaded; else this thread's error says what happened.
+    bool files_unchanged() const;
 
     // ---- sizing
     // Divide the budget and allocate the slots unless that is done. Call with `mutex` held.
     int32_t prepare();
+    void    forget_slots(); // after a failure: they may not hold what the tables say
+    void    set_budget(const budget & wanted, const std::string & text);
+
+    // Give slots back when memory runs short, and take them again when there is plenty. Call between graphs.
+    void follow_memory();
 
     // ---- for the executor, with `mutex` held and prepared
     struct place {
@@ -85,10 +134,6 @@ class pool {
     };
     // Where a weight with this data pointer belongs; layer NULL if it is not paged here.
     place find(const ggml_tensor * weight) const;
-
-    // Copy one expert into a slot: all tensors of the layer, or one of them.
-    void page_in(ggml_backend_t backend, paged_layer & layer, int32_t expert, int32_t slot);
-    void page_in(ggml_backend_t backend, paged_tensor & tensor, int32_t expert, int32_t slot);
 
     // A tensor on the inner device that holds slot ids shaped like ids[n_expert_used, n_tokens]; NULL if no memory.
     ggml_tensor * slot_ids(paged_layer & layer, int64_t n_ids, int64_t n_tokens);
@@ -102,6 +147,7 @@ class pool {
     void         count(paged_layer & layer, const rotary_layer_stats & delta);
     void         count_wait(uint64_t us);
     void         count_page(uint64_t us);
+    void         count_prefetch(const rotary_stats & delta);
     void         set_scratch_bytes(size_t bytes);
     void         notice(const std::string & text); // said once: logged as a warning and kept for rotary_pool_notice
     void         stats(rotary_stats & out) const;
@@ -109,17 +155,26 @@ class pool {
     void         reset_counters();
     const char * notice_text(int32_t index) const;
 
-    std::mutex        mutex;
-    const pool_config config;
-    bool              inner_is_host() const { return inner_is_host_; }
-    ggml_gallocr_t    scratch();                                 // activations of the waves
-    uint64_t          generation() const { return generation_; } // changes whenever slots or ids move
+    std::mutex     mutex;
+    pool_config    config; // the budget changes between graphs only
+    bool           inner_is_host() const { return inner_is_host_; }
+    ggml_gallocr_t scratch();                                 // activations of the waves
+    uint64_t       generation() const { return generation_; } // changes whenever slots or ids move
 
   private:
     void     build_layers();
-    int32_t  allocate(const std::vector<int32_t> & n_slots);
+    int32_t  allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated);
+    int32_t  fill_resident(paged_layer & layer);
     void     release();
     uint64_t free_bytes() const;
+    uint64_t margin_bytes(uint64_t total) const;
+    void     choose_store();
+    bool     open_direct();
+    void     resize(uint64_t bytes);
+    void     touch(const paged_layer & layer, int32_t first, int32_t last);
+    void     give_back(const paged_layer & layer, int32_t first, int32_t last);
+
+    std::vector<layer_size> layer_sizes() const;
     void     print_summary() const;
 
     ggml_backend_buffer_type_t slot_buft(const paged_tensor & tensor) const;
@@ -133,6 +188,11 @@ class pool {
     bool                                       prepared_ = false;
     int32_t                                    status_   = ROTARY_OK; // of the sizing, so that it is tried once
     std::string                                status_text_;
+    std::unique_ptr<direct_store>              direct_;
+    std::vector<const void *>                  detached_;  // owners whose mapping has been taken over
+    std::string                                no_direct_; // why a tensor's file could not be opened again
+    uint64_t                                   memory_seen_us_  = 0;
+    uint64_t                                   most_slot_bytes_ = 0; // that slots may grow to
 
     std::vector<ggml_context_ptr>        contexts_; // of the slot tensors, one for each buffer type
     std::vector<ggml_backend_buffer_ptr> buffers_;
@@ -147,6 +207,7 @@ class pool {
     rotary_stats            totals_ = {}; // what layers do not count themselves
     std::deque<std::string> notices_;     // a deque: the texts handed out must not move
     size_t                  scratch_bytes_ = 0;
+    bool                    reset_direct_  = false;
 };
 
 } // namespace rotary

@@ -72,6 +72,17 @@ void slot_table::clear() {
     n_resident_ = 0;
 }
 
+void slot_table::resize(int32_t n) {
+    for (int32_t slot = n; slot < n_slots(); slot++) {
+        if (expert_of_[slot] >= 0) {
+            slot_of_[expert_of_[slot]] = -1;
+            n_resident_--;
+        }
+    }
+    expert_of_.resize(n, -1);
+    last_use_.resize(n, 0);
+}
+
 } // namespace rotary
 
 // C API

@@ -27,6 +27,7 @@ class slot_table {
     int32_t n_slots() const { return (int32_t) expert_of_.size(); }
     int32_t n_resident() const { return n_resident_; }
     void    clear();
+    void    resize(int32_t n_slots); // fewer: the experts of the last slots leave; more: free slots are added
 
   private:
     int32_t take_slot();

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""What the benchmarks share: measuring in a process of its own, the processor's name, synthetic models."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "build" / "bench"
+MIB = 1024 * 1024
+
+
+class ProcessFailed(Exception):
+    """A measuring process ended with `returncode`, negative for a signal, and wrote `stderr`."""
+
+    def __init__(self, returncode: int, stderr: str) -> None:
+        super().__init__(f"status {returncode}: {stderr.strip()[-800:]}")
+        self.returncode = returncode
+        self.stderr = stderr
+
+
+def in_process(module: str, function: str, *arguments: object, timeout: float | None = None) -> dict:
+    """Call `module`.`function` in a fresh interpreter: no run inherits another's memory or threads.
+
+    Arguments and the result pass as JSON, the result in the last line of standard output.
+
+    Raises
+    ------
+    ProcessFailed
+        The process did not end with status 0.
+    subprocess.TimeoutExpired
+        It took longer than `timeout` seconds, and was killed.
+    """
+    code = (
+        f"import json, sys; from {module} import {function}; "
+        f"print(json.dumps({function}(*json.loads(sys.argv[1])), default=str))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(arguments)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        timeout=timeout,
+    )  # fmt: skip
+    if result.returncode != 0:
+        raise ProcessFailed(result.returncode, result.stderr)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def cpu_name() -> str:
+    """The processor as /proc/cpuinfo names it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def synthetic(folder: Path, shape: str, type_: str, locality: float | None, **overrides: int) -> Path:
+    """A model of the generator's in `folder`, written once."""
+    from models.synth import synthesize
+
+    folder.mkdir(parents=True, exist_ok=True)
+    changed = "".join(f"-{name}{value}" for name, value in overrides.items())
+    path = folder / f"{shape}{changed}-{type_}-{locality or 'random'}.gguf"
+    if not path.exists():
+        synthesize(path, shape, type=type_, locality=locality, **overrides)
+    return path

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""Disks to measure on: their devices, read-ahead and plain bandwidth, and a fast one made of memory.
+
+Linux only; making a disk and setting read-ahead need root. Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.cgroups import join
+from benchmarks.common import MIB
+
+_CLONE_NEWNS = 0x00020000  # sched.h
+
+
+def block_device(path: Path) -> Path | None:
+    """/sys directory of the disk under a file: not of a partition, and None if there is none.
+
+    A file system without a block device (tmpfs, btrfs, overlay) has an anonymous device number, major 0.
+    """
+    number = os.stat(path).st_dev
+    found = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not found.exists():
+        return None
+    found = found.resolve()
+    return found.parent if (found / "partition").exists() else found
+
+
+def get_read_ahead(device: Path) -> int:
+    """The device's read-ahead in KiB."""
+    return int((device / "queue" / "read_ahead_kb").read_text())
+
+
+def set_read_ahead(device: Path, kib: int) -> None:
+    """Set it; a file takes it over when it is opened."""
+    (device / "queue" / "read_ahead_kb").write_text(str(kib))
+
+
+@contextlib.contextmanager
+def kept_read_ahead(device: Path) -> Iterator[int]:
+    """Yields the read-ahead as it is, and sets it again at the end."""
+    own = get_read_ahead(device)
+    try:
+        yield own
+    finally:
+        set_read_ahead(device, own)
+
+
+def drop(path: Path) -> None:
+    """Drop a file from the page cache; nobody may have it mapped."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)  # dirty pages stay otherwise
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+
+
+def fill_cache(path: Path) -> None:
+    """Read a file into the page cache."""
+    buffer = bytearray(8 * MIB)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+@dataclass
+class Disk:
+    """Where models are read from."""
+
+    name: str
+    what: str
+    folder: Path
+    device: Path | None  # in /sys
+    throttle: tuple[str, int] | None = None  # see cgroups.group
+    own_read_ahead: int | None = None  # KiB; None if it cannot be set
+    holds_one: bool = False  # a copy of one model at a time
+    bandwidth: float | None = None  # bytes per second of the plain reader
+
+    def place(self, model: Path) -> Path:
+        """Path of the model on this disk, copied there if it is not yet."""
+        path = self.folder / model.name
+        if self.holds_one and not path.exists():
+            for other in self.folder.glob("*.gguf"):
+                other.unlink()
+            shutil.copyfile(model, path)
+            drop(path)
+            drop(model)
+        return path
+
+
+def plain_reader(
+    path: str, seconds: float = 3.0, in_flight: int = 8, block_bytes: int = MIB, groups: tuple[str, ...] = ()
+) -> dict:
+    """What a plain parallel reader gets from the disk, past the page cache: O_DIRECT at random offsets.
+
+    Parameters
+    ----------
+    path : str
+        File to read.
+    in_flight : int
+        Threads, one read each.
+    block_bytes : int
+        Size and alignment of a read; less in a file that is smaller.
+    groups : sequence of str
+        ``cgroup.procs`` files of a group to join first, one that throttles the disk.
+
+    Returns
+    -------
+    dict
+        ``bandwidth`` in bytes per second, ``reads``.
+    """
+    join(groups)
+    blocks = os.path.getsize(path) // block_bytes
+    if blocks == 0:
+        raise OSError(f"{path}: smaller than one read of {block_bytes} bytes; read a larger file")
+    done: list[tuple[int, float]] = []
+    errors: list[OSError] = []
+    begin = time.perf_counter()
+
+    def read(seed: int) -> None:
+        order = random.Random(seed)
+        n_bytes = 0
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            try:
+                with mmap.mmap(-1, block_bytes) as buffer:  # page-aligned, as O_DIRECT wants it
+                    while time.perf_counter() - begin < seconds:
+                        n_bytes += os.preadv(file, [buffer], order.randrange(blocks) * block_bytes)
+            finally:
+                os.close(file)
+        except OSError as error:
+            errors.append(error)
+        done.append((n_bytes, time.perf_counter()))
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(in_flight)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    total = sum(n_bytes for n_bytes, _ in done)
+    return {"bandwidth": total / (max(end for _, end in done) - begin), "reads": total // block_bytes}
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without swapping, by the kernel's estimate."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo does not say what is available")
+
+
+def _own_mounts() -> None:
+    """Mounts made from now on are seen by this process and its children only, and end with them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"mount namespace: {os.strerror(error)}")
+    _command("mount", "--make-rprivate", "/")
+
+
+def _command(*arguments: object) -> None:
+    try:
+        subprocess.run([str(a) for a in arguments], check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        said = " ".join(error.stderr.split()) or f"status {error.returncode}"
+        raise OSError(f"{arguments[0]}: {said}") from None
+
+
+@contextlib.contextmanager
+def fast_disk(n_bytes: int) -> Iterator[Path]:
+    """An ext4 on a loop device over a file in a tmpfs of its own, for `n_bytes` of files; yields its folder.
+
+    Its memory is this process's. The mounts are private, so they and the loop device end even with a killed
+    process.
+
+    Raises
+    ------
+    OSError
+        Memory, loop devices, mkfs.ext4 or the right to mount are wanting; the message says which.
+    """
+    size = n_bytes + n_bytes // 32 + 32 * MIB  # with the file system's own blocks
+    _own_mounts()
+    with contextlib.ExitStack() as stack:
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rotary-bench-")))
+        memory, folder = base / "memory", base / "disk"
+        memory.mkdir()
+        folder.mkdir()
+        _command("mount", "-t", "tmpfs", "-o", f"size={size + 16 * MIB},mode=700", "rotary-bench", memory)
+        stack.callback(_command, "umount", memory)
+        image = memory / "image"
+        with image.open("wb") as file:
+            file.truncate(size)
+        # No journal and no lazy initialisation: nothing writes in the background.
+        _command(
+            "mkfs.ext4",
+            "-q",
+            "-F",
+            "-m",
+            "0",
+            "-O",
+            "^has_journal",
+            "-E",
+            "lazy_itable_init=0,nodiscard",
+            image,
+        )
+        _command("mount", "-o", "loop,noatime", image, folder)
+        stack.callback(_command, "umount", folder)  # frees the loop device, which mount set to autoclear
+        yield folder

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""The measured process of beyond_ram.py: load, prompt, tokens one by one. Prints nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import itertools
+import time
+from pathlib import Path
+
+from benchmarks.cgroups import join
+
+REPEAT = 8  # tokens of the cycle in the routing "repeat"
+
+
+def measure(job: dict) -> dict:
+    """Load a model and time the prompt, then single tokens of each stream.
+
+    Parameters
+    ----------
+    job : dict
+        ``model``; ``rotary``, the argument of `Llama`; ``repack``, for stock; ``groups`` to join;
+        ``streams``, of "calibrated", "random" (both random tokens) and "repeat"; ``n_prompt``, ``n_warm``,
+        ``n_decode``, ``n_threads``; ``give_up_s``, by stream.
+
+    Returns
+    -------
+    dict
+        ``anonymous_bytes`` that loading took, ``prefill`` in tokens per second and, by stream, ``decode`` in
+        tokens per second, the ``hash`` of the last logits, ``stats``, and whether it was ``cut`` short.
+    """
+    import llama_cpp.llama_cpp as llama_api
+    import numpy as np
+
+    from rotary_llamacpp import Llama
+
+    join(job["groups"])
+    if job["rotary"] is None and not job["repack"]:
+        stock_params = llama_api.llama_model_default_params
+
+        def plain_params() -> object:
+            params = stock_params()
+            params.use_extra_bufts = False
+            return params
+
+        llama_api.llama_model_default_params = plain_params
+
+    before = anonymous_bytes()
+    begin = time.perf_counter()
+    llama = Llama(
+        job["model"], rotary=job["rotary"], n_ctx=n_context(job), n_batch=512, n_threads=job["n_threads"],
+        n_threads_batch=job["n_threads"], verbose=False,
+    )  # fmt: skip
+    load_s, loaded = time.perf_counter() - begin, anonymous_bytes() - before
+    prompt, streams = tokens_of(job, llama.n_vocab())
+    llama.eval(prompt[:8])  # first touch of buffers and threads
+    llama.reset()
+    llama.rotary_reset_stats()
+    begin = time.perf_counter()
+    llama.eval(prompt)
+    result = {
+        "load_s": load_s, "anonymous_bytes": loaded,
+        "prefill": len(prompt) / (time.perf_counter() - begin),
+        "prefill_stats": without_layers(llama.rotary_stats()),
+        "streams": {},
+    }  # fmt: skip
+    for name, tokens in streams.items():
+        give_up_s = job["give_up_s"].get(name, float("inf"))
+        begin = time.perf_counter()
+        for index, token in enumerate(tokens):
+            if index == job["n_warm"]:
+                llama.rotary_reset_stats()
+                begin = time.perf_counter()
+            llama.eval([token])
+            seconds = time.perf_counter() - begin
+            if seconds > give_up_s:
+                break
+        n_timed = index + 1 - (job["n_warm"] if index >= job["n_warm"] else 0)
+        logits = np.array(llama._ctx.get_logits_ith(-1)[: llama.n_vocab()], dtype=np.float32)
+        cut = index + 1 < len(tokens)
+        result["streams"][name] = {
+            "decode": n_timed / seconds, "n_timed": n_timed, "cut": cut,
+            "hash": None if cut else hashlib.sha256(logits.tobytes()).hexdigest()[:16],
+            "stats": without_layers(llama.rotary_stats()),
+        }  # fmt: skip
+        if cut:
+            break
+    llama.close()
+    return result
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status does not say what is anonymous")
+
+
+def n_context(job: dict) -> int:
+    """The same for every job of a run: the context's size may choose kernels."""
+    return job["n_prompt"] + 2 * (job["n_warm"] + job["n_decode"]) + 8
+
+
+def tokens_of(job: dict, n_vocab: int) -> tuple[list[int], dict[str, list[int]]]:
+    """The prompt, and the tokens of each stream, warm-up included."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    prompt = [int(t) for t in rng.integers(10, n_vocab - 1, job["n_prompt"])]
+    n_tokens = job["n_warm"] + job["n_decode"]
+    tokens = [int(t) for t in rng.integers(10, n_vocab - 1, n_tokens)]
+    cycle = list(itertools.islice(itertools.cycle(tokens[:REPEAT]), n_tokens))
+    return prompt, {name: cycle if name == "repeat" else tokens for name in job["streams"]}
+
+
+def without_layers(stats: dict) -> dict:
+    """The totals of `rotary_stats`."""
+    return {name: value for name, value in stats.items() if name != "layers"}
+
+
+def overlaps(job: dict) -> dict[str, float | None]:
+    """Lag-1 overlap of the routing of each stream's timed tokens, by stock."""
+    import llama_cpp
+    import llama_cpp.llama_cpp as llama_api
+    import numpy as np
+
+    from models.routing import _Tensor, overlap
+
+    seen: dict[int, list[int]] = {}
+
+    @llama_api.ggml_backend_sched_eval_callback
+    def observe(pointer: int, ask: bool, _: object) -> bool:
+        tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
+        if not tensor.name.startswith(b"ffn_moe_topk-"):
+            return not ask  # asked: not wanted; shown anyhow: go on
+        if not ask:
+            last = tensor.data + (tensor.ne[1] - 1) * tensor.nb[1]
+            seen[int(tensor.name[13:])] = list((ctypes.c_int32 * tensor.ne[0]).from_address(last))
+        return True
+
+    stock_params = llama_api.llama_context_default_params
+
+    def observed_params() -> object:
+        params = stock_params()
+        params.cb_eval = observe
+        return params
+
+    llama_api.llama_context_default_params = observed_params
+    llama = llama_cpp.Llama(
+        job["model"], n_ctx=n_context(job), n_batch=512, n_threads=job["n_threads"],
+        n_threads_batch=job["n_threads"], verbose=False,
+    )  # fmt: skip
+    prompt, streams = tokens_of(job, llama.n_vocab())
+    llama.eval(prompt)
+    found = {}
+    for name, tokens in streams.items():
+        trace = []
+        for token in tokens:
+            llama.eval([token])
+            trace.append([seen[il] for il in sorted(seen)])
+        found[name] = overlap(np.array(trace[job["n_warm"] :], dtype=np.int32))
+    llama.close()
+    return found

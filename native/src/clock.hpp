@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: MIT
+//
+// The clock all figures are taken with.
+
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+
+namespace rotary {
+
+inline uint64_t now_us() {
+    return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+} // namespace rotary

@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: MIT
+//
+// Direct store. See direct_store.hpp.
+
+#include "direct_store.hpp"
+
+#include "clock.hpp"
+#include "error.hpp"
+#include "pool.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <sys/mman.h>
+
+namespace rotary {
+
+// ---- staging area
+
+static size_t whole_units(size_t bytes) {
+    return (bytes + staging_area::unit - 1) / staging_area::unit * staging_area::unit;
+}
+
+staging_area::staging_area(size_t bytes) : size_(whole_units(bytes)) {
+    void * memory = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory != MAP_FAILED) {
+        base_ = (char *) memory;
+        free_.emplace(0, size_);
+    }
+}
+
+staging_area::~staging_area() {
+    if (base_ != nullptr) {
+        munmap(base_, size_);
+    }
+}
+
+char * staging_area::take(size_t bytes) {
+    bytes = whole_units(bytes);
+    for (auto it = free_.begin(); it != free_.end(); ++it) {
+        const auto [offset, size] = *it;
+        if (size >= bytes) {
+            free_.erase(it);
+            if (size > bytes) {
+                free_.emplace(offset + bytes, size - bytes);
+            }
+            return base_ + offset;
+        }
+    }
+    return nullptr;
+}
+
+void staging_area::give(char * block, size_t bytes) {
+    const auto [it, added] = free_.emplace(block - base_, whole_units(bytes));
+    const auto next        = std::next(it);
+    if (next != free_.end() && it->first + it->second == next->first) {
+        it->second += next->second;
+        free_.erase(next);
+    }
+    if (it != free_.begin()) {
+        const auto before = std::prev(it);
+        if (before->first + before->second == it->first) {
+            before->second += it->second;
+            free_.erase(it);
+        }
+    }
+}
+
+// ---- wanting
+
+direct_store::direct_store(std::unique_ptr<reader> reader, size_t staging_bytes) :
+    area_(staging_bytes), reader_(std::move(reader)) {}
+
+direct_store::~direct_store() {
+    reader_.reset(); // waits; then the blocks may go
+}
+
+direct_store::found direct_store::demand(const paged_tensor & tensor, int32_t expert) {
+    const auto [it, absent] = parts_.try_emplace({ &tensor, expert }, part{});
+    part & its              = it->second;
+    bool   fresh            = absent;
+    if (its.now == state::failed) {
+        its   = part{}; // try again
+        fresh = true;
+    }
+    if (its.now == state::queued && !its.demanded) {
+        prefetch_bytes_ -= fresh ? 0 : tensor.expert_bytes; // its place in that queue will be skipped
+        its.demanded = true;
+        demanded_bytes_ += tensor.expert_bytes;
+        demanded_.push_back(it->first);
+        return found::absent;
+    }
+    if (its.now == state::in_flight && !its.demanded) {
+        prefetch_bytes_ -= tensor.expert_bytes;
+        demanded_bytes_ += tensor.expert_bytes;
+    }
+    const bool late = its.now == state::in_flight;
+    its.demanded    = true;
+    return late ? found::in_flight : found::landed;
+}
+
+void direct_store::prefetch(const paged_tensor & tensor, int32_t expert) {
+    const auto [it, absent] = parts_.try_emplace({ &tensor, expert }, part{});
+    if (absent) {
+        prefetch_bytes_ += tensor.expert_bytes;
+        prefetches_.push_back(it->first);
+    }
+}
+
+void direct_store::cancel_queued() {
+    for (const part_key & key : prefetches_) {
+        const auto it = parts_.find(key);
+        if (it != parts_.end() && it->second.now == state::queued && !it->second.demanded) {
+            prefetch_bytes_ -= key.first->expert_bytes;
+            parts_.erase(it);
+        }
+    }
+    prefetches_.clear();
+}
+
+void direct_store::cancel(const paged_tensor & tensor) {
+    for (auto it = parts_.begin(); it != parts_.end();) {
+        const part & its = it->second;
+        if (it->first.first != &tensor || its.demanded) {
+            ++it;
+            continue;
+        }
+        if (its.now == state::queued || its.now == state::in_flight) {
+            prefetch_bytes_ -= tensor.expert_bytes;
+        }
+        it = parts_.erase(it);
+    }
+}
+
+size_t direct_store::prefetch_window() const {
+    // What the disk does in about the time of a layer, and enough to keep several requests in flight.
+    return std::clamp<size_t>((size_t) (bytes_per_us_ * 4000), 4 << 20, area_.size() / 2);
+}
+
+// ---- reading
+
+void direct_store::pump() {
+    land(false);
+    while (reads_.size() < reader_->capacity() && start(demanded_, true)) {
+    }
+    while (reads_.size() < reader_->capacity() && demanded_.empty() && in_flight_bytes_ < prefetch_window() &&
+           start(prefetches_, false)) {
+    }
+}
+
+// Start the first read of a queue; false if there is none, or no room for it.
+bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
+    static constexpr size_t most = 4 << 20; // one read of neighbours
+
+    const auto waiting = [&](const part_key & key) {
+        const auto it = parts_.find(key);
+        return it != parts_.end() && it->second.now == state::queued && it->second.demanded == demanded;
+    };
+    while (!queue.empty() && !waiting(queue.front())) {
+        queue.pop_front(); // cancelled, or moved to the other queue
+    }
+    if (queue.empty()) {
+        return false;
+    }
+    const paged_tensor & first = *queue.front().first;
+    const uint64_t       begin = first.offset + first.expert_bytes * queue.front().second;
+    const size_t         align = first.file->alignment();
+    const uint64_t       from  = begin / align * align;
+
+    size_t   n   = 0;
+    uint64_t end = begin;
+    while (n < queue.size()) {
+        const auto [tensor, expert] = queue[n];
+        if (tensor->file != first.file || tensor->offset + tensor->expert_bytes * expert != end ||
+            (n > 0 && (!waiting(queue[n]) || end + tensor->expert_bytes - begin > most))) {
+            break;
+        }
+        end += tensor->expert_bytes;
+        n++;
+    }
+    size_t size   = 0;
+    char * memory = nullptr;
+    while (true) {
+        size   = (end - from + align - 1) / align * align;
+        memory = area_.take(size);
+        if (memory != nullptr) {
+            break;
+        }
+        if (demanded && make_room()) {
+            continue;
+        }
+        if (n == 1) {
+            return false;
+        }
+        n--;
+        end -= queue[n].first->expert_bytes;
+    }
+
+    const std::shared_ptr<char> block(memory, [this, size](char * it) { area_.give(it, size); });
+    const uint64_t              tag = next_read_++;
+    read &                      its = reads_[tag];
+    its.block                       = block;
+    its.bytes                       = end - begin;
+    const char * data               = memory + (begin - from);
+    for (size_t i = 0; i < n; i++) {
+        part & each = parts_[queue[i]];
+        each.now    = state::in_flight;
+        each.read   = tag;
+        each.block  = block;
+        each.data   = data;
+        data += queue[i].first->expert_bytes;
+        its.parts.push_back(queue[i]);
+        counters_.prefetched += !demanded && queue[i].first->leads;
+    }
+    queue.erase(queue.begin(), queue.begin() + n);
+    if (in_flight_bytes_ == 0) {
+        busy_since_us_ = now_us();
+        busy_bytes_    = 0;
+    }
+    busy_bytes_ += size;
+    in_flight_bytes_ += its.bytes;
+    counters_.reads++;
+    counters_.bytes_read += size;
+    reader_->submit({ first.file->fd(), from, memory, size, (size_t) (end - from), align, tag });
+    return true;
+}
+
+// Drop the oldest prefetch that has landed and is not demanded; false if there is none.
+bool direct_store::make_room() {
+    while (!landed_prefetches_.empty()) {
+        const auto it = parts_.find(landed_prefetches_.front());
+        landed_prefetches_.pop_front();
+        if (it != parts_.end() && it->second.now == state::landed && !it->second.demanded) {
+            parts_.erase(it);
+            return true;
+        }
+    }
+    return false;
+}
+
+void direct_store::land(bool wait) {
+    results_.clear();
+    reader_->complete(results_, wait);
+    for (const read_result & result : results_) {
+        const auto its = reads_.find(result.tag);
+        for (const part_key & key : its->second.parts) {
+            const auto it = parts_.find(key);
+            if (it == parts_.end() || it->second.read != result.tag) {
+                continue; // dropped meanwhile, and perhaps wanted anew
+            }
+            part & each = it->second;
+            each.now    = result.error == 0 ? state::landed : state::failed;
+            each.error  = result.error;
+            (each.demanded ? demanded_bytes_ : prefetch_bytes_) -= key.first->expert_bytes;
+            if (!each.demanded) {
+                landed_prefetches_.push_back(key);
+            }
+        }
+        in_flight_bytes_ -= its->second.bytes;
+        reads_.erase(its);
+    }
+    if (!results_.empty() && in_flight_bytes_ == 0) {
+        const uint64_t busy_us = std::max<uint64_t>(now_us() - busy_since_us_, 1);
+        counters_.read_us += busy_us;
+        // What landed while nobody looked was noticed late: such a span tells a lower bound only.
+        const double seen = (double) busy_bytes_ / busy_us;
+        if (seen > bytes_per_us_ || (wait && busy_since_us_ >= waiting_since_us_)) {
+            bytes_per_us_ += (seen - bytes_per_us_) / 8;
+        }
+    }
+}
+
+bool direct_store::landed(const paged_tensor & tensor, int32_t expert) const {
+    const auto it = parts_.find({ &tensor, expert });
+    return it != parts_.end() && it->second.now == state::landed;
+}
+
+const char * direct_store::wait(const paged_tensor & tensor, int32_t expert) {
+    const part_key key{ &tensor, expert };
+    demand(tensor, expert);
+    if (!landed(tensor, expert)) {
+        waiting_since_us_ = now_us();
+        pump();
+        while (parts_[key].now == state::queued || parts_[key].now == state::in_flight) {
+            if (!reads_.empty()) {
+                land(true);
+            } else {
+                // Nothing in flight and no room: what has landed early for later is in the way. It is read again then.
+                for (auto & [other, its] : parts_) {
+                    if (its.now == state::landed) {
+                        its          = part{};
+                        its.demanded = true;
+                        demanded_bytes_ += other.first->expert_bytes;
+                        demanded_.push_back(other);
+                    }
+                }
+                demanded_.push_front(key);
+            }
+            pump();
+        }
+        counters_.stall_us += now_us() - waiting_since_us_;
+    }
+    const part & its = parts_[key];
+    if (its.now == state::failed) {
+        fail_part(key, its);
+        parts_.erase(key); // tried again when it is wanted again
+        return nullptr;
+    }
+    return its.data;
+}
+
+void direct_store::fail_part(const part_key & key, const part & its) const {
+    const paged_tensor & tensor = *key.first;
+    const weight_file &  file   = *tensor.file;
+    if (!file.unchanged()) {
+        return;
+    }
+    fail(ROTARY_ERR_READ,
+         format("%s: %s, expert %d: reading %zu bytes at %llu failed, %s; check the disk, then load the model again",
+                file.path().c_str(), tensor.name.c_str(), key.second, tensor.expert_bytes,
+                (unsigned long long) (tensor.offset + tensor.expert_bytes * key.second), strerror(its.error)));
+}
+
+void direct_store::take(const paged_tensor & tensor, int32_t expert) {
+    const auto it = parts_.find({ &tensor, expert });
+    if (it != parts_.end() && it->second.now == state::landed) {
+        parts_.erase(it);
+    }
+}
+
+void direct_store::clear() {
+    parts_.clear();
+    demanded_.clear();
+    prefetches_.clear();
+    landed_prefetches_.clear();
+    demanded_bytes_ = prefetch_bytes_ = 0;
+}
+
+uint64_t direct_store::expected_wait_us() const {
+    return (uint64_t) (demanded_bytes_ / bytes_per_us_);
+}
+
+} // namespace rotary

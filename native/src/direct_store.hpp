@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: MIT
+//
+// Direct store: expert bytes read from the model's file past the page cache, in the background, through a bounded
+// staging area. A *part* is one expert of one tensor; it is queued, in flight, or landed, until it is taken or dropped.
+// Reads on demand go before prefetches, in the order they were asked for; neighbours in the file are read as one.
+// Knows neither slots nor graphs.
+// Threading: none of its own; the pool locks. Reads go on in the background between calls.
+
+#pragma once
+
+#include "reader.hpp"
+#include "rotary.h"
+#include "weight_file.hpp"
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+namespace rotary {
+
+struct paged_tensor;
+
+// Memory for reads in flight, in one piece: first fit over whole units, neighbours joined again when they are freed.
+class staging_area {
+  public:
+    explicit staging_area(size_t bytes);
+    ~staging_area();
+    staging_area(const staging_area &)             = delete;
+    staging_area & operator=(const staging_area &) = delete;
+
+    bool   ok() const { return base_ != nullptr; }
+    size_t size() const { return size_; }
+    char * take(size_t bytes); // NULL if there is no room
+    void   give(char * block, size_t bytes);
+
+    static constexpr size_t unit = 4096;
+
+  private:
+    char *                   base_ = nullptr;
+    size_t                   size_;
+    std::map<size_t, size_t> free_; // offset -> bytes
+};
+
+class direct_store {
+  public:
+    direct_store(std::unique_ptr<reader> reader, size_t staging_bytes);
+    ~direct_store();
+
+    bool      ok() const { return area_.ok(); }
+    rotary_io io() const { return reader_->kind(); }
+    size_t    staging_bytes() const { return area_.size(); }
+
+    enum class found { absent, in_flight, landed };
+
+    // Want a part now. Tells what a prefetch had already done for it.
+    found demand(const paged_tensor & tensor, int32_t expert);
+
+    // Want a part soon: read it when nothing is wanted now.
+    void prefetch(const paged_tensor & tensor, int32_t expert);
+
+    // Forget prefetches: those that have not begun; those of a tensor, whatever their state.
+    void cancel_queued();
+    void cancel(const paged_tensor & tensor);
+
+    // Start what can be started and notice what has landed; never waits.
+    void pump();
+
+    // A part's bytes once it has landed, valid until take() or the next wait(); NULL with this thread's error if it
+    // cannot be read.
+    const char * wait(const paged_tensor & tensor, int32_t expert);
+    bool         landed(const paged_tensor & tensor, int32_t expert) const;
+    void         take(const paged_tensor & tensor, int32_t expert); // done with the bytes
+    void         clear();                                           // done with everything
+
+    // Time until everything demanded has landed, by the bandwidth seen so far.
+    uint64_t expected_wait_us() const;
+
+    // Bytes of prefetches queued and in flight, and how many are worth having: more only delay what is demanded next.
+    size_t prefetch_bytes() const { return prefetch_bytes_; }
+    size_t prefetch_window() const;
+
+    struct counters {
+        uint64_t reads      = 0;
+        uint64_t bytes_read = 0;
+        uint64_t read_us    = 0; // with something in flight
+        uint64_t stall_us   = 0; // in wait()
+        uint64_t prefetched = 0; // experts whose read was started as a prefetch
+    };
+    const counters & counted() const { return counters_; }
+    void             reset_counters() { counters_ = {}; }
+
+  private:
+    using part_key = std::pair<const paged_tensor *, int32_t>;
+    struct key_hash {
+        size_t operator()(const part_key & key) const {
+            return std::hash<const void *>()(key.first) ^ ((size_t) key.second * 0x9E3779B97F4A7C15u);
+        }
+    };
+    enum class state { queued, in_flight, landed, failed };
+    struct part {
+        state                 now      = state::queued;
+        bool                  demanded = false;
+        uint64_t              read = 0; // the read it comes with
+        std::shared_ptr<char> block;    // of the staging area, shared by the parts of one read
+        const char *          data  = nullptr;
+        int                   error = 0;
+    };
+    struct read {
+        std::vector<part_key> parts;
+        std::shared_ptr<char> block; // here as well: a part may be dropped while the kernel still writes
+        size_t                bytes;
+    };
+
+    bool start(std::deque<part_key> & queue, bool demanded);
+    bool make_room();
+    void land(bool wait);
+    void fail_part(const part_key & key, const part & its) const;
+
+    staging_area                                   area_; // outlives the reader, which waits for its reads
+    std::unordered_map<part_key, part, key_hash>   parts_;
+    std::deque<part_key>                           demanded_;
+    std::deque<part_key>                           prefetches_;
+    std::deque<part_key>                           landed_prefetches_; // oldest first; what goes when room is short
+    std::unordered_map<uint64_t, read>             reads_;
+    uint64_t                                       next_read_       = 1;
+    size_t                                         demanded_bytes_  = 0; // queued or in flight
+    size_t                                         prefetch_bytes_  = 0; // queued or in flight
+    size_t                                         in_flight_bytes_ = 0;
+    uint64_t                                       busy_since_us_   = 0; // with something in flight
+    uint64_t                                       busy_bytes_      = 0; // asked for since
+    uint64_t                                       waiting_since_us_ = 0;
+    double                                         bytes_per_us_    = 1000; // seen; a guess at first
+    counters                                       counters_;
+    std::vector<read_result>                       results_;
+    std::unique_ptr<reader>                        reader_;
+};
+
+} // namespace rotary

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT
+//
+// Weight file. See weight_file.hpp.
+
+#include "weight_file.hpp"
+
+#include "error.hpp"
+#include "rotary.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cinttypes>
+#include <cstdio>
+#include <cstring>
+#include <fcntl.h>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+namespace rotary {
+
+// ---- mappings of this process
+
+struct mapping {
+    memory_range range;
+    uint64_t     offset;
+    unsigned     major, minor;
+    uint64_t     inode;
+    std::string  path;
+};
+
+static bool mapping_at(const void * address, mapping & found) {
+    std::ifstream maps("/proc/self/maps");
+    std::string   line;
+    while (std::getline(maps, line)) {
+        uint64_t begin, end;
+        int      path = 0;
+        if (sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %*s %" SCNx64 " %x:%x %" SCNu64 " %n", &begin, &end,
+                   &found.offset, &found.major, &found.minor, &found.inode, &path) < 6) {
+            continue;
+        }
+        if ((uint64_t) address >= begin && (uint64_t) address < end) {
+            found.range = { (char *) begin, (char *) end };
+            found.path  = path > 0 ? line.substr(path) : "";
+            return found.inode != 0 && !found.path.empty() && found.path[0] == '/';
+        }
+    }
+    return false;
+}
+
+// ---- file
+
+static std::mutex                                                       files_mutex;
+static std::map<std::pair<uint64_t, uint64_t>, std::weak_ptr<weight_file>> files; // by device and inode
+
+static bool same_time(const timespec & a, const timespec & b) {
+    return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
+}
+
+// Direct reads must be aligned as the file system wants it; kernels before 6.1 do not tell, and then a page always does.
+static size_t direct_alignment(int fd) {
+#ifdef STATX_DIOALIGN
+    struct statx about;
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &about) == 0 && (about.stx_mask & STATX_DIOALIGN) != 0 &&
+        about.stx_dio_offset_align != 0) {
+        return std::max<size_t>({ 512, about.stx_dio_offset_align, about.stx_dio_mem_align });
+    }
+#else
+    (void) fd;
+#endif
+    return 4096;
+}
+
+std::shared_ptr<weight_file> weight_file::at(const void * address, uint64_t & offset, std::string & reason) {
+    mapping here;
+    if (!mapping_at(address, here)) {
+        reason = "they lie in no mapped file";
+        return nullptr;
+    }
+    offset = here.offset + ((const char *) address - here.range.begin);
+
+    const std::lock_guard<std::mutex> lock(files_mutex);
+    std::weak_ptr<weight_file> &      known = files[{ makedev(here.major, here.minor), here.inode }];
+    if (std::shared_ptr<weight_file> open = known.lock()) {
+        return open;
+    }
+    std::shared_ptr<weight_file> file(new weight_file);
+    file->path_      = here.path;
+    file->is_direct_ = true;
+    file->fd_        = open(here.path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+    if (file->fd_ < 0 && errno == EINVAL) {
+        file->is_direct_ = false; // tmpfs before 6.6, some network file systems
+        file->fd_        = open(here.path.c_str(), O_RDONLY | O_CLOEXEC);
+    }
+    struct stat about;
+    if (file->fd_ < 0 || fstat(file->fd_, &about) != 0) {
+        reason = format("%s cannot be opened again, %s", here.path.c_str(), strerror(errno));
+        return nullptr;
+    }
+    // The path may lead to another file by now. Some file systems show another device number in maps than in stat, so
+    // the inode decides.
+    if (about.st_ino != here.inode) {
+        reason = format("%s is another file by now than the one that was loaded", here.path.c_str());
+        return nullptr;
+    }
+    file->size_      = about.st_size;
+    file->changed_   = about.st_mtim;
+    file->alignment_ = file->is_direct_ ? direct_alignment(file->fd_) : 1;
+    known            = file;
+    return file;
+}
+
+weight_file::~weight_file() {
+    if (fd_ >= 0) {
+        close(fd_);
+    }
+}
+
+bool weight_file::unchanged() const {
+    struct stat about;
+    if (fstat(fd_, &about) != 0) {
+        fail(ROTARY_ERR_READ, format("%s: %s; load the model again", path_.c_str(), strerror(errno)));
+        return false;
+    }
+    if ((uint64_t) about.st_size != size_ || !same_time(about.st_mtim, changed_)) {
+        fail(ROTARY_ERR_READ,
+             format("%s: was changed while it is in use, from %" PRIu64 " to %" PRIu64
+                    " bytes; its experts can no longer be read; load the model again",
+                    path_.c_str(), size_, (uint64_t) about.st_size));
+        return false;
+    }
+    return true;
+}
+
+void weight_file::drop_cache() const {
+    posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED);
+}
+
+// ---- detaching
+
+// Replace [begin, end), whole pages, by anonymous memory with the same content. mremap puts the copy in place at one
+// stroke: a thread that reads there meanwhile sees the old page or the new one.
+static bool copy_in_place(char * begin, char * end) {
+    static constexpr ptrdiff_t step = 64 << 20;
+    for (char * at = begin; at < end; at += step) {
+        const size_t size = std::min(step, end - at);
+        void *       copy = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (copy == MAP_FAILED) {
+            return false;
+        }
+        memcpy(copy, at, size);
+        if (mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED) {
+            munmap(copy, size);
+            return false;
+        }
+    }
+    return true;
+}
+
+int64_t detach_mapping(const std::vector<memory_range> & experts, const std::vector<memory_range> & others) {
+    mapping whole;
+    if (experts.empty() || !mapping_at(experts[0].begin, whole)) {
+        return 0;
+    }
+    const uintptr_t page = sysconf(_SC_PAGESIZE);
+    struct stretch {
+        char * begin;
+        char * end;
+        bool   drop;
+    };
+    std::vector<stretch> stretches;
+    const auto           add = [&](const memory_range & range, bool drop) {
+        // A page that an expert shares with something else is kept.
+        const auto begin = (char *) (((uintptr_t) range.begin + page - 1) / page * page);
+        const auto end   = (char *) ((uintptr_t) range.end / page * page);
+        if (begin < end) {
+            stretches.push_back({ begin, end, drop });
+        }
+    };
+    for (const memory_range & each : experts) {
+        add(each, true);
+    }
+    for (const memory_range & each : others) {
+        add(each, false);
+    }
+    std::sort(stretches.begin(), stretches.end(), [](const auto & a, const auto & b) { return a.begin < b.begin; });
+    stretches.push_back({ whole.range.end, whole.range.end, false });
+
+    int64_t copied = 0;
+    char *  kept   = whole.range.begin; // where the part between two experts begins
+    for (const stretch & each : stretches) {
+        if (each.begin > kept && each.begin <= whole.range.end) {
+            if (!copy_in_place(kept, each.begin)) {
+                fail(ROTARY_ERR_MEMORY,
+                     format("%s: no memory for %s of weights that are not experts; close other programs",
+                            whole.path.c_str(), mib(each.begin - kept).c_str()));
+                return -1;
+            }
+            copied += each.begin - kept;
+        }
+        if (each.drop) {
+            mmap(each.begin, each.end - each.begin, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+                 -1, 0);
+        }
+        kept = std::max(kept, each.end);
+    }
+    return copied;
+}
+
+} // namespace rotary

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""Live figures on a pseudo-terminal: what each phase shows, and that it leaves a clear line."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import logging
+import os
+import pty
+import struct
+import sys
+import termios
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from rotary_llamacpp import live
+
+
+class Model:
+    """What Live asks of a Llama: 4 layers, batches of 8 in graphs of 5 tokens."""
+
+    n_batch = 8
+    context_params = SimpleNamespace(n_ubatch=5)
+
+    def __init__(self, **stats):
+        self.stats = {
+            "path": "slots",
+            "n_layers": 4,
+            "lookups": 0,
+            "hit_rate": None,
+            "store": "mmap",
+            **stats,
+        }
+
+    def rotary_stats(self):
+        return dict(self.stats)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Puts standard error on a terminal; returns a function that reads until a text has come."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    os.set_blocking(ours, False)
+    stream = os.fdopen(theirs, "w", buffering=1)
+    monkeypatch.setattr(live, "_INTERVAL_SECONDS", 0.01)
+    seen = ""
+
+    def read_until(text):
+        nonlocal seen
+        deadline = time.monotonic() + 10
+        while text not in seen:
+            assert time.monotonic() < deadline, (text, seen)
+            time.sleep(0.01)
+            try:
+                seen += os.read(ours, 1 << 16).decode()
+            except BlockingIOError:
+                continue
+        found, seen = seen, ""
+        return found
+
+    def begin():  # not before the test runs: pytest itself replaces the stream between set-up and call
+        monkeypatch.setattr(sys, "stderr", stream)
+        return read_until
+
+    yield begin
+    stream.close()
+    os.close(ours)
+
+
+def test_phases(terminal):
+    shown_until = terminal()
+    model = Model()
+    with live.watching() as watcher:
+        shown_until("loading:   0%|")
+        watcher.loading(0.5)
+        shown_until("loading:  50%|")
+        watcher.prompt(model, 18)  # graphs of 5, 3, 5, 3 and 2 tokens, each looks up 4 layers
+        model.stats.update(lookups=10, hit_rate=0.25)
+        shown = shown_until("prompt:  50%|")
+        shown += shown_until("\r")
+        assert "tok/s, hits 25.0 %" in shown and "disk" not in shown
+
+
+def test_the_disks_speed_is_that_since_the_last_poll():
+    model = Model(store="direct", bytes_read=0, hit_rate=0.5)
+    figures = live.Figures(model)
+    model.stats["bytes_read"] = 1 << 30
+    time.sleep(0.01)
+    (hits, first), (_, second) = figures.poll(), figures.poll()
+    assert hits == "hits 50.0 %" and int(first.split()[1]) > 0 and second == "disk 0 MiB/s"
+
+
+def test_no_share_is_shown_where_nothing_is_paged(terminal):
+    shown_until = terminal()
+    with live.watching() as watcher:
+        watcher.prompt(Model(path="none", n_layers=0), 18)
+        assert "%" not in shown_until("prompt: 00:00").partition("prompt")[2]
+
+
+def test_tokens_are_shown_only_where_text_goes_elsewhere(terminal, monkeypatch):
+    shown_until = terminal()
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with live.watching() as watcher:
+        watcher.prompt(Model(), 5)
+        shown_until("prompt:   0%")
+        for n_made in (1, 2):
+            watcher.token(n_made, 4)
+        shown_until("generating:  50%|")
+    monkeypatch.setattr(sys, "stdout", sys.stderr)
+    with live.watching() as watcher:
+        watcher.prompt(Model(), 5)
+        shown_until("prompt:   0%")
+        watcher.token(1, 4)
+        sys.stderr.write("the text\n")
+        assert shown_until("the text").endswith(" \rthe text\r\n"), "begins on a clear line"
+        assert watcher._thread is None
+
+
+def test_log_lines_begin_on_a_clear_line(terminal):
+    shown_until = terminal()
+    with live.watching():
+        shown_until("loading:")
+        logging.getLogger("rotary_llamacpp").addHandler(handler := logging.StreamHandler(sys.stderr))
+        logging.getLogger("rotary_llamacpp").warning("a notice")
+        assert " \ra notice\r\n" in shown_until("a notice\r\n")
+        shown_until("loading:")
+    logging.getLogger("rotary_llamacpp").removeHandler(handler)
+    assert not logging.getLogger("rotary_llamacpp").filters
+
+
+def test_nothing_without_a_terminal(terminal, monkeypatch):
+    terminal()
+    with live.watching(off=True) as watcher:
+        assert watcher is None
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with live.watching() as watcher:
+        assert watcher is None
+
+
+@pytest.mark.parametrize(("n_tokens", "n_graphs"), [(1, 1), (5, 1), (6, 2), (8, 2), (9, 3), (18, 5)])
+def test_n_ubatches(n_tokens, n_graphs):
+    assert live.n_ubatches(Model(), n_tokens) == n_graphs
