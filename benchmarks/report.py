@@ -80,10 +80,11 @@ def rows(everything: dict) -> list[dict]:
 def row(everything: dict, cell: dict, stream: str) -> dict:
     """The figures of one stream in one cell.
 
-    Rotary's decode is that of its best layout with prefetch on; `missed_bytes` per token are those of the
-    same layout with prefetch off, which fetches nothing in vain. `roofline` is the share of the speed at
-    which either computing alone (stock in memory, same layout) or reading what is missed at the disk's plain
-    bandwidth would be all there is.
+    Rotary's decode is that of its best layout with prefetch on; `missed_bytes` per token are those
+    with prefetch off, which fetches nothing in vain. `roofline` is the share of the speed at which either
+    computing alone (stock in memory, same layout) or reading what is missed at the disk's plain bandwidth
+    would be all there is. `read_share`, of that bandwidth, can exceed 1 on a throttled disk: short spells of
+    reading come through faster.
     """
     runs = select(everything["runs"], cell=cell["name"])
     repacks = everything["repacks"].get(cell["type"], True)
@@ -117,7 +118,8 @@ def row(everything: dict, cell: dict, stream: str) -> dict:
         return found
 
     on = select(rotary, repack=ours.repack, outcome="measured")
-    off = select(runs, system="rotary", prefetch=False, repack=ours.repack, outcome="measured")
+    off = select(runs, system="rotary", prefetch=False, outcome="measured")  # of one layout
+    off_layout = off[0]["repack"] if off else ours.repack
     n_tokens = everything["settings"]["n_decode"]
     for name in (
         "hit_rate", "n_slots", "store", "io", "prefetch_accuracy", "prefetch_coverage", "prefetch_timeliness"
@@ -128,7 +130,7 @@ def row(everything: dict, cell: dict, stream: str) -> dict:
     found["rounds"] = len(on)
     found["peak_bytes"] = max((r["peak_bytes"] for r in on if r["peak_bytes"] is not None), default=None)
     found["limit_bytes"] = on[0]["limit_bytes"]
-    found["prefetch_gain"] = ratio(found["decode_rotary"], median(off, speed))
+    found["prefetch_gain"] = ratio(median(select(rotary, repack=off_layout), speed), median(off, speed))
     found["missed_bytes"] = ratio(median(off, stat(stream, "bytes_paged")), n_tokens)
     bandwidth = everything["disks"][cell["disk"]]["bandwidth"]
     in_memory = select(
@@ -285,14 +287,15 @@ def cells_of(row: dict) -> list[str]:
 def target_line(result: dict) -> str:
     """A target in words."""
     where = "" if result["disk"] is None else f", {result['disk']} disk"
-    if result["failed"]:
-        said = f"Rotary did not finish ({'; '.join(result['failed'])})"
-    elif result["figure"] is None:
+    if result["figure"] is None:
         said = "no figure"
     else:
         of = f", lowest of {result['n_rows']}" if result["n_rows"] > 1 else ""
         said = f"{result['figure']:.2f} ({result['row']}{of})"
     words = {None: "not measured", True: "met", False: "missed"}
     verdict = ", ".join(f"{level['level']:.2f} {words[level['met']]}" for level in result["levels"])
-    rest = f"; no figure for {'; '.join(result['without_figure'])}" if result["without_figure"] else ""
-    return f"- {result['target']}{where}: {said}: {verdict}{rest if result['figure'] is not None else ''}"
+    rest = ""
+    for what, which in (("Rotary did not finish", "failed"), ("no figure for", "without_figure")):
+        if result[which]:
+            rest += f"; {what} {'; '.join(result[which])}"
+    return f"- {result['target']}{where}: {said}: {verdict}{rest}"

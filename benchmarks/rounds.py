@@ -42,7 +42,8 @@ class Benchmark:
         Raises
         ------
         click.ClickException
-            The logits are not those of stock in memory, or Rotary did not page.
+            The logits are not those of stock in memory, or Rotary did not page, or a run without a memory
+            limit did not end: all others would be in vain.
         """
         disk = self.disks[cell.disk]
         model = disk.place(self.models[cell.type, cell.kind])
@@ -104,6 +105,10 @@ class Benchmark:
             ]
             said = f"{', '.join(rates)}; prefill {run['prefill']:.0f} tok/s"
         click.echo(f"{self.label(cell, variant)}: {said} ({run['seconds']:.0f} s)", err=True)
+        if run["outcome"] != "measured" and cell.memory is None:
+            raise click.ClickException(
+                f"{self.label(cell, variant)}: {run['outcome']}: {run.get('error', 'raise --limit')}"
+            )
         if run["outcome"] == "failed":
             self.failures.append(f"{self.label(cell, variant)}: {run['error']}")
             click.echo(run["error"], err=True)
@@ -144,11 +149,6 @@ class Benchmark:
                 continue
             run = self.run(cell, variant, {name: GIVE_UP * seconds for name, seconds in best_s.items()})
             if cell.memory is None:
-                if run["outcome"] != "measured":
-                    raise click.ClickException(
-                        f"{cell}: stock without a limit: {run['outcome']}; the others' reference; "
-                        "free memory, or choose smaller types"
-                    )
                 continue
             for name, figures in run.get("streams", {}).items():
                 seconds = self.job["n_decode"] / figures["decode"]

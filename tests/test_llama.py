@@ -67,7 +67,8 @@ def test_stats(make):
     }  # fmt: skip
     assert set(stats) == {*paging._NOT_PAGED, "layers", "notices"}, "the same keys, paged or not"
     assert (stats["store"], stats["io"], stats["read_bandwidth"]) == ("mmap", "none", None)
-    assert stats["prefetch_accuracy"] is stats["prefetch_coverage"] is stats["prefetch_timeliness"] is None
+    assert stats["prefetch_accuracy"] is stats["prefetch_timeliness"] is None
+    assert stats["prefetch_coverage"] == 0.0, "there were misses"
     assert (stats["active"], stats["inner_device"], stats["path"]) == (True, "CPU", "slots")
     assert (stats["n_layers"], stats["n_expert"], stats["n_slots"]) == (6, 32, 8)
     assert stats["budget_bytes"] == stats["expert_bytes"] // 4 >= stats["slot_bytes"] > 0

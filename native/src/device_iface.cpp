@@ -11,6 +11,7 @@
 #include "ggml-impl.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace rotary {
 
@@ -110,7 +111,12 @@ static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backen
             }
         }
     }
-    return ggml_backend_dev_supports_op(dev.inner(), op);
+    const bool accepted = ggml_backend_dev_supports_op(dev.inner(), op);
+    // Embeddings are also read, row by row, where they are mapped.
+    if (accepted && (is_extra || !ggml_backend_buft_is_host(buft)) && strstr(weight->name, "token_embd") == nullptr) {
+        dev.collecting_pool()->note_copied(weight->name);
+    }
+    return accepted;
 }
 
 static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor * op) {

@@ -150,7 +150,8 @@ void direct_store::pump() {
 
 // Start the first read of a queue; false if there is none, or no room for it.
 bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
-    static constexpr size_t most = 4 << 20; // one read of neighbours
+    // One read of neighbours: what amortises a request, and not so much that a demand waits long behind a prefetch.
+    const size_t most = demanded ? 4 << 20 : 1 << 20;
 
     const auto waiting = [&](const part_key & key) {
         const auto it = parts_.find(key);

@@ -6,6 +6,8 @@
 #include "memory.hpp"
 
 #include <algorithm>
+#include <cinttypes>
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
@@ -92,6 +94,29 @@ host_memory host_memory_now() {
                            read_field("/proc/meminfo", "MemAvailable:", UINT64_MAX / 1024) * 1024 };
     each_cgroup([&](const std::string & dir, const cgroup_files & names) { tighten(memory, dir, names); });
     return memory;
+}
+
+uint64_t host_memory_promised(const std::vector<memory_range> & except) {
+    static constexpr uint64_t stack_kib = 8 << 10; // and its guard page
+
+    std::ifstream smaps("/proc/self/smaps");
+    std::string   line;
+    uint64_t      begin = 0, end = 0, kib = 0, promised = 0;
+    bool          counts = false;
+    while (std::getline(smaps, line)) {
+        char     flags[5];
+        uint64_t inode;
+        if (sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %*x %*s %" SCNu64, &begin, &end, flags, &inode) == 4) {
+            const auto inside = [&](const memory_range & its) {
+                return begin < (uint64_t) its.end && end > (uint64_t) its.begin;
+            };
+            counts = flags[1] == 'w' && flags[3] == 'p' && inode == 0 && (end - begin) / 1024 > stack_kib + 4 &&
+                     std::none_of(except.begin(), except.end(), inside);
+        } else if (counts && sscanf(line.c_str(), "Rss: %" SCNu64, &kib) == 1) {
+            promised += end - begin > kib * 1024 ? end - begin - kib * 1024 : 0;
+        }
+    }
+    return promised;
 }
 
 // "some avg10=1.23 avg60=..." -> 1.23; negative if there is no such file.

@@ -5,8 +5,15 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace rotary {
+
+// A stretch of memory.
+struct memory_range {
+    char * begin;
+    char * end;
+};
 
 struct host_memory {
     uint64_t total;     // bytes: the machine's memory, or the tightest cgroup limit
@@ -14,6 +21,11 @@ struct host_memory {
 };
 
 host_memory host_memory_now();
+
+// Bytes of this process's own memory that it has asked for and not touched yet, such as the buffers of the first graph.
+// Large pieces only: threads' stacks are never touched whole. Our own slots and staging, which are touched on purpose or
+// not at all, are in `except`.
+uint64_t host_memory_promised(const std::vector<memory_range> & except);
 
 // Share of the last ten seconds, in percent, in which something waited for memory: the kernel's pressure stall
 // information of this process's cgroup if it has one, else of the machine. 0 where the kernel keeps none.

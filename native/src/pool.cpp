@@ -115,24 +115,32 @@ void pool::build_layers() {
     }
 }
 
-// What "auto" leaves free when it sizes the slots. Not everything that the model needs is touched by then, such as the
-// buffers of the first graph; what is left over is taken later, see follow_memory().
+// What "auto" leaves free: for other programs' peaks, and for what of ours is small and comes later.
 uint64_t pool::margin_bytes(uint64_t total) const {
-    return config.margin_bytes ? config.margin_bytes : std::max(total / 10, std::min<uint64_t>(total / 4, 512u << 20));
+    if (config.margin_bytes != 0) {
+        return config.margin_bytes;
+    }
+    return inner_is_host_ ? std::max<uint64_t>(total / 24, 64u << 20) : std::max<uint64_t>(total / 10, 512u << 20);
 }
 
+// Memory that slots may take besides what they have.
 uint64_t pool::free_bytes() const {
     size_t free  = 0;
     size_t total = 0;
     ggml_backend_dev_memory(inner_, &free, &total);
-    uint64_t left = free;
+    uint64_t wanted = margin_bytes(total);
+    uint64_t left   = free;
     if (inner_is_host_) { // the CPU backend reports all of the machine's memory as free
-        const host_memory memory = host_memory_now();
-        total                    = memory.total;
-        left = memory.available - std::min<uint64_t>(memory.available, direct_ ? direct_->staging_bytes() : 0);
+        const host_memory         memory = host_memory_now();
+        std::vector<memory_range> ours;
+        for (const auto & buffer : buffers_) {
+            char * base = (char *) ggml_backend_buffer_get_base(buffer.get());
+            ours.push_back({ base, base + ggml_backend_buffer_get_size(buffer.get()) });
+        }
+        left   = memory.available;
+        wanted = margin_bytes(memory.total) + host_memory_promised(ours);
     }
-    const uint64_t margin = margin_bytes(total);
-    return left > margin ? left - margin : 0;
+    return left > wanted ? left - wanted : 0;
 }
 
 std::vector<layer_size> pool::layer_sizes() const {
@@ -190,7 +198,7 @@ int32_t pool::prepare() {
         // In host memory, address space for what may become free later costs nothing until it is touched.
         std::vector<int32_t> n_allocated = n_slots;
         if (automatic && direct_ && inner_is_host_) {
-            n_allocated = budget_slots(std::min(free + margin_bytes(host_memory_now().total), budget_all_bytes(sizes)), sizes);
+            n_allocated = budget_slots(std::min(host_memory_now().available, budget_all_bytes(sizes)), sizes);
             n_allocated.resize(n_slots.size(), 0);
             for (size_t i = 0; i < n_slots.size(); i++) {
                 n_allocated[i] = std::max(n_allocated[i], n_slots[i]);
@@ -375,17 +383,18 @@ void pool::follow_memory() {
     memory_seen_us_ = now_us();
 
     const host_memory memory = host_memory_now();
-    // Between half of this and one and a half nothing changes, so that sizes do not swing.
-    const uint64_t reserve = config.margin_bytes ? config.margin_bytes : std::max<uint64_t>(memory.total / 24, 64u << 20);
-    const uint64_t least   = budget_min_bytes(layer_sizes());
-    const uint64_t now     = totals_.slot_bytes;
-    uint64_t       wanted  = now;
-    if (memory.available < reserve / 2 ||
-        (memory.available < reserve && host_memory_pressure() > too_much)) {
-        const uint64_t lack = reserve - memory.available;
-        wanted              = std::max(least, now > lack ? now - lack : 0);
-    } else if (direct_ && memory.available > reserve + reserve / 2) {
-        wanted = std::min(now + memory.available - reserve, most_slot_bytes_);
+    const uint64_t    margin = margin_bytes(memory.total);
+    const uint64_t    now    = totals_.slot_bytes;
+    uint64_t          wanted = now;
+    // Between half of the margin and one and a half nothing changes, so that sizes do not swing.
+    if (memory.available < margin / 2 || (memory.available < margin && host_memory_pressure() > too_much)) {
+        const uint64_t lack = margin - memory.available;
+        wanted              = std::max(budget_min_bytes(layer_sizes()), now > lack ? now - lack : 0);
+    } else if (direct_ && now < most_slot_bytes_ && memory.available > margin + margin / 2 &&
+               memory_seen_us_ > growth_tried_us_ + 20 * interval_us) { // it costs milliseconds to find out
+        growth_tried_us_    = memory_seen_us_;
+        const uint64_t more = free_bytes();
+        wanted              = std::min(now + (more > margin / 2 ? more : 0), most_slot_bytes_);
     }
     if (wanted == now) {
         return;

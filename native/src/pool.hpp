@@ -23,6 +23,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -106,6 +107,7 @@ class pool {
     // ---- store: called by the paged buffers while llama.cpp loads
     void add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used, bool is_mapped);
     void remove_owner(const void * owner);
+    void note_copied(const std::string & weight); // a dense weight that does not stay in the mapping
 
     // The store that reads past the page cache, NULL where experts are in memory or mapped.
     direct_store * direct() const { return direct_.get(); }
@@ -170,6 +172,9 @@ class pool {
     uint64_t margin_bytes(uint64_t total) const;
     void     choose_store();
     bool     open_direct();
+
+    std::vector<memory_range> copied_weights(const paged_tensor & tensor) const;
+
     void     resize(uint64_t bytes);
     void     touch(const paged_layer & layer, int32_t first, int32_t last);
     void     give_back(const paged_layer & layer, int32_t first, int32_t last);
@@ -191,7 +196,9 @@ class pool {
     std::unique_ptr<direct_store>              direct_;
     std::vector<const void *>                  detached_;  // owners whose mapping has been taken over
     std::string                                no_direct_; // why a tensor's file could not be opened again
+    std::set<std::string>                      copied_;    // dense weights that llama.cpp has copied elsewhere
     uint64_t                                   memory_seen_us_  = 0;
+    uint64_t                                   growth_tried_us_ = 0;
     uint64_t                                   most_slot_bytes_ = 0; // that slots may grow to
 
     std::vector<ggml_context_ptr>        contexts_; // of the slot tensors, one for each buffer type

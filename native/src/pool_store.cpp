@@ -13,6 +13,7 @@
 #include "memory.hpp"
 
 #include "ggml-impl.h"
+#include "gguf.h"
 
 #include <algorithm>
 #include <map>
@@ -40,6 +41,25 @@ static std::vector<memory_range> all_experts() {
     for (const auto & [data, size] : ranges) {
         char * begin = const_cast<char *>(data);
         found.push_back({ begin, begin + size });
+    }
+    return found;
+}
+
+void pool::note_copied(const std::string & weight) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    copied_.insert(weight);
+}
+
+// Where the weights lie that llama.cpp has copied out of the mapping that `tensor` is in, to repack them or to a GPU.
+std::vector<memory_range> pool::copied_weights(const paged_tensor & tensor) const {
+    std::vector<memory_range> found;
+    const gguf_context_ptr    header(gguf_init_from_file(tensor.file->path().c_str(), { true, nullptr }));
+    char *                    base = const_cast<char *>(tensor.data) - tensor.offset;
+    for (int64_t i = 0; header && i < gguf_get_n_tensors(header.get()); i++) {
+        if (copied_.count(gguf_get_tensor_name(header.get(), i)) != 0) {
+            char * begin = base + gguf_get_data_offset(header.get()) + gguf_get_tensor_offset(header.get(), i);
+            found.push_back({ begin, begin + gguf_get_tensor_size(header.get(), i) });
+        }
     }
     return found;
 }
@@ -134,14 +154,18 @@ bool pool::open_direct() {
         if (std::find(detached_.begin(), detached_.end(), owner) != detached_.end()) {
             continue;
         }
-        std::vector<memory_range> own;
+        std::vector<memory_range> own, others = all;
         for (const auto & tensor : tensors_) {
             if (tensor->owner == owner) {
+                if (own.empty() && !copied_.empty()) {
+                    const std::vector<memory_range> copied = copied_weights(*tensor);
+                    others.insert(others.end(), copied.begin(), copied.end());
+                }
                 char * begin = const_cast<char *>(tensor->data);
                 own.push_back({ begin, begin + tensor->expert_bytes * tensor->ne[2] });
             }
         }
-        const int64_t copied = detach_mapping(own, all);
+        const int64_t copied = detach_mapping(own, others);
         if (copied < 0) {
             return false;
         }

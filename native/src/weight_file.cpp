@@ -202,7 +202,9 @@ int64_t detach_mapping(const std::vector<memory_range> & experts, const std::vec
             }
             copied += each.begin - kept;
         }
-        if (each.drop) {
+        if (!each.drop && each.begin < each.end) {
+            madvise(each.begin, each.end - each.begin, MADV_DONTNEED); // out of memory until it is read again
+        } else if (each.drop) {
             mmap(each.begin, each.end - each.begin, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
                  -1, 0);
         }

@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include "memory.hpp"
+
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -48,16 +50,10 @@ class weight_file {
     bool        is_direct_;
 };
 
-// A stretch of memory.
-struct memory_range {
-    char * begin;
-    char * end;
-};
-
 // Take the mapping around `experts` (all of one file mapping, in any order) over from the page cache: what lies between
 // them becomes anonymous memory with the same content at the same addresses, which neither memory pressure nor a change
-// of the file can take away; the experts' own pages become inaccessible; `others`, experts that somebody else pages, are
-// left as they are. Returns the bytes copied, or -1 with this thread's error (memory ran out; what has been copied so
+// of the file can take away; the experts' own pages become inaccessible; `others`, which somebody else pages or nobody
+// reads, stay mapped. Returns the bytes copied, or -1 with this thread's error (memory ran out; what has been copied so
 // far stays valid).
 int64_t detach_mapping(const std::vector<memory_range> & experts, const std::vector<memory_range> & others);
 
