@@ -6,6 +6,7 @@
 
 #include "filler.hpp"
 #include "pool.hpp"
+#include "predictor.hpp"
 
 #include "ggml-backend-impl.h"
 
@@ -17,7 +18,7 @@ namespace rotary {
 
 class executor {
   public:
-    explicit executor(ggml_backend_t inner) : inner_(inner), filler_(inner) {}
+    explicit executor(ggml_backend_t inner) : inner_(inner), filler_(inner), predictor_(inner) {}
     ~executor();
 
     ggml_status compute(ggml_cgraph * graph);
@@ -88,6 +89,7 @@ class executor {
 
     ggml_backend_t                   inner_;
     slot_filler                      filler_;
+    predictor                        predictor_;
     std::vector<std::weak_ptr<pool>> pools_; // that this backend has run over
 
     lookup               lookup_;

@@ -70,7 +70,7 @@ void executor::learn_gate(paged_layer & layer, const ggml_tensor * ids) {
 }
 
 void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * node) {
-    static constexpr int     most_layers = 3; // ahead
+    static constexpr size_t  most_layers = 2; // ahead
     static constexpr int64_t most_tokens = 4; // of a batch to predict for
 
     if (!layer.gate_sought) {
@@ -96,33 +96,40 @@ void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * no
         }
     }
 
+    // Layers ahead, as far as the window of prefetches reaches.
+    std::vector<paged_layer *> layers;
+    std::vector<router *>      gates;
+    for (paged_layer * next = layer.next; next != nullptr && layers.size() < most_layers; next = next->next) {
+        if (next->table && !next->order.empty() && (all || next->gate.n_embd() == layer.gate.n_embd())) {
+            layers.push_back(next);
+            gates.push_back(&next->gate);
+        }
+    }
+    std::vector<const float *> products;
+    if (layers.empty() || (!all && !predictor_.multiply(gates, normed, n_tokens, products))) {
+        return;
+    }
     direct_store * store = pool.direct();
-    int            ahead = 1;
-    for (paged_layer * next = layer.next; next != nullptr && ahead <= most_layers; next = next->next, ahead++) {
-        if (store->prefetch_bytes() >= store->prefetch_window()) {
-            return;
-        }
-        if (!next->table || next->order.empty() || (!all && next->gate.n_embd() != layer.gate.n_embd())) {
-            continue;
-        }
+    for (size_t i = 0; i < layers.size() && store->prefetch_bytes() < store->prefetch_window(); i++) {
+        const paged_layer &  next = *layers[i];
         std::vector<int32_t> experts, chosen;
-        for (int32_t expert = 0; all && expert < next->n_expert; expert++) {
+        for (int32_t expert = 0; all && expert < next.n_expert; expert++) {
             experts.push_back(expert);
         }
         for (int64_t t = 0; !all && t < n_tokens; t++) {
-            next->gate.choose(&normed[hidden.size() * t], (int32_t) n_used, chosen);
+            next.gate.choose(products[i] + t * next.n_expert, (int32_t) n_used, chosen);
             for (const int32_t expert : chosen) {
                 if (std::find(experts.begin(), experts.end(), expert) == experts.end()) {
                     experts.push_back(expert);
                 }
             }
         }
-        if (ahead == 1 && !all) {
-            next->predicted = experts;
+        if (&next == layer.next && !all) {
+            layer.next->predicted = experts;
         }
-        for (const paged_tensor * tensor : next->order) {
+        for (const paged_tensor * tensor : next.order) {
             for (const int32_t expert : experts) {
-                if (next->table->slot_of(expert) < 0) {
+                if (next.table->slot_of(expert) < 0) {
                     store->prefetch(*tensor, expert);
                 }
             }

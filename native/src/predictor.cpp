@@ -4,31 +4,34 @@
 
 #include "predictor.hpp"
 
+#include "ggml-impl.h"
+
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 namespace rotary {
 
+// ---- router
+
 void router::set(const std::vector<float> & weight, const std::vector<float> & norm, const std::vector<float> & bias,
                  const std::vector<float> & selection, int64_t n_embd) {
-    n_expert_ = (int32_t) (weight.size() / n_embd);
-    norm_     = norm.empty() ? std::vector<float>(n_embd, 1.0f) : norm;
-    bias_     = bias.empty() ? std::vector<float>(n_expert_, 0.0f) : bias;
+    n_expert_  = (int32_t) (weight.size() / n_embd);
+    norm_      = norm.empty() ? std::vector<float>(n_embd, 1.0f) : norm;
+    bias_      = bias.empty() ? std::vector<float>(n_expert_, 0.0f) : bias;
     selection_ = selection;
-    rows_.resize(weight.size());
-    scale_.resize(n_expert_);
-    for (int32_t expert = 0; expert < n_expert_; expert++) {
-        const float * row  = &weight[expert * n_embd];
-        float         most = 0.0f;
-        for (int64_t i = 0; i < n_embd; i++) {
-            most = std::max(most, std::fabs(row[i] * norm_[i]));
-        }
-        const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-        scale_[expert]      = most / 127.0f;
-        for (int64_t i = 0; i < n_embd; i++) {
-            rows_[expert * n_embd + i] = (int8_t) std::lround(row[i] * norm_[i] * inverse);
-        }
+
+    std::vector<float> folded = weight;
+    for (size_t i = 0; i < folded.size(); i++) {
+        folded[i] *= norm_[i % n_embd];
+    }
+    type_ = n_embd % ggml_blck_size(GGML_TYPE_Q8_0) == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F32;
+    weight_.resize(ggml_row_size(type_, n_embd) * n_expert_);
+    if (type_ == GGML_TYPE_F32) {
+        memcpy(weight_.data(), folded.data(), weight_.size());
+    } else {
+        ggml_quantize_chunk(type_, folded.data(), weight_.data(), 0, n_expert_, n_embd, nullptr);
     }
 }
 
@@ -38,38 +41,62 @@ void router::unweight(const float * hidden, float * normed) const {
     }
 }
 
-// Eight sums at a time, so that the compiler may use vectors without being allowed to reorder a single sum.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-__attribute__((target_clones("arch=haswell", "default")))
-#endif
-static float
-dot(const int8_t * a, const float * b, int64_t n) {
-    float   sums[16] = { 0.0f };
-    int64_t i        = 0;
-    for (; i + 16 <= n; i += 16) {
-        for (int k = 0; k < 16; k++) {
-            sums[k] += (float) a[i + k] * b[i + k];
-        }
-    }
-    float sum = std::accumulate(sums, sums + 16, 0.0f);
-    for (; i < n; i++) {
-        sum += (float) a[i] * b[i];
-    }
-    return sum;
-}
-
-void router::choose(const float * normed, int32_t n_used, std::vector<int32_t> & experts) {
-    score_.resize(n_expert_);
+void router::choose(const float * products, int32_t n_used, std::vector<int32_t> & experts) const {
+    std::vector<float> score(n_expert_);
     for (int32_t expert = 0; expert < n_expert_; expert++) {
-        const float logit = scale_[expert] * dot(&rows_[expert * norm_.size()], normed, n_embd()) + bias_[expert];
-        score_[expert]    = selection_.empty() ? logit : 1.0f / (1.0f + std::exp(-logit)) + selection_[expert];
+        const float logit = products[expert] + bias_[expert];
+        score[expert]     = selection_.empty() ? logit : 1.0f / (1.0f + std::exp(-logit)) + selection_[expert];
     }
     experts.resize(n_expert_);
     std::iota(experts.begin(), experts.end(), 0);
     n_used = std::min(n_used, n_expert_);
     std::partial_sort(experts.begin(), experts.begin() + n_used, experts.end(),
-                      [&](int32_t a, int32_t b) { return score_[a] > score_[b]; });
+                      [&](int32_t a, int32_t b) { return score[a] > score[b]; });
     experts.resize(n_used);
+}
+
+// ---- predictor
+
+predictor::predictor(ggml_backend_t inner) : cpu_(inner) {
+    ggml_backend_dev_t dev = ggml_backend_get_device(inner);
+    if (dev == nullptr || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+        own_.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+        cpu_ = own_.get();
+    }
+}
+
+bool predictor::multiply(const std::vector<router *> & routers, std::vector<float> & normed, int64_t n_tokens,
+                         std::vector<const float *> & products) {
+    static constexpr size_t most = 16; // nodes
+
+    if (cpu_ == nullptr || routers.size() * 3 > most) {
+        return false;
+    }
+    if (!context_) {
+        context_.reset(ggml_init({ ggml_tensor_overhead() * most + ggml_graph_overhead_custom(most, false), nullptr, true }));
+    }
+    ggml_reset(context_.get());
+    size_t n_products = 0;
+    for (const router * each : routers) {
+        n_products += each->n_expert() * n_tokens;
+    }
+    products_.resize(n_products);
+    products.clear();
+
+    ggml_cgraph * graph = ggml_new_graph_custom(context_.get(), most, false);
+    float *       out   = products_.data();
+    for (router * each : routers) {
+        ggml_tensor * state  = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, each->n_embd(), n_tokens);
+        ggml_tensor * weight = ggml_new_tensor_2d(context_.get(), each->type(), each->n_embd(), each->n_expert());
+        ggml_tensor * node   = ggml_mul_mat(context_.get(), weight, state);
+        state->data          = normed.data();
+        weight->data         = each->weight();
+        node->data           = out;
+        products.push_back(out);
+        out += each->n_expert() * n_tokens;
+        ggml_build_forward_expand(graph, node);
+    }
+    return ggml_backend_graph_compute(cpu_, graph) == GGML_STATUS_SUCCESS;
 }
 
 } // namespace rotary
