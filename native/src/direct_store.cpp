@@ -337,6 +337,14 @@ void direct_store::clear() {
     demanded_bytes_ = prefetch_bytes_ = 0;
 }
 
+void direct_store::reset_counters() {
+    counters_ = {};
+    for (const auto & [key, its] : parts_) { // what is used from now on counts as read from now on
+        const bool begun = its.now == state::in_flight || its.now == state::landed;
+        counters_.prefetched += begun && !its.demanded && key.first->leads;
+    }
+}
+
 uint64_t direct_store::expected_wait_us() const {
     return (uint64_t) (demanded_bytes_ / bytes_per_us_);
 }

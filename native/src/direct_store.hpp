@@ -90,7 +90,7 @@ class direct_store {
         uint64_t prefetched = 0; // experts whose read was started as a prefetch
     };
     const counters & counted() const { return counters_; }
-    void             reset_counters() { counters_ = {}; }
+    void             reset_counters();
 
   private:
     using part_key = std::pair<const paged_tensor *, int32_t>;
