@@ -7,31 +7,11 @@ experts to all of them.
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from tracing import OPTIONS, trace
-
-from rotary_llamacpp import Llama
+from paged import assert_equal, paged_trace
 
 BUDGETS = ("min", "25%", "50%", "100%")
 SHORT, LONG = 12, 100
-
-
-def assert_equal(paged, stock):
-    assert paged["greedy"].tolist() == stock["greedy"].tolist()
-    assert paged["logits"].shape == stock["logits"].shape
-    assert np.isfinite(stock["logits"]).all() and stock["logits"].std() > 0.1, "the reference says something"
-    different = (paged["logits"] != stock["logits"]).any(axis=1)
-    worst = np.abs(paged["logits"] - stock["logits"]).max()
-    assert not different.any(), f"positions {np.flatnonzero(different)} differ, by up to {worst}"
-
-
-def paged_trace(model, n_prompt, rotary, n_decode=12, **options):
-    llama = Llama(str(model), rotary=rotary, **{**OPTIONS, **options})
-    try:
-        return trace(llama, n_prompt, n_decode), llama.rotary_stats()
-    finally:
-        llama.close()
 
 
 @pytest.mark.parametrize("n_prompt", [SHORT, LONG])

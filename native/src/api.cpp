@@ -123,10 +123,10 @@ rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
         return nullptr;
     }
     pool_config chosen;
-    chosen.budget_text  = config->budget != nullptr ? config->budget : "auto";
-    chosen.model        = config->model != nullptr ? config->model : "model";
-    chosen.margin_bytes = config->margin_bytes;
-    chosen.repack       = config->repack != 0;
+    chosen.budget_text   = config->budget != nullptr ? config->budget : "auto";
+    chosen.model         = config->model != nullptr ? config->model : "model";
+    chosen.margin_bytes  = config->margin_bytes;
+    chosen.repack        = config->repack != 0;
     chosen.direct        = config->direct != 0;
     chosen.prefetch      = config->prefetch != 0;
     chosen.staging_bytes = config->staging_bytes;

@@ -44,9 +44,9 @@ static pool_config config_from_environment() {
         config.budget_text = text;
         budget_parse(text, config.wanted);
     }
-    config.margin_bytes = env_bytes("ROTARY_MARGIN");
-    config.repack       = env_on("ROTARY_REPACK");
-    config.direct       = env_on("ROTARY_DIRECT");
+    config.margin_bytes  = env_bytes("ROTARY_MARGIN");
+    config.repack        = env_on("ROTARY_REPACK");
+    config.direct        = env_on("ROTARY_DIRECT");
     config.prefetch      = env_on("ROTARY_PREFETCH");
     config.staging_bytes = env_bytes("ROTARY_STAGING");
     if (const char * store = getenv("ROTARY_STORE")) {

@@ -103,8 +103,8 @@ class direct_store {
     struct part {
         state                 now      = state::queued;
         bool                  demanded = false;
-        uint64_t              read = 0; // the read it comes with
-        std::shared_ptr<char> block;    // of the staging area, shared by the parts of one read
+        uint64_t              read     = 0; // the read it comes with
+        std::shared_ptr<char> block;        // of the staging area, shared by the parts of one read
         const char *          data  = nullptr;
         int                   error = 0;
     };
@@ -119,23 +119,23 @@ class direct_store {
     void land(bool wait);
     void fail_part(const part_key & key, const part & its) const;
 
-    staging_area                                   area_; // outlives the reader, which waits for its reads
-    std::unordered_map<part_key, part, key_hash>   parts_;
-    std::deque<part_key>                           demanded_;
-    std::deque<part_key>                           prefetches_;
-    std::deque<part_key>                           landed_prefetches_; // oldest first; what goes when room is short
-    std::unordered_map<uint64_t, read>             reads_;
-    uint64_t                                       next_read_       = 1;
-    size_t                                         demanded_bytes_  = 0; // queued or in flight
-    size_t                                         prefetch_bytes_  = 0; // queued or in flight
-    size_t                                         in_flight_bytes_ = 0;
-    uint64_t                                       busy_since_us_   = 0; // with something in flight
-    uint64_t                                       busy_bytes_      = 0; // asked for since
-    uint64_t                                       waiting_since_us_ = 0;
-    double                                         bytes_per_us_    = 1000; // seen; a guess at first
-    counters                                       counters_;
-    std::vector<read_result>                       results_;
-    std::unique_ptr<reader>                        reader_;
+    staging_area                                 area_; // outlives the reader, which waits for its reads
+    std::unordered_map<part_key, part, key_hash> parts_;
+    std::deque<part_key>                         demanded_;
+    std::deque<part_key>                         prefetches_;
+    std::deque<part_key>                         landed_prefetches_; // oldest first; what goes when room is short
+    std::unordered_map<uint64_t, read>           reads_;
+    uint64_t                                     next_read_        = 1;
+    size_t                                       demanded_bytes_   = 0;    // queued or in flight
+    size_t                                       prefetch_bytes_   = 0;    // queued or in flight
+    size_t                                       in_flight_bytes_  = 0;
+    uint64_t                                     busy_since_us_    = 0;    // with something in flight
+    uint64_t                                     busy_bytes_       = 0;    // asked for since
+    uint64_t                                     waiting_since_us_ = 0;
+    double                                       bytes_per_us_     = 1000; // seen; a guess at first
+    counters                                     counters_;
+    std::vector<read_result>                     results_;
+    std::unique_ptr<reader>                      reader_;
 };
 
 } // namespace rotary

@@ -69,6 +69,7 @@ ggml_status executor::compute(ggml_cgraph * graph) {
         segments_generation_ = pool->generation();
     }
 
+    pool->count_reads(); // a reset of the counters is for what comes now
     pool->follow_memory();
 
     ggml_status status = pool->files_unchanged() ? run_nodes(*pool, graph) : GGML_STATUS_FAILED;
@@ -81,6 +82,7 @@ ggml_status executor::compute(ggml_cgraph * graph) {
     if (status != GGML_STATUS_SUCCESS) {
         pool->forget_slots();
     }
+    pool->count_reads();
     restore();
     lookup_ = {};
     if (pool->is_shared()) {
@@ -288,8 +290,8 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
         }
         lookup_.loads.resize(layer.table->n_slots());
         layer.slot_ids_host.resize(ids_.size());
-        lookup_.loads.resize(layer.table->resolve(ids_.data(), (int32_t) ids_.size(), layer.slot_ids_host.data(),
-                                                  lookup_.loads.data()));
+        lookup_.loads.resize(
+            layer.table->resolve(ids_.data(), (int32_t) ids_.size(), layer.slot_ids_host.data(), lookup_.loads.data()));
         std::sort(lookup_.loads.begin(), lookup_.loads.end(),
                   [](const rotary_load & a, const rotary_load & b) { return a.expert < b.expert; });
         lookup_.n_hits = absent - experts.begin();
@@ -363,6 +365,7 @@ void executor::ask_store(pool & pool, paged_layer & layer, const std::vector<int
         store->pump();
     }
     pool.count_prefetch(delta);
+    pool.count_reads();
 }
 
 // ---- filling
@@ -375,9 +378,8 @@ bool executor::is_done(const paged_tensor & tensor) const {
 ggml_status executor::fill_landed(pool & pool) {
     std::vector<fill_job> jobs;
     for (const paged_tensor * tensor : lookup_.order) {
-        const bool all = std::all_of(lookup_.loads.begin(), lookup_.loads.end(), [&](const rotary_load & load) {
-            return pool.fetchable(*tensor, load.expert);
-        });
+        const bool all = std::all_of(lookup_.loads.begin(), lookup_.loads.end(),
+                                     [&](const rotary_load & load) { return pool.fetchable(*tensor, load.expert); });
         if (all) {
             for (const rotary_load & load : lookup_.loads) {
                 jobs.push_back({ tensor, load.expert, load.slot });
@@ -404,9 +406,11 @@ ggml_status executor::finish_lookup(pool & pool) {
         for (const paged_tensor * tensor : lookup_.layer->tensors) {
             for (int32_t slot = 0; !is_done(*tensor) && slot < lookup_.layer->table->n_slots(); slot++) {
                 const int32_t expert = lookup_.layer->table->expert_of(slot);
-                const auto    loaded = [&](const rotary_load & load) { return load.expert == expert; };
-                if (expert >= 0 && (lookup_.how == mode::waves ||
-                                    std::any_of(lookup_.loads.begin(), lookup_.loads.end(), loaded))) {
+                const auto    loaded = [&](const rotary_load & load) {
+                    return load.expert == expert;
+                };
+                if (expert >= 0 &&
+                    (lookup_.how == mode::waves || std::any_of(lookup_.loads.begin(), lookup_.loads.end(), loaded))) {
                     jobs.push_back({ tensor, expert, slot });
                 }
             }

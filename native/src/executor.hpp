@@ -39,8 +39,8 @@ class executor {
         paged_layer *                     layer = nullptr;
         const ggml_tensor *               ids   = nullptr;
         mode                              how   = mode::direct;
-        std::vector<paged_tensor *>       order;  // the layer's tensors as the graph uses them
-        std::vector<rotary_load>          loads;  // mode slots: what is absent
+        std::vector<paged_tensor *>       order;      // the layer's tensors as the graph uses them
+        std::vector<rotary_load>          loads;      // mode slots: what is absent
         size_t                            n_hits = 0; // mode slots: experts that are there
         std::vector<wave>                 waves;
         std::vector<const paged_tensor *> done; // tensors whose slots are filled, or that have been through the waves
@@ -71,9 +71,9 @@ class executor {
     bool        worth_splitting(const pool & pool, const ggml_tensor * node) const;
     void        split_rows(const paged_layer & layer);
 
-    void        read_ids(pool & pool, const ggml_tensor * ids);
-    void        patch(ggml_tensor * node, ggml_tensor * weight, ggml_tensor * ids);
-    void        restore();
+    void read_ids(pool & pool, const ggml_tensor * ids);
+    void patch(ggml_tensor * node, ggml_tensor * weight, ggml_tensor * ids);
+    void restore();
 
     struct patched {
         ggml_tensor * node;

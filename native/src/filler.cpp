@@ -13,7 +13,8 @@
 namespace rotary {
 
 slot_filler::slot_filler(ggml_backend_t inner) :
-    inner_(inner), context_(ggml_init({ ggml_tensor_overhead() * 4 + ggml_graph_overhead_custom(4, false), nullptr, true })) {
+    inner_(inner),
+    context_(ggml_init({ ggml_tensor_overhead() * 4 + ggml_graph_overhead_custom(4, false), nullptr, true })) {
     ggml_backend_dev_t dev = ggml_backend_get_device(inner);
     if (dev == nullptr || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
         return;
@@ -81,9 +82,9 @@ ggml_status slot_filler::fill(pool & pool, const std::vector<fill_job> & jobs) {
             }
             const int64_t n_rows = job.tensor->ne[1];
             const size_t  row    = job.tensor->expert_bytes / n_rows;
-            const int64_t step   = graph_ == nullptr || n_rows % row_group != 0 ?
-                                       n_rows :
-                                       std::max<int64_t>(most / row / row_group, 1) * row_group;
+            const int64_t step   = graph_ == nullptr || n_rows % row_group != 0
+                                       ? n_rows
+                                       : std::max<int64_t>(most / row / row_group, 1) * row_group;
             for (int64_t first = 0; first < n_rows; first += step) {
                 pieces_.push_back({ &job, bytes, first, std::min(first + step, n_rows) });
             }

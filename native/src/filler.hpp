@@ -41,11 +41,11 @@ class slot_filler {
     static void work(ggml_tensor * dst, int ith, int nth, void * self);
     ggml_status copy_all();
 
-    ggml_backend_t     inner_;
-    ggml_context_ptr   context_;
-    ggml_cgraph *      graph_ = nullptr; // of one node that copies all pieces; NULL if the inner backend cannot run it
-    float              node_data_[4] = {};
-    std::vector<piece> pieces_;
+    ggml_backend_t      inner_;
+    ggml_context_ptr    context_;
+    ggml_cgraph *       graph_ = nullptr; // of one node that copies all pieces; NULL if the inner backend cannot run it
+    float               node_data_[4] = {};
+    std::vector<piece>  pieces_;
     std::atomic<size_t> next_{ 0 };
 };
 

@@ -64,7 +64,9 @@ void executor::learn_gate(paged_layer & layer, const ggml_tensor * ids) {
 
     const std::vector<float> weight = read_weight(at->src[0]);
     if (weight.size() == (size_t) (n_embd * layer.n_expert)) {
-        const auto values = [](const ggml_tensor * its) { return its ? read_weight(its) : std::vector<float>(); };
+        const auto values = [](const ggml_tensor * its) {
+            return its ? read_weight(its) : std::vector<float>();
+        };
         layer.gate.set(weight, values(norm), values(bias), values(selection), n_embd);
     }
 }
@@ -77,13 +79,16 @@ void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * no
         learn_gate(layer, lookup_.ids);
     }
     layer.order = lookup_.order;
+    for (paged_tensor * tensor : layer.tensors) {
+        tensor->leads = tensor == layer.order[0];
+    }
 
     const int64_t       n_used   = lookup_.ids->ne[0];
     const int64_t       n_tokens = lookup_.ids->ne[1];
     const ggml_tensor * input    = node->src[1]; // [n_embd, 1, n_tokens]: what the experts get, as the router did
     const bool          all      = n_used * n_tokens >= 4 * layer.n_expert; // then hardly any is left out
     const bool          usable   = layer.gate.known() && input->type == GGML_TYPE_F32 && n_tokens <= most_tokens &&
-                        input->ne[0] == layer.gate.n_embd() && input->ne[1] == 1;
+                                   input->ne[0] == layer.gate.n_embd() && input->ne[1] == 1;
     if (!all && !usable) {
         return;
     }

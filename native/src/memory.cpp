@@ -50,9 +50,9 @@ static void tighten(host_memory & memory, const std::string & dir, const cgroup_
     if (max >= UINT64_MAX / 4096) {
         return; // v1 writes a huge number for no limit
     }
-    const uint64_t used  = read_number(dir + "/" + names.usage, 0);
-    const uint64_t cache = read_field(dir + "/memory.stat", names.inactive, 0) +
-                           read_field(dir + "/memory.stat", names.active, 0);
+    const uint64_t used = read_number(dir + "/" + names.usage, 0);
+    const uint64_t cache =
+        read_field(dir + "/memory.stat", names.inactive, 0) + read_field(dir + "/memory.stat", names.active, 0);
     const uint64_t taken = used > cache ? used - cache : 0;
     memory.total         = std::min(memory.total, max);
     memory.available     = std::min(memory.available, max > taken ? max - taken : 0);

@@ -54,9 +54,11 @@ static void buffer_set_tensor(ggml_backend_buffer_t, struct ggml_tensor * tensor
     memcpy((char *) tensor->data + offset, data, size);
 }
 
-static void buffer_get_tensor(ggml_backend_buffer_t, const struct ggml_tensor * tensor, void * data, size_t offset,
-                              size_t size) {
-    memcpy(data, (const char *) tensor->data + offset, size);
+static void buffer_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor * tensor, void * data,
+                              size_t offset, size_t size) {
+    if (!self(buffer).owner->copy_out(tensor, data, offset, size)) {
+        memset(data, 0, size); // ggml takes no error here; the log has it
+    }
 }
 
 static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {

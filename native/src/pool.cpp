@@ -105,7 +105,6 @@ void pool::build_layers() {
         }
         layer->n_expert_used = std::max(layer->n_expert_used, std::min(tensor->n_expert_used, layer->n_expert));
         layer->expert_bytes += tensor->expert_bytes;
-        tensor->leads = layer->tensors.empty();
         layer->tensors.push_back(tensor.get());
         by_data_[tensor->data] = { layer, tensor.get() };
     }
@@ -223,9 +222,10 @@ int32_t pool::prepare() {
                       ggml_backend_dev_name(inner_), mib(bytes).c_str()));
     }
 
+    count_reads();
     const std::lock_guard<std::mutex> lock(counter_mutex_);
-    totals_.budget_bytes     = bytes;
-    most_slot_bytes_         = 0;
+    totals_.budget_bytes = bytes;
+    most_slot_bytes_     = 0;
     for (const auto & layer : layers_) {
         most_slot_bytes_ += layer->expert_bytes * layer->n_allocated;
     }
@@ -276,9 +276,9 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
     totals_.repacked = repacked;
     lock.unlock();
     if (inner_is_host_ && slot_bytes > host_memory_now().available) {
-        return fail(ROTARY_ERR_MEMORY, format("%s: no memory for %s of slots, %s are available; lower the budget",
-                                              config.model.c_str(), mib(slot_bytes).c_str(),
-                                              mib(host_memory_now().available).c_str()));
+        return fail(ROTARY_ERR_MEMORY,
+                    format("%s: no memory for %s of slots, %s are available; lower the budget", config.model.c_str(),
+                           mib(slot_bytes).c_str(), mib(host_memory_now().available).c_str()));
     }
     for (const auto & [buft, ctx] : by_buft) {
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);

@@ -35,14 +35,14 @@ struct paged_tensor {
     std::string   name;
     ggml_type     type;
     int64_t       ne[3];
-    size_t        expert_bytes;    // bytes of one expert: nb[2]
+    size_t        expert_bytes;        // bytes of one expert: nb[2]
     const char *  data;
-    const void *  owner;           // the paged buffer it lies in
+    const void *  owner;               // the paged buffer it lies in
     int32_t       n_expert_used;
-    bool          leads = false; // the first of its layer: stands for the expert where experts are counted
-    ggml_tensor * slots = nullptr; // [ne0, ne1, n_slots] on the inner device; NULL on the mapped path
+    bool          leads = false;       // the first its layer uses: stands for the expert where experts are counted
+    ggml_tensor * slots = nullptr;     // [ne0, ne1, n_slots] on the inner device; NULL on the mapped path
 
-    std::shared_ptr<weight_file> file;       // that `data` is mapped from, NULL if it is not
+    std::shared_ptr<weight_file> file; // that `data` is mapped from, NULL if it is not
     uint64_t                     offset = 0; // of the first expert in it
 
     const char * expert_data(int32_t expert) const { return data + expert_bytes * expert; }
@@ -70,11 +70,11 @@ struct paged_layer {
     int32_t                     n_allocated = 0;    // slots there is address space for; the table may use fewer
     rotary_layer_stats          stats       = {};
 
-    paged_layer *        next = nullptr; // the layer that comes after this one in a graph
-    router               gate;           // for predicting this layer's experts; learnt from the first graph
-    bool                 gate_sought = false;
-    std::vector<int32_t> predicted; // experts foretold for the next lookup of this layer
-    std::vector<paged_tensor *> order; // the tensors as the last graph used them
+    paged_layer *               next = nullptr; // the layer that comes after this one in a graph
+    router                      gate;           // for predicting this layer's experts; learnt from the first graph
+    bool                        gate_sought = false;
+    std::vector<int32_t>        predicted;      // experts foretold for the next lookup of this layer
+    std::vector<paged_tensor *> order;          // the tensors as the last graph used them
 
     // The rewritten ids, on the inner device: a fixed place for each layer, so that a captured graph stays valid.
     ggml_tensor *        slot_ids = nullptr;
@@ -117,6 +117,9 @@ class pool {
     bool         fetchable(const paged_tensor & tensor, int32_t expert) const; // without waiting
     void         release(const paged_tensor & tensor, int32_t expert);
 
+    // A weight's bytes for somebody who does not compute with them; false with this thread's error.
+    bool copy_out(const ggml_tensor * weight, void * data, size_t offset, size_t size);
+
     // Whether the files are still those that were loaded; else this thread's error says what happened.
     bool files_unchanged() const;
 
@@ -150,6 +153,7 @@ class pool {
     void         count_wait(uint64_t us);
     void         count_page(uint64_t us);
     void         count_prefetch(const rotary_stats & delta);
+    void         count_reads();                    // take over what the direct store has counted
     void         set_scratch_bytes(size_t bytes);
     void         notice(const std::string & text); // said once: logged as a warning and kept for rotary_pool_notice
     void         stats(rotary_stats & out) const;
@@ -158,7 +162,7 @@ class pool {
     const char * notice_text(int32_t index) const;
 
     std::mutex     mutex;
-    pool_config    config; // the budget changes between graphs only
+    pool_config    config;                                    // the budget changes between graphs only
     bool           inner_is_host() const { return inner_is_host_; }
     ggml_gallocr_t scratch();                                 // activations of the waves
     uint64_t       generation() const { return generation_; } // changes whenever slots or ids move
@@ -175,12 +179,12 @@ class pool {
 
     std::vector<memory_range> copied_weights(const paged_tensor & tensor) const;
 
-    void     resize(uint64_t bytes);
-    void     touch(const paged_layer & layer, int32_t first, int32_t last);
-    void     give_back(const paged_layer & layer, int32_t first, int32_t last);
+    void resize(uint64_t bytes);
+    void touch(const paged_layer & layer, int32_t first, int32_t last);
+    void give_back(const paged_layer & layer, int32_t first, int32_t last);
 
     std::vector<layer_size> layer_sizes() const;
-    void     print_summary() const;
+    void                    print_summary() const;
 
     ggml_backend_buffer_type_t slot_buft(const paged_tensor & tensor) const;
 
@@ -201,7 +205,7 @@ class pool {
     uint64_t                                   growth_tried_us_ = 0;
     uint64_t                                   most_slot_bytes_ = 0; // that slots may grow to
 
-    std::vector<ggml_context_ptr>        contexts_; // of the slot tensors, one for each buffer type
+    std::vector<ggml_context_ptr>        contexts_;                  // of the slot tensors, one for each buffer type
     std::vector<ggml_backend_buffer_ptr> buffers_;
     ggml_context_ptr                     ids_context_;
     ggml_backend_buffer_ptr              ids_buffer_;

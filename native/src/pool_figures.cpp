@@ -39,22 +39,27 @@ void pool::count_page(uint64_t us) {
 
 void pool::count_prefetch(const rotary_stats & delta) {
     const std::lock_guard<std::mutex> lock(counter_mutex_);
-    if (direct_ && reset_direct_) {
-        direct_->reset_counters();
-    }
-    reset_direct_ = false;
     totals_.predicted += delta.predicted;
     totals_.predicted_right += delta.predicted_right;
     totals_.prefetch_used += delta.prefetch_used;
     totals_.late_hits += delta.late_hits;
-    if (direct_) {
-        const direct_store::counters & its = direct_->counted();
-        totals_.reads                      = its.reads;
-        totals_.bytes_read                 = its.bytes_read;
-        totals_.read_us                    = its.read_us;
-        totals_.stall_us                   = its.stall_us;
-        totals_.prefetched                 = its.prefetched;
+}
+
+void pool::count_reads() {
+    if (!direct_) {
+        return;
     }
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    if (reset_direct_) {
+        direct_->reset_counters();
+        reset_direct_ = false;
+    }
+    const direct_store::counters & its = direct_->counted();
+    totals_.reads                      = its.reads;
+    totals_.bytes_read                 = its.bytes_read;
+    totals_.read_us                    = its.read_us;
+    totals_.stall_us                   = its.stall_us;
+    totals_.prefetched                 = its.prefetched;
 }
 
 void pool::set_scratch_bytes(size_t bytes) {
@@ -75,10 +80,10 @@ void pool::notice(const std::string & text) {
 
 void pool::stats(rotary_stats & out) const {
     const std::lock_guard<std::mutex> lock(counter_mutex_);
-    out               = totals_;
-    out.n_layers      = (int32_t) layers_.size();
+    out          = totals_;
+    out.n_layers = (int32_t) layers_.size();
     out.staging_bytes += scratch_bytes_;
-    out.n_notices     = (int32_t) notices_.size();
+    out.n_notices = (int32_t) notices_.size();
     for (const auto & layer : layers_) {
         out.n_expert      = std::max(out.n_expert, layer->n_expert);
         out.n_expert_used = std::max(out.n_expert_used, layer->n_expert_used);
@@ -121,7 +126,7 @@ void pool::reset_counters() {
     rotary_stats & t = totals_;
     t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read = t.read_us = t.stall_us = t.shrinks = 0;
     t.predicted = t.predicted_right = t.prefetched = t.prefetch_used = t.late_hits = 0;
-    reset_direct_ = true;
+    reset_direct_                                                                  = true;
 }
 
 const char * pool::notice_text(int32_t index) const {
@@ -140,8 +145,8 @@ void pool::print_summary() const {
             s.n_expert, s.n_slots, s.path, (unsigned long long) s.lookups, (unsigned long long) s.requests,
             (unsigned long long) s.hits, (unsigned long long) s.misses, (unsigned long long) s.bypassed,
             (unsigned long long) s.evictions, (unsigned long long) s.bytes_paged, (unsigned long long) s.waves,
-            (unsigned long long) s.waits, s.store, (unsigned long long) s.bytes_read,
-            (unsigned long long) s.prefetched, (unsigned long long) s.prefetch_used);
+            (unsigned long long) s.waits, s.store, (unsigned long long) s.bytes_read, (unsigned long long) s.prefetched,
+            (unsigned long long) s.prefetch_used);
 }
 
 } // namespace rotary

@@ -16,6 +16,7 @@
 #include "gguf.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <set>
 
@@ -81,8 +82,8 @@ void pool::choose_store() {
     if (config.store == ROTARY_STORE_MMAP) {
         return;
     }
-    uint64_t                    expert_bytes = 0;
-    uint64_t                    file_bytes   = 0;
+    uint64_t                      expert_bytes = 0;
+    uint64_t                      file_bytes   = 0;
     std::set<const weight_file *> files;
     for (const auto & tensor : tensors_) {
         expert_bytes += tensor->expert_bytes * tensor->ne[2];
@@ -172,6 +173,15 @@ bool pool::open_direct() {
         totals_.resident_bytes += copied;
         detached_.push_back(owner);
     }
+    std::set<std::string> paths;
+    for (const auto & tensor : tensors_) {
+        paths.insert(tensor->file->path());
+    }
+    const int64_t copied = detach_siblings(*paths.begin(), { paths.begin(), paths.end() });
+    if (copied < 0) {
+        return false;
+    }
+    totals_.resident_bytes += copied;
     for (const auto & tensor : tensors_) {
         tensor->file->drop_cache();
     }
@@ -186,6 +196,19 @@ bool pool::open_direct() {
 
 const char * pool::fetch(const paged_tensor & tensor, int32_t expert) {
     return direct_ ? direct_->wait(tensor, expert) : tensor.expert_data(expert);
+}
+
+bool pool::copy_out(const ggml_tensor * weight, void * data, size_t offset, size_t size) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (direct_) {
+        for (const auto & tensor : tensors_) {
+            if (tensor->data == weight->data) {
+                return tensor->file->copy_out(tensor->offset + offset, data, size);
+            }
+        }
+    }
+    memcpy(data, (const char *) weight->data + offset, size);
+    return true;
 }
 
 bool pool::fetchable(const paged_tensor & tensor, int32_t expert) const {

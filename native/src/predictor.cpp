@@ -73,7 +73,8 @@ bool predictor::multiply(const std::vector<router *> & routers, std::vector<floa
         return false;
     }
     if (!context_) {
-        context_.reset(ggml_init({ ggml_tensor_overhead() * most + ggml_graph_overhead_custom(most, false), nullptr, true }));
+        context_.reset(
+            ggml_init({ ggml_tensor_overhead() * most + ggml_graph_overhead_custom(most, false), nullptr, true }));
     }
     ggml_reset(context_.get());
     size_t n_products = 0;

@@ -130,13 +130,13 @@ class uring_reader : public reader {
         const unsigned tail = *sq_tail_;
         io_uring_sqe & sqe  = sqes_[tail & sq_mask_];
         memset(&sqe, 0, sizeof(sqe));
-        sqe.opcode                     = IORING_OP_READ;
-        sqe.fd                         = its.request.fd;
-        sqe.off                        = its.request.offset + its.done;
-        sqe.addr                       = (uint64_t) (its.request.memory + its.done);
-        sqe.len                        = (unsigned) (its.request.size - its.done);
-        sqe.user_data                  = index;
-        sq_array_[tail & sq_mask_]     = tail & sq_mask_;
+        sqe.opcode                 = IORING_OP_READ;
+        sqe.fd                     = its.request.fd;
+        sqe.off                    = its.request.offset + its.done;
+        sqe.addr                   = (uint64_t) (its.request.memory + its.done);
+        sqe.len                    = (unsigned) (its.request.size - its.done);
+        sqe.user_data              = index;
+        sq_array_[tail & sq_mask_] = tail & sq_mask_;
         __atomic_store_n(sq_tail_, tail + 1, __ATOMIC_RELEASE);
         enter(0); // what it did not take now, the next call will
     }

@@ -40,9 +40,9 @@ void executor::plan_waves(const pool & pool, paged_layer & layer, const std::vec
     }
     size_t n = 0; // experts of this wave
     for (size_t first = 0; first < order.size(); first += n) {
-        const size_t end  = pool.direct() == nullptr ? std::min(first + n_slots, order.size()) :
-                            first < n_hits           ? n_hits :
-                                                       std::min(first + most, order.size());
+        const size_t end  = pool.direct() == nullptr ? std::min(first + n_slots, order.size())
+                            : first < n_hits         ? n_hits
+                                                     : std::min(first + most, order.size());
         int64_t      rows = 0;
         for (n = 0; first + n < end; n++) {
             rows += n_rows[order[first + n]];

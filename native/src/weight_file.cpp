@@ -33,28 +33,40 @@ struct mapping {
     std::string  path;
 };
 
-static bool mapping_at(const void * address, mapping & found) {
-    std::ifstream maps("/proc/self/maps");
-    std::string   line;
+// The mappings of files that `wanted` accepts.
+template <typename predicate> static std::vector<mapping> mappings(const predicate & wanted) {
+    std::vector<mapping> found;
+    std::ifstream        maps("/proc/self/maps");
+    std::string          line;
     while (std::getline(maps, line)) {
         uint64_t begin, end;
         int      path = 0;
+        mapping  its;
         if (sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %*s %" SCNx64 " %x:%x %" SCNu64 " %n", &begin, &end,
-                   &found.offset, &found.major, &found.minor, &found.inode, &path) < 6) {
+                   &its.offset, &its.major, &its.minor, &its.inode, &path) < 6) {
             continue;
         }
-        if ((uint64_t) address >= begin && (uint64_t) address < end) {
-            found.range = { (char *) begin, (char *) end };
-            found.path  = path > 0 ? line.substr(path) : "";
-            return found.inode != 0 && !found.path.empty() && found.path[0] == '/';
+        its.range = { (char *) begin, (char *) end };
+        its.path  = path > 0 ? line.substr(path) : "";
+        if (its.inode != 0 && !its.path.empty() && its.path[0] == '/' && wanted(its)) {
+            found.push_back(its);
         }
     }
-    return false;
+    return found;
+}
+
+static bool mapping_at(const char * address, mapping & found) {
+    const auto here =
+        mappings([&](const mapping & its) { return address >= its.range.begin && address < its.range.end; });
+    if (!here.empty()) {
+        found = here[0];
+    }
+    return !here.empty();
 }
 
 // ---- file
 
-static std::mutex                                                       files_mutex;
+static std::mutex                                                          files_mutex;
 static std::map<std::pair<uint64_t, uint64_t>, std::weak_ptr<weight_file>> files; // by device and inode
 
 static bool same_time(const timespec & a, const timespec & b) {
@@ -77,7 +89,7 @@ static size_t direct_alignment(int fd) {
 
 std::shared_ptr<weight_file> weight_file::at(const void * address, uint64_t & offset, std::string & reason) {
     mapping here;
-    if (!mapping_at(address, here)) {
+    if (!mapping_at((const char *) address, here)) {
         reason = "they lie in no mapped file";
         return nullptr;
     }
@@ -120,6 +132,24 @@ weight_file::~weight_file() {
     }
 }
 
+bool weight_file::copy_out(uint64_t offset, void * data, size_t size) const {
+    const int fd = open(format("/proc/self/fd/%d", fd_).c_str(), O_RDONLY | O_CLOEXEC); // the same file, renamed or not
+    ssize_t   n  = fd < 0 ? -1 : 1;
+    size_t    done = 0;
+    while (n > 0 && done < size) {
+        n = pread(fd, (char *) data + done, size - done, offset + done);
+        done += n > 0 ? n : 0;
+    }
+    if (n <= 0) {
+        fail(ROTARY_ERR_READ, format("%s: reading %zu bytes at %" PRIu64 " failed, %s; load the model again",
+                                     path_.c_str(), size, offset, n == 0 ? "the file ends" : strerror(errno)));
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    return n > 0;
+}
+
 bool weight_file::unchanged() const {
     struct stat about;
     if (fstat(fd_, &about) != 0) {
@@ -127,10 +157,9 @@ bool weight_file::unchanged() const {
         return false;
     }
     if ((uint64_t) about.st_size != size_ || !same_time(about.st_mtim, changed_)) {
-        fail(ROTARY_ERR_READ,
-             format("%s: was changed while it is in use, from %" PRIu64 " to %" PRIu64
-                    " bytes; its experts can no longer be read; load the model again",
-                    path_.c_str(), size_, (uint64_t) about.st_size));
+        fail(ROTARY_ERR_READ, format("%s: was changed while in use (%" PRIu64 " bytes when loaded, %" PRIu64
+                                     " now); its experts can no longer be read; load the model again",
+                                     path_.c_str(), size_, (uint64_t) about.st_size));
         return false;
     }
     return true;
@@ -159,6 +188,12 @@ static bool copy_in_place(char * begin, char * end) {
         }
     }
     return true;
+}
+
+static int64_t no_room(const std::string & path, size_t bytes) {
+    fail(ROTARY_ERR_MEMORY, format("%s: no memory for %s of weights that are not experts; close other programs",
+                                   path.c_str(), mib(bytes).c_str()));
+    return -1;
 }
 
 int64_t detach_mapping(const std::vector<memory_range> & experts, const std::vector<memory_range> & others) {
@@ -195,10 +230,7 @@ int64_t detach_mapping(const std::vector<memory_range> & experts, const std::vec
     for (const stretch & each : stretches) {
         if (each.begin > kept && each.begin <= whole.range.end) {
             if (!copy_in_place(kept, each.begin)) {
-                fail(ROTARY_ERR_MEMORY,
-                     format("%s: no memory for %s of weights that are not experts; close other programs",
-                            whole.path.c_str(), mib(each.begin - kept).c_str()));
-                return -1;
+                return no_room(whole.path, each.begin - kept);
             }
             copied += each.begin - kept;
         }
@@ -209,6 +241,43 @@ int64_t detach_mapping(const std::vector<memory_range> & experts, const std::vec
                  -1, 0);
         }
         kept = std::max(kept, each.end);
+    }
+    return copied;
+}
+
+// "model-00002-of-00003.gguf" -> "model-", if it is such a name
+static bool shard_prefix(const std::string & path, std::string & prefix) {
+    static const std::string pattern = "-00000-of-00000.gguf";
+    if (path.size() <= pattern.size()) {
+        return false;
+    }
+    const size_t at = path.size() - pattern.size();
+    for (size_t i = 0; i < pattern.size(); i++) {
+        const char c = path[at + i];
+        if (pattern[i] == '0' ? !isdigit((unsigned char) c) : c != pattern[i]) {
+            return false;
+        }
+    }
+    prefix = path.substr(0, at);
+    return true;
+}
+
+int64_t detach_siblings(const std::string & path, const std::vector<std::string> & with_experts) {
+    std::string prefix;
+    int64_t     copied = 0;
+    if (!shard_prefix(path, prefix)) {
+        return 0;
+    }
+    const auto siblings = mappings([&](const mapping & its) {
+        std::string its_prefix;
+        return shard_prefix(its.path, its_prefix) && its_prefix == prefix &&
+               std::find(with_experts.begin(), with_experts.end(), its.path) == with_experts.end();
+    });
+    for (const mapping & each : siblings) {
+        if (!copy_in_place(each.range.begin, each.range.end)) {
+            return no_room(each.path, each.range.end - each.range.begin);
+        }
+        copied += each.range.end - each.range.begin;
     }
     return copied;
 }

@@ -36,6 +36,9 @@ class weight_file {
     // Whether the file is still what was opened: same size and time of change. Else the reason is this thread's error.
     bool unchanged() const;
 
+    // Read through the page cache, for the rare caller that wants a weight's bytes; false with this thread's error.
+    bool copy_out(uint64_t offset, void * data, size_t size) const;
+
     // Tell the kernel that this process no longer wants these pages cached.
     void drop_cache() const;
 
@@ -56,5 +59,9 @@ class weight_file {
 // reads, stay mapped. Returns the bytes copied, or -1 with this thread's error (memory ran out; what has been copied so
 // far stays valid).
 int64_t detach_mapping(const std::vector<memory_range> & experts, const std::vector<memory_range> & others);
+
+// The same for a whole mapped file that holds no experts, wherever it is mapped: every file of a split model but those
+// with experts. `path` is one of the files of the model. Returns as above; 0 if the model is not split.
+int64_t detach_siblings(const std::string & path, const std::vector<std::string> & with_experts);
 
 } // namespace rotary

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""Paged runs that tests compare with stock's, in this process or in one of their own.
+
+A process of its own is for what could kill it (signals, memory limits, files that vanish) and for what must
+be there before the library is loaded (LD_PRELOAD). What runs in it is a function of a test module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from tracing import OPTIONS, trace
+
+from rotary_llamacpp import Llama
+
+IN_A_PROCESS = """
+import importlib, pickle, sys
+sys.path[:0] = sys.argv[1:3]
+with open(sys.argv[3], "rb") as file:
+    module, function, args = pickle.load(file)
+result = getattr(importlib.import_module(module), function)(*args)
+with open(sys.argv[4], "wb") as file:
+    pickle.dump(result, file)
+"""
+
+
+def make(model: Path, rotary: Any, **options: Any) -> Llama:
+    """A model with the options that stock has in tracing.py."""
+    return Llama(str(model), rotary=rotary, **{**OPTIONS, **options})
+
+
+def paged_trace(
+    model: Path, n_prompt: int, rotary: Any, n_decode: int = 12, **options: Any
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Logits and greedy tokens of a paged run, and its figures."""
+    llama = make(model, rotary, **options)
+    try:
+        return trace(llama, n_prompt, n_decode), llama.rotary_stats()
+    finally:
+        llama.close()
+
+
+def assert_equal(paged: Mapping[str, np.ndarray], stock: Mapping[str, np.ndarray]) -> None:
+    """Every bit of every logit, and that the logits are not trivial."""
+    assert paged["greedy"].tolist() == stock["greedy"].tolist()
+    assert paged["logits"].shape == stock["logits"].shape
+    assert np.isfinite(stock["logits"]).all() and stock["logits"].std() > 0.1, "the reference says something"
+    different = (paged["logits"] != stock["logits"]).any(axis=1)
+    worst = np.abs(paged["logits"] - stock["logits"]).max()
+    assert not different.any(), f"positions {np.flatnonzero(different)} differ, by up to {worst}"
+
+
+class Apart:
+    """A function of a test module in a process of its own, which does not outlive the ``with`` block.
+
+    `result()` is what the function returns.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="rotary-test-"))
+        with open(self.folder / "call", "wb") as file:
+            pickle.dump((function.__module__, function.__name__, args), file)
+        command = [sys.executable, "-c", IN_A_PROCESS, ROOT, ROOT / "tests"]
+        self.process = subprocess.Popen(
+            [*prefix, *map(str, command), str(self.folder / "call"), str(self.folder / "result")],
+            env={**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        shutil.rmtree(self.folder)
+
+    def result(self, timeout: float = 120) -> Any:
+        """Wait for it; it must end by itself, and well."""
+        _, said = self.process.communicate(timeout=timeout)
+        assert self.process.returncode == 0, f"ended with {self.process.returncode}: {said[-2000:]}"
+        with open(self.folder / "result", "rb") as file:
+            return pickle.load(file)
+
+    def wait_for(self, path: Path, timeout: float = 60) -> None:
+        """Wait until the process has made this file."""
+        end = time.monotonic() + timeout
+        while not path.exists():
+            assert self.process.poll() is None, self.process.communicate()[1][-2000:]
+            assert time.monotonic() < end, f"no {path.name} within {timeout} s"
+            time.sleep(0.005)
+
+
+def apart(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The same, waited for."""
+    with Apart(function, *args, **options) as process:
+        return process.result()
+
+
+def faulty_disk(folder: Path) -> dict[str, str]:
+    """The environment of a process whose disk obeys `Disk`: faulty_disk.c, compiled into `folder`."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("no C compiler for faulty_disk.c")
+    library = folder / "faulty_disk.so"
+    source = ROOT / "tests" / "faulty_disk.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+class Disk:
+    """The knobs of faulty_disk.c in this process, by their names there: ``disk.delay_us = 500``."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "library", ctypes.CDLL(None))
+
+    def __getattr__(self, name: str) -> int:
+        return ctypes.c_long.in_dll(self.library, f"disk_{name}").value
+
+    def __setattr__(self, name: str, value: int) -> None:
+        ctypes.c_long.in_dll(self.library, f"disk_{name}").value = value
+
+    def set(self, **knobs: int) -> None:
+        """Turn several."""
+        for name, value in knobs.items():
+            setattr(self, name, value)
+
+    def fail_next(self, n: int, after: int = 0) -> None:
+        """Let `n` reads fail, the first of them `after` more have been made."""
+        self.set(fail_at=self.reads + after + 1, n_fail=n)
+
+    def mend(self) -> None:
+        """No more failures, and full speed."""
+        self.set(fail_at=0, delay_us=0, withheld=0, most=0)

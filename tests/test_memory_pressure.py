@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""Experts beyond the memory there is: runs within a memory cgroup that is smaller than the model.
+
+The kernel kills who exceeds such a group, so that surviving is part of what is tested. Needs root and a
+memory controller, of either version, below which groups can be made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from paged import Apart, apart, assert_equal, make
+from tracing import trace
+
+from rotary_llamacpp.config import MIB
+from rotary_llamacpp.errors import LibraryError
+from rotary_llamacpp.info import ModelInfo
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+N_PROMPT, N_DECODE = 40, 6
+OPTIONS = {"n_ubatch": 32}
+GROUP_BYTES = 352 * MIB
+EATEN_BYTES = 120 * MIB
+
+
+@dataclass(frozen=True)
+class Group:
+    """One memory cgroup."""
+
+    path: Path
+    is_v2: bool
+
+    def read(self, v1, v2):
+        return int((self.path / (v2 if self.is_v2 else v1)).read_text())
+
+    @property
+    def prefix(self):
+        """Before a command, has it run in the group."""
+        return ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(self.path)]
+
+    @property
+    def peak(self):
+        """Most bytes it ever had, its page cache included."""
+        return self.read("memory.max_usage_in_bytes", "memory.peak")
+
+    @property
+    def kills(self):
+        """How many processes were killed in it."""
+        lines = (
+            (self.path / ("memory.events" if self.is_v2 else "memory.oom_control")).read_text().split("\n")
+        )
+        return int(dict(line.split() for line in lines if line)["oom_kill"])
+
+    def available(self):
+        """Bytes that can still be taken; page cache makes room."""
+        stat = (self.path / "memory.stat").read_text().splitlines()
+        counts = {name: int(value) for name, value in map(str.split, stat)}
+        names = (
+            ("inactive_file", "active_file") if self.is_v2 else ("total_inactive_file", "total_active_file")
+        )
+        limit = self.read("memory.limit_in_bytes", "memory.max")
+        used = self.read("memory.usage_in_bytes", "memory.current")
+        return limit - used + sum(counts[name] for name in names)
+
+
+def parents():
+    """Directories below which a memory group can be made, from this process's own up."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        is_v2 = controllers == ""
+        if not is_v2 and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup" if is_v2 else "/sys/fs/cgroup/memory")
+        at = root / path.lstrip("/")
+        for folder in (at, *at.parents):
+            control = folder / ("cgroup.subtree_control" if is_v2 else "memory.limit_in_bytes")
+            if control.is_file() and (not is_v2 or "memory" in control.read_text().split()):
+                yield folder, is_v2
+            if folder == root:
+                break
+
+
+@pytest.fixture
+def group():
+    """A memory cgroup of GROUP_BYTES."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may make cgroups")
+    made = None
+    for folder, is_v2 in parents():
+        path = folder / f"rotary-test-{uuid.uuid4().hex}"
+        with contextlib.suppress(OSError):
+            path.mkdir()
+            made = Group(path, is_v2)
+            break
+    if made is None:
+        pytest.skip("no memory cgroup below which another can be made")
+    try:
+        (path / ("memory.max" if is_v2 else "memory.limit_in_bytes")).write_text(str(GROUP_BYTES))
+        for name in ("memory.swap.max", "memory.swappiness"):
+            with contextlib.suppress(OSError):
+                (path / name).write_text("0")
+        yield made
+    finally:
+        for _ in range(100):
+            try:
+                path.rmdir()
+                break
+            except OSError:
+                time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def large(synthetic):
+    """About 430 MiB of experts; one token's take 54 MiB."""
+    model = synthetic(type="q4_0", layers=8, embd=1024, ff=1024, experts=32, used=4)
+    assert ModelInfo.read(model).expert_bytes > 1.2 * GROUP_BYTES
+    return model
+
+
+def run(model, rotary):
+    llama = make(model, rotary, **OPTIONS)
+    found = trace(llama, N_PROMPT, N_DECODE)
+    return found, llama.rotary_stats()
+
+
+@pytest.fixture(scope="module")
+def stock(native, large, stock_trace):
+    return stock_trace(large, n_prompt=N_PROMPT, n_decode=N_DECODE, **OPTIONS)
+
+
+@pytest.mark.parametrize("rotary", ["auto", "min", {"budget": "25%", "prefetch": False}])
+def test_a_model_beyond_memory(group, large, stock, rotary):
+    found, stats = apart(run, large, rotary, prefix=group.prefix)
+    assert_equal(found, stock)
+    assert stats["active"] and stats["store"] == "direct" and stats["bytes_read"] > 0
+    assert stats["min_budget_bytes"] <= stats["slot_bytes"] <= stats["budget_bytes"] < GROUP_BYTES
+    assert 4 <= stats["n_slots"] < 32
+    assert group.kills == 0 and 0 < group.peak <= GROUP_BYTES
+    if rotary == "auto":
+        assert stats["slot_bytes"] > 1.2 * stats["min_budget_bytes"], "auto takes what there is"
+
+
+def test_the_same_model_where_it_fits(large, stock):
+    found, stats = apart(run, large, {"budget": "25%"})
+    assert_equal(found, stock)
+    assert (stats["store"], stats["bytes_read"], stats["shrinks"], stats["notices"]) == ("mmap", 0, 0, [])
+
+
+def refused(model, rotary):
+    try:
+        make(model, rotary, **OPTIONS)
+    except LibraryError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.parametrize("budget", ["100%", "400MiB"])
+def test_a_budget_beyond_memory(group, large, budget):
+    said = apart(refused, large, budget, prefix=group.prefix)
+    asked = ModelInfo.read(large).expert_bytes if budget == "100%" else 400 * MIB
+    figures = [float(word) for word in said.split() if word.replace(".", "").isdigit()]
+    assert said.startswith(f"{large.name}: no memory for ") and said.endswith("lower the budget")
+    assert len(figures) == 2 and "\n" not in said
+    slots, available = figures
+    assert 0.9 * asked <= slots * MIB <= asked, "what was wanted"
+    assert 0 < available * MIB < GROUP_BYTES, "what there is"
+    assert group.kills == 0
+
+
+def eat(group, most, full, stop):
+    """Take memory a little at a time, leaving a little; say in `full` that it is enough; wait for `stop`."""
+    eaten = []
+    while len(eaten) * 4 * MIB < most and not stop.exists():
+        if group.available() > 24 * MIB:
+            eaten.append(bytearray(b"x") * (4 * MIB))
+        time.sleep(0.03)
+    full.write_text("yes")
+    while not stop.exists():
+        time.sleep(0.02)
+    return len(eaten) * 4 * MIB
+
+
+def run_until(model, rotary, running, stop, grow):
+    """Run again and again until `stop` is there, and then until slots have grown; figures after each run."""
+    llama = make(model, rotary, **OPTIONS)
+    found, n_slots, stats = [], [], {}
+    deadline = None
+    while deadline is None or (grow and n_slots[-1] == min(n_slots) and time.monotonic() < deadline):
+        if stop.exists():
+            deadline = deadline or time.monotonic() + 20
+        found.append(trace(llama, N_PROMPT, N_DECODE))
+        stats = llama.rotary_stats()
+        assert all(layer["n_resident"] <= layer["n_slots"] for layer in stats["layers"])
+        assert stats["min_budget_bytes"] <= stats["slot_bytes"] < GROUP_BYTES
+        n_slots.append(stats["n_slots"])
+        running.write_text("yes")
+    return found, n_slots, stats
+
+
+@pytest.mark.parametrize("budget", ["auto", "35%"])
+def test_memory_that_others_take(group, large, stock, tmp_path, budget):
+    running, full, stop = tmp_path / "running", tmp_path / "full", tmp_path / "stop"
+    rotary = {"budget": budget, "store": "direct"}
+    with contextlib.ExitStack() as stack:
+        stack.callback(stop.write_text, "yes")
+        paged = stack.enter_context(Apart(run_until, large, rotary, running, stop, 3, prefix=group.prefix))
+        paged.wait_for(running)
+        other = stack.enter_context(Apart(eat, group, EATEN_BYTES, full, stop, prefix=group.prefix))
+        other.wait_for(full)
+        stop.write_text("yes")
+        assert other.result() == EATEN_BYTES, "it got what it wanted"
+        found, n_slots, stats = paged.result()
+    assert group.kills == 0
+    for each in found:
+        assert_equal(each, stock)
+    assert stats["shrinks"] > 0 and 4 <= min(n_slots) < n_slots[0]
+    [notice] = [text for text in stats["notices"] if "memory runs short" in text]
+    assert notice.startswith(f"{large.name}: ") and "slots shrink from" in notice
+    if budget == "auto":
+        assert n_slots[-1] > min(n_slots), "taken again when there is plenty"
