@@ -147,7 +147,7 @@ class Disk:
             setattr(self, name, value)
 
     def fail_next(self, n: int, after: int = 0) -> None:
-        """Let `n` reads fail, the first of them `after` more have been made."""
+        """Let `n` reads fail, beginning when `after` more have been made."""
         self.set(fail_at=self.reads + after + 1, n_fail=n)
 
     def mend(self) -> None:

@@ -104,7 +104,8 @@ def run_short(model, before, during):
     ("io", "way", "knobs", "odd"),
     [
         ("threads", "direct", {"withheld": 1}, True),
-        ("threads", "page", {"withheld": 511}, True),
+        ("threads", "direct", {"withheld": 5001}, True),
+        ("threads", "page", {"withheld": 5001}, True),
         ("threads", "direct", {"withheld": 1 << 15}, False),
         ("threads", "direct", {"most": 4096 + 100}, True),
         ("threads", "buffered", {"withheld": 1}, True),

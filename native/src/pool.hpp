@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // Pool: the paged experts of one model on one device. Knows where each expert's bytes are (the store, pool_store.cpp),
-// which layers they form, how the budget is divided and what becomes of it when memory runs short (pool.cpp), and what
-// has happened (pool_figures.cpp). How a graph is run over them is executor.cpp.
+// which layers they form and how the budget is divided (pool.cpp), what memory there is for it (pool_memory.cpp), and
+// what has happened (pool_figures.cpp). How a graph is run over them is executor.cpp.
 //
 // Threading: `mutex` is held by whoever runs a graph over the pool or changes its layers or slots; `counter_mutex`
 // guards the counters and what rotary_pool_stats() shows, so that figures can be read while a graph runs.

@@ -20,7 +20,7 @@ namespace rotary {
 
 void executor::plan_waves(const pool & pool, paged_layer & layer, const std::vector<int32_t> & order, size_t n_hits) {
     // Some kernels limit the rows of one multiplication, and a wave's activations take memory.
-    static constexpr int64_t max_rows = 8192;
+    static constexpr int64_t max_rows = 2048;
 
     const size_t         n_slots = layer.table->n_slots();
     std::vector<int32_t> wave_of(layer.n_expert, -1);

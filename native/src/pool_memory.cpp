@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT
+//
+// Pool: how much memory its slots may take, and what becomes of it while others take theirs. See pool.hpp.
+
+#include "clock.hpp"
+#include "error.hpp"
+#include "memory.hpp"
+#include "pool.hpp"
+
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <cstring>
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace rotary {
+
+// ---- sizing
+
+// What "auto" leaves free: for other programs' peaks, and for what of ours is small and comes later.
+uint64_t pool::margin_bytes(uint64_t total) const {
+    if (config.margin_bytes != 0) {
+        return config.margin_bytes;
+    }
+    return inner_is_host_ ? std::max<uint64_t>(total / 24, 64u << 20) : std::max<uint64_t>(total / 10, 512u << 20);
+}
+
+// Memory that slots may take besides what they have.
+uint64_t pool::free_bytes() const {
+    size_t free  = 0;
+    size_t total = 0;
+    ggml_backend_dev_memory(inner_, &free, &total);
+    uint64_t wanted = margin_bytes(total);
+    uint64_t left   = free;
+    if (inner_is_host_) { // the CPU backend reports all of the machine's memory as free
+        const host_memory         memory = host_memory_now();
+        std::vector<memory_range> ours;
+        for (const auto & buffer : buffers_) {
+            char * base = (char *) ggml_backend_buffer_get_base(buffer.get());
+            ours.push_back({ base, base + ggml_backend_buffer_get_size(buffer.get()) });
+        }
+        left = memory.available;
+        // What graphs have not touched by now they seldom touch at once: half of it, and the margin, will do.
+        const uint64_t promised = host_memory_promised(ours);
+        wanted                  = margin_bytes(memory.total) + (buffers_.empty() ? promised : promised / 2);
+    }
+    return left > wanted ? left - wanted : 0;
+}
+
+// ---- slots in host memory
+
+// In host memory, have the pages of slots [first, last) now: first faults cost more than the copies when they come
+// during decode.
+void pool::touch(const paged_layer & layer, int32_t first, int32_t last) {
+    for (const paged_tensor * tensor : layer.tensors) {
+        memset((char *) tensor->slots->data + tensor->slots->nb[2] * first, 0, tensor->slots->nb[2] * (last - first));
+    }
+}
+
+// Give the whole pages of slots [first, last) back to the system; they read as zeros afterwards.
+void pool::give_back(const paged_layer & layer, int32_t first, int32_t last) {
+    const uintptr_t page = sysconf(_SC_PAGESIZE);
+    for (const paged_tensor * tensor : layer.tensors) {
+        const auto begin = ((uintptr_t) tensor->slots->data + tensor->slots->nb[2] * first + page - 1) / page * page;
+        const auto end   = ((uintptr_t) tensor->slots->data + tensor->slots->nb[2] * last) / page * page;
+        if (begin < end) {
+            madvise((void *) begin, end - begin, MADV_DONTNEED);
+        }
+    }
+}
+
+void pool::resize(uint64_t bytes) {
+    const std::vector<int32_t>        n_slots = budget_slots(bytes, layer_sizes());
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.slot_bytes = 0;
+    for (size_t i = 0; i < layers_.size(); i++) {
+        paged_layer & layer = *layers_[i];
+        if (layer.table) {
+            const int32_t before = layer.table->n_slots();
+            const int32_t now    = std::min(n_slots[i], layer.n_allocated);
+            layer.table->resize(now);
+            if (now > before) {
+                touch(layer, before, now);
+            } else {
+                give_back(layer, now, before);
+            }
+            layer.stats.n_slots    = now;
+            layer.stats.n_resident = layer.table->n_resident();
+        }
+        totals_.slot_bytes += layer.expert_bytes * layer.stats.n_slots;
+    }
+}
+
+void pool::follow_memory() {
+    static constexpr uint64_t interval_us = 250 * 1000;
+    static constexpr double   too_much    = 20.0; // percent of time waiting for memory
+
+    if (!inner_is_host_ || now_us() - memory_seen_us_ < interval_us || status_ != ROTARY_OK ||
+        std::none_of(layers_.begin(), layers_.end(), [](const auto & layer) { return layer->table != nullptr; })) {
+        return;
+    }
+    memory_seen_us_ = now_us();
+
+    const host_memory memory = host_memory_now();
+    const uint64_t    margin = margin_bytes(memory.total);
+    const uint64_t    now    = totals_.slot_bytes;
+    uint64_t          wanted = now;
+    // Between half of the margin and one and a half nothing changes, so that sizes do not swing.
+    if (memory.available < margin / 2 || (memory.available < margin && host_memory_pressure() > too_much)) {
+        const uint64_t lack = margin - memory.available;
+        wanted              = std::max(budget_min_bytes(layer_sizes()), now > lack ? now - lack : 0);
+    } else if (direct_ && now < most_slot_bytes_ && memory.available > margin + margin / 2 &&
+               memory_seen_us_ > growth_tried_us_ + 20 * interval_us) { // it costs milliseconds to find out
+        growth_tried_us_    = memory_seen_us_;
+        const uint64_t more = free_bytes();
+        wanted              = std::min(now + (more > margin / 2 ? more : 0), most_slot_bytes_);
+    }
+    if (wanted == now) {
+        return;
+    }
+    resize(wanted);
+    if (totals_.slot_bytes < now) {
+        {
+            const std::lock_guard<std::mutex> lock(counter_mutex_);
+            totals_.shrinks++;
+        }
+        const std::string text =
+            format("%s: memory runs short, %s are available: slots shrink from %s to %s", config.model.c_str(),
+                   mib(memory.available).c_str(), mib(now).c_str(), mib(totals_.slot_bytes).c_str());
+        if (totals_.shrinks == 1) {
+            notice(text);
+        } else {
+            GGML_LOG_WARN("rotary: %s\n", text.c_str());
+        }
+    }
+    if (config.wanted.what == budget::kind::automatic) {
+        const std::lock_guard<std::mutex> lock(counter_mutex_);
+        totals_.budget_bytes = totals_.slot_bytes;
+    }
+}
+
+} // namespace rotary
