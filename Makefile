@@ -51,7 +51,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror native/src/* tests/conformance/*.c
+	$(VENV)/bin/clang-format --dry-run -Werror native/src/* tests/conformance/*.c tests/*.c
 
 clean:
 	rm -rf $(VENV) build/native build/conformance build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include

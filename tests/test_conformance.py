@@ -228,23 +228,27 @@ def check_same(paged: str, stock: str) -> None:
 
 
 @pytest.mark.model
+@pytest.mark.parametrize("store", ["mmap", "direct"])
 @pytest.mark.parametrize("budget", ["min", "25%"])
-def test_llama_completion(model: str, budget: str) -> None:
+def test_llama_completion(model: str, budget: str, store: str) -> None:
     stock, _ = run("llama-completion", "-m", model, *GENERATE, backend=False)
-    paged, stderr = run("llama-completion", "-m", model, *GENERATE, *ON_ROTARY, budget=budget)
+    paged, stderr = run("llama-completion", "-m", model, *GENERATE, *ON_ROTARY, budget=budget, store=store)
     check_same(paged, stock)
     total = counters(stderr)
     assert total["misses"] > 0 and total["evictions"] > 0
+    assert (total["bytes_read"] > 0) == (store == "direct")
 
 
 @pytest.mark.model
-def test_llama_completion_over_rpc(model: str, rpc_server: str) -> None:
+@pytest.mark.parametrize("store", ["mmap", "direct"])
+def test_llama_completion_over_rpc(model: str, rpc_server: str, store: str) -> None:
     stock, _ = run("llama-completion", "-m", model, *GENERATE, "--no-repack", backend=False)
     paged, stderr = run(
-        "llama-completion", "-m", model, *GENERATE, *ON_ROTARY, budget="25%", inner=rpc_server
+        "llama-completion", "-m", model, *GENERATE, *ON_ROTARY, budget="25%", inner=rpc_server, store=store
     )
     check_same(paged, stock)
-    assert counters(stderr)["misses"] > 0
+    total = counters(stderr)
+    assert total["misses"] > 0 and (total["prefetch_used"] > 0) == (store == "direct")
 
 
 @pytest.mark.model

@@ -263,9 +263,9 @@ void direct_store::land(bool wait) {
     if (!results_.empty() && in_flight_bytes_ == 0) {
         const uint64_t busy_us = std::max<uint64_t>(now_us() - busy_since_us_, 1);
         counters_.read_us += busy_us;
-        // What landed while nobody looked was noticed late: such a span tells a lower bound only.
+        // What landed while nobody looked was noticed late: a span that did not end in a wait tells a lower bound only.
         const double seen = (double) busy_bytes_ / busy_us;
-        if (seen > bytes_per_us_ || (wait && busy_since_us_ >= waiting_since_us_)) {
+        if (wait || seen > bytes_per_us_) {
             bytes_per_us_ += (seen - bytes_per_us_) / 8;
         }
     }
@@ -280,7 +280,7 @@ const char * direct_store::wait(const paged_tensor & tensor, int32_t expert) {
     const part_key key{ &tensor, expert };
     demand(tensor, expert);
     if (!landed(tensor, expert)) {
-        waiting_since_us_ = now_us();
+        const uint64_t start_us = now_us();
         pump();
         while (parts_[key].now == state::queued || parts_[key].now == state::in_flight) {
             if (!reads_.empty()) {
@@ -299,7 +299,7 @@ const char * direct_store::wait(const paged_tensor & tensor, int32_t expert) {
             }
             pump();
         }
-        counters_.stall_us += now_us() - waiting_since_us_;
+        counters_.stall_us += now_us() - start_us;
     }
     const part & its = parts_[key];
     if (its.now == state::failed) {

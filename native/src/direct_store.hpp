@@ -125,14 +125,13 @@ class direct_store {
     std::deque<part_key>                         prefetches_;
     std::deque<part_key>                         landed_prefetches_; // oldest first; what goes when room is short
     std::unordered_map<uint64_t, read>           reads_;
-    uint64_t                                     next_read_        = 1;
-    size_t                                       demanded_bytes_   = 0;    // queued or in flight
-    size_t                                       prefetch_bytes_   = 0;    // queued or in flight
-    size_t                                       in_flight_bytes_  = 0;
-    uint64_t                                     busy_since_us_    = 0;    // with something in flight
-    uint64_t                                     busy_bytes_       = 0;    // asked for since
-    uint64_t                                     waiting_since_us_ = 0;
-    double                                       bytes_per_us_     = 1000; // seen; a guess at first
+    uint64_t                                     next_read_       = 1;
+    size_t                                       demanded_bytes_  = 0;    // queued or in flight
+    size_t                                       prefetch_bytes_  = 0;    // queued or in flight
+    size_t                                       in_flight_bytes_ = 0;
+    uint64_t                                     busy_since_us_   = 0;    // with something in flight
+    uint64_t                                     busy_bytes_      = 0;    // asked for since
+    double                                       bytes_per_us_    = 1000; // seen; a guess at first
     counters                                     counters_;
     std::vector<read_result>                     results_;
     std::unique_ptr<reader>                      reader_;

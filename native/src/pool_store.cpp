@@ -16,6 +16,7 @@
 #include "gguf.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <set>
@@ -114,7 +115,7 @@ void pool::choose_store() {
                       config.model.c_str(), mib(expert_bytes).c_str(), mib(memory.available).c_str(),
                       direct_->io() == ROTARY_IO_URING ? "io_uring" : "threads");
     }
-    if (direct_->io() == ROTARY_IO_THREADS) {
+    if (direct_->io() == ROTARY_IO_THREADS && getenv("ROTARY_IO") == nullptr) {
         notice(format("%s: io_uring is not to be had here; reads go through threads", config.model.c_str()));
     }
     if (!(*files.begin())->is_direct()) {
@@ -125,10 +126,10 @@ void pool::choose_store() {
 
 // Staging: what a layer's batch of reads needs to keep the disk busy while it is computed on, and no large part of the
 // memory there is. It must hold the largest part of all, and better several.
-static uint64_t staging_bytes(uint64_t wanted, uint64_t available, uint64_t largest, uint64_t one_token) {
+static uint64_t staging_bytes(uint64_t wanted, uint64_t available, uint64_t largest, uint64_t one_token, uint64_t all) {
     if (wanted == 0) {
         wanted = std::clamp<uint64_t>(available / 24, 16u << 20, 256u << 20);
-        wanted = std::max(wanted, std::min(2 * one_token, available / 8));
+        wanted = std::min(std::max(wanted, std::min(2 * one_token, available / 8)), all);
     }
     return std::max(wanted, 3 * (largest + 2 * staging_area::unit));
 }
@@ -136,16 +137,17 @@ static uint64_t staging_bytes(uint64_t wanted, uint64_t available, uint64_t larg
 bool pool::open_direct() {
     // Take the mapping over, each owner's stretch of it once; what fails leaves the mapping usable.
     std::set<const void *> owners;
-    uint64_t               largest = 0, one_token = 0;
+    uint64_t               largest = 0, one_token = 0, all_bytes = 0;
     for (const auto & tensor : tensors_) {
         owners.insert(tensor->owner);
+        all_bytes += tensor->expert_bytes * tensor->ne[2];
         largest = std::max<uint64_t>(largest, tensor->expert_bytes);
     }
     for (const auto & layer : layers_) {
         one_token = std::max(one_token, layer->expert_bytes * layer->n_expert_used);
     }
     auto store = std::make_unique<direct_store>(
-        reader_new(), staging_bytes(config.staging_bytes, host_memory_now().available, largest, one_token));
+        reader_new(), staging_bytes(config.staging_bytes, host_memory_now().available, largest, one_token, all_bytes));
     if (!store->ok()) {
         fail(ROTARY_ERR_MEMORY, format("%s: no memory for staging; lower it", config.model.c_str()));
         return false;

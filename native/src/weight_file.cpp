@@ -69,10 +69,6 @@ static bool mapping_at(const char * address, mapping & found) {
 static std::mutex                                                          files_mutex;
 static std::map<std::pair<uint64_t, uint64_t>, std::weak_ptr<weight_file>> files; // by device and inode
 
-static bool same_time(const timespec & a, const timespec & b) {
-    return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
-}
-
 // Direct reads must be aligned as the file system wants it; kernels before 6.1 do not tell, and then a page always does.
 static size_t direct_alignment(int fd) {
 #ifdef STATX_DIOALIGN
@@ -97,8 +93,11 @@ std::shared_ptr<weight_file> weight_file::at(const void * address, uint64_t & of
 
     const std::lock_guard<std::mutex> lock(files_mutex);
     std::weak_ptr<weight_file> &      known = files[{ makedev(here.major, here.minor), here.inode }];
-    if (std::shared_ptr<weight_file> open = known.lock()) {
-        return open;
+    struct stat                       about;
+    if (std::shared_ptr<weight_file> opened = known.lock()) {
+        if (fstat(opened->fd_, &about) == 0 && opened->is_still(about)) {
+            return opened; // else it has been written anew since: what is loaded now has nothing to do with that
+        }
     }
     std::shared_ptr<weight_file> file(new weight_file);
     file->path_      = here.path;
@@ -108,7 +107,6 @@ std::shared_ptr<weight_file> weight_file::at(const void * address, uint64_t & of
         file->is_direct_ = false; // tmpfs before 6.6, some network file systems
         file->fd_        = open(here.path.c_str(), O_RDONLY | O_CLOEXEC);
     }
-    struct stat about;
     if (file->fd_ < 0 || fstat(file->fd_, &about) != 0) {
         reason = format("%s cannot be opened again, %s", here.path.c_str(), strerror(errno));
         return nullptr;
@@ -150,13 +148,18 @@ bool weight_file::copy_out(uint64_t offset, void * data, size_t size) const {
     return n > 0;
 }
 
+bool weight_file::is_still(const struct stat & about) const {
+    return (uint64_t) about.st_size == size_ && about.st_mtim.tv_sec == changed_.tv_sec &&
+           about.st_mtim.tv_nsec == changed_.tv_nsec;
+}
+
 bool weight_file::unchanged() const {
     struct stat about;
     if (fstat(fd_, &about) != 0) {
         fail(ROTARY_ERR_READ, format("%s: %s; load the model again", path_.c_str(), strerror(errno)));
         return false;
     }
-    if ((uint64_t) about.st_size != size_ || !same_time(about.st_mtim, changed_)) {
+    if (!is_still(about)) {
         fail(ROTARY_ERR_READ, format("%s: was changed while in use (%" PRIu64 " bytes when loaded, %" PRIu64
                                      " now); its experts can no longer be read; load the model again",
                                      path_.c_str(), size_, (uint64_t) about.st_size));

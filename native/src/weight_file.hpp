@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <sys/types.h>
+#include <sys/stat.h>
 #include <vector>
 
 namespace rotary {
@@ -44,6 +44,8 @@ class weight_file {
 
   private:
     weight_file() = default;
+
+    bool is_still(const struct stat & about) const;
 
     std::string path_;
     int         fd_ = -1;
