@@ -16,7 +16,6 @@
 #include "gguf.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <set>
@@ -115,7 +114,7 @@ void pool::choose_store() {
                       config.model.c_str(), mib(expert_bytes).c_str(), mib(memory.available).c_str(),
                       direct_->io() == ROTARY_IO_URING ? "io_uring" : "threads");
     }
-    if (direct_->io() == ROTARY_IO_THREADS && getenv("ROTARY_IO") == nullptr) {
+    if (direct_->io() == ROTARY_IO_THREADS && !threads_asked_for()) {
         notice(format("%s: io_uring is not to be had here; reads go through threads", config.model.c_str()));
     }
     if (!(*files.begin())->is_direct()) {

@@ -281,14 +281,14 @@ class thread_reader : public reader {
 
 // ---- choice
 
-std::unique_ptr<reader> reader_new() {
+bool threads_asked_for() {
     const char * wanted = getenv("ROTARY_IO");
-    if (wanted == nullptr || strcmp(wanted, "threads") != 0) {
-        if (std::unique_ptr<reader> uring = uring_reader::make()) {
-            return uring;
-        }
-    }
-    return std::make_unique<thread_reader>();
+    return wanted != nullptr && strcmp(wanted, "threads") == 0;
+}
+
+std::unique_ptr<reader> reader_new() {
+    std::unique_ptr<reader> uring = threads_asked_for() ? nullptr : uring_reader::make();
+    return uring ? std::move(uring) : std::make_unique<thread_reader>();
 }
 
 } // namespace rotary

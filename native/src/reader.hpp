@@ -44,7 +44,10 @@ class reader {
     virtual void complete(std::vector<read_result> & results, bool wait) = 0;
 };
 
-// io_uring or threads, by what works here; ROTARY_IO=threads in the environment asks for threads.
+// Whether ROTARY_IO=threads in the environment asks for threads where io_uring would do.
+bool threads_asked_for();
+
+// io_uring or threads, by what works here.
 std::unique_ptr<reader> reader_new();
 
 } // namespace rotary
