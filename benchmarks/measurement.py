@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import itertools
 import time
@@ -30,21 +29,13 @@ def measure(job: dict) -> dict:
         ``anonymous_bytes`` that loading took, ``prefill`` in tokens per second and, by stream, ``decode`` in
         tokens per second, the ``hash`` of the last logits, ``stats``, and whether it was ``cut`` short.
     """
-    import llama_cpp.llama_cpp as llama_api
     import numpy as np
 
     from rotary_llamacpp import Llama
 
     join(job["groups"])
     if job["rotary"] is None and not job["repack"]:
-        stock_params = llama_api.llama_model_default_params
-
-        def plain_params() -> object:
-            params = stock_params()
-            params.use_extra_bufts = False
-            return params
-
-        llama_api.llama_model_default_params = plain_params
+        preset("llama_model_default_params", use_extra_bufts=False)
 
     before = anonymous_bytes()
     begin = time.perf_counter()
@@ -90,6 +81,21 @@ def measure(job: dict) -> dict:
     return result
 
 
+def preset(name: str, **fields: object) -> None:
+    """Let llama_cpp's `name`, a function that returns default params, return them with `fields` set."""
+    import llama_cpp.llama_cpp as llama_api
+
+    stock_params = getattr(llama_api, name)
+
+    def params() -> object:
+        made = stock_params()
+        for field, value in fields.items():
+            setattr(made, field, value)
+        return made
+
+    setattr(llama_api, name, params)
+
+
 def anonymous_bytes() -> int:
     """Memory of this process that is no file's."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -123,31 +129,12 @@ def without_layers(stats: dict) -> dict:
 def overlaps(job: dict) -> dict[str, float | None]:
     """Lag-1 overlap of the routing of each stream's timed tokens, by stock."""
     import llama_cpp
-    import llama_cpp.llama_cpp as llama_api
     import numpy as np
 
-    from models.routing import _Tensor, overlap
+    from models.routing import observer, overlap
 
     seen: dict[int, list[int]] = {}
-
-    @llama_api.ggml_backend_sched_eval_callback
-    def observe(pointer: int, ask: bool, _: object) -> bool:
-        tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
-        if not tensor.name.startswith(b"ffn_moe_topk-"):
-            return not ask  # asked: not wanted; shown anyhow: go on
-        if not ask:
-            last = tensor.data + (tensor.ne[1] - 1) * tensor.nb[1]
-            seen[int(tensor.name[13:])] = list((ctypes.c_int32 * tensor.ne[0]).from_address(last))
-        return True
-
-    stock_params = llama_api.llama_context_default_params
-
-    def observed_params() -> object:
-        params = stock_params()
-        params.cb_eval = observe
-        return params
-
-    llama_api.llama_context_default_params = observed_params
+    preset("llama_context_default_params", cb_eval=observer(llama_cpp, seen))
     llama = llama_cpp.Llama(
         job["model"], n_ctx=n_context(job), n_batch=512, n_threads=job["n_threads"],
         n_threads_batch=job["n_threads"], verbose=False,

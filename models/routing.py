@@ -35,6 +35,25 @@ class _Tensor(ctypes.Structure):
     ]
 
 
+def observer(ll, seen):
+    """A `cb_eval` callback that writes the last token's experts of each layer to the dict `seen`.
+
+    `ll` is the module llama_cpp. Keep a reference to the callback while the context lives.
+    """
+
+    @ll.ggml_backend_sched_eval_callback
+    def observe(pointer, ask, _):
+        tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
+        if not tensor.name.startswith(b"ffn_moe_topk-"):
+            return not ask  # asked: not wanted; shown anyhow: go on
+        if not ask:
+            last = tensor.data + (tensor.ne[1] - 1) * tensor.nb[1]
+            seen[int(tensor.name[13:])] = list((ctypes.c_int32 * tensor.ne[0]).from_address(last))
+        return True
+
+    return observe
+
+
 def record(
     path, n_tokens, prompt="In the beginning", seed=0, temperature=1.0, random_tokens=False, n_threads=2
 ):
@@ -58,16 +77,7 @@ def record(
     set_verbose(False)
     seen = {}
 
-    @ll.ggml_backend_sched_eval_callback
-    def observe(pointer, ask, _):
-        tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
-        if not tensor.name.startswith(b"ffn_moe_topk-"):
-            return not ask  # asked: not wanted; shown anyhow: go on
-        if not ask:
-            last = tensor.data + (tensor.ne[1] - 1) * tensor.nb[1]
-            seen[int(tensor.name[13:])] = list((ctypes.c_int32 * tensor.ne[0]).from_address(last))
-        return True
-
+    observe = observer(ll, seen)
     ll.llama_backend_init()
     model = ll.llama_model_load_from_file(str(path).encode(), ll.llama_model_default_params())
     if not model:

@@ -71,10 +71,6 @@ void staging_area::give(char * block, size_t bytes) {
 direct_store::direct_store(std::unique_ptr<reader> reader, size_t staging_bytes) :
     area_(staging_bytes), reader_(std::move(reader)) {}
 
-direct_store::~direct_store() {
-    reader_.reset(); // waits; then the blocks may go
-}
-
 direct_store::found direct_store::demand(const paged_tensor & tensor, int32_t expert) {
     const auto [it, absent] = parts_.try_emplace({ &tensor, expert }, part{});
     part & its              = it->second;
@@ -134,7 +130,7 @@ void direct_store::cancel(const paged_tensor & tensor) {
 
 size_t direct_store::prefetch_window() const {
     // What the disk does in about the time of a layer, and enough to keep several requests in flight.
-    return std::clamp<size_t>((size_t) (bytes_per_us_ * 4000), 4 << 20, area_.size() / 2);
+    return std::max<size_t>(std::min((size_t) (bytes_per_us_ * 4000), area_.size() / 2), 4 << 20);
 }
 
 // ---- reading
@@ -228,15 +224,18 @@ bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
 
 // Drop the oldest prefetch that has landed and is not demanded; false if there is none.
 bool direct_store::make_room() {
-    while (!landed_prefetches_.empty()) {
-        const auto it = parts_.find(landed_prefetches_.front());
-        landed_prefetches_.pop_front();
-        if (it != parts_.end() && it->second.now == state::landed && !it->second.demanded) {
-            parts_.erase(it);
-            return true;
+    auto oldest = parts_.end();
+    for (auto it = parts_.begin(); it != parts_.end(); ++it) {
+        const part & its = it->second;
+        if (its.now == state::landed && !its.demanded && (oldest == parts_.end() || its.read < oldest->second.read)) {
+            oldest = it;
         }
     }
-    return false;
+    if (oldest == parts_.end()) {
+        return false;
+    }
+    parts_.erase(oldest);
+    return true;
 }
 
 void direct_store::land(bool wait) {
@@ -253,9 +252,6 @@ void direct_store::land(bool wait) {
             each.now    = result.error == 0 ? state::landed : state::failed;
             each.error  = result.error;
             (each.demanded ? demanded_bytes_ : prefetch_bytes_) -= key.first->expert_bytes;
-            if (!each.demanded) {
-                landed_prefetches_.push_back(key);
-            }
         }
         in_flight_bytes_ -= its->second.bytes;
         reads_.erase(its);
@@ -333,7 +329,6 @@ void direct_store::clear() {
     parts_.clear();
     demanded_.clear();
     prefetches_.clear();
-    landed_prefetches_.clear();
     demanded_bytes_ = prefetch_bytes_ = 0;
 }
 

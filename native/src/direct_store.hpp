@@ -47,7 +47,6 @@ class staging_area {
 class direct_store {
   public:
     direct_store(std::unique_ptr<reader> reader, size_t staging_bytes);
-    ~direct_store();
 
     bool      ok() const { return area_.ok(); }
     rotary_io io() const { return reader_->kind(); }
@@ -119,11 +118,10 @@ class direct_store {
     void land(bool wait);
     void fail_part(const part_key & key, const part & its) const;
 
-    staging_area                                 area_; // outlives the reader, which waits for its reads
+    staging_area                                 area_; // first, so the last to go: every block returns to it
     std::unordered_map<part_key, part, key_hash> parts_;
     std::deque<part_key>                         demanded_;
     std::deque<part_key>                         prefetches_;
-    std::deque<part_key>                         landed_prefetches_; // oldest first; what goes when room is short
     std::unordered_map<uint64_t, read>           reads_;
     uint64_t                                     next_read_       = 1;
     size_t                                       demanded_bytes_  = 0;    // queued or in flight
@@ -134,7 +132,7 @@ class direct_store {
     double                                       bytes_per_us_    = 1000; // seen; a guess at first
     counters                                     counters_;
     std::vector<read_result>                     results_;
-    std::unique_ptr<reader>                      reader_;
+    std::unique_ptr<reader>                      reader_; // last, so the first to go: it waits for its reads
 };
 
 } // namespace rotary

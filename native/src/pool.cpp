@@ -47,17 +47,22 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
                       tensor->name));
         release();
     }
-    auto paged           = std::make_unique<paged_tensor>();
-    paged->name          = tensor->name;
-    paged->type          = tensor->type;
-    paged->ne[0]         = tensor->ne[0];
-    paged->ne[1]         = tensor->ne[1];
-    paged->ne[2]         = tensor->ne[2];
-    paged->expert_bytes  = tensor->nb[2];
-    paged->data          = (const char *) tensor->data;
-    paged->owner         = owner;
-    paged->n_expert_used = n_expert_used;
-    if (is_mapped) {
+    auto paged                = std::make_unique<paged_tensor>();
+    paged->name               = tensor->name;
+    paged->type               = tensor->type;
+    paged->ne[0]              = tensor->ne[0];
+    paged->ne[1]              = tensor->ne[1];
+    paged->ne[2]              = tensor->ne[2];
+    paged->expert_bytes       = tensor->nb[2];
+    paged->data               = (const char *) tensor->data;
+    paged->owner              = owner;
+    paged->n_expert_used      = n_expert_used;
+    const paged_tensor * last = tensors_.empty() ? nullptr : tensors_.back().get();
+    if (is_mapped && last != nullptr && last->owner == owner &&
+        last->file) { // one mapping: no need to look it up again
+        paged->file   = last->file;
+        paged->offset = last->offset + (paged->data - last->data);
+    } else if (is_mapped) {
         paged->file = weight_file::at(paged->data, paged->offset, no_direct_);
     }
     register_experts(*paged);
