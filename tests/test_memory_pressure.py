@@ -187,8 +187,11 @@ def eat(group, most, full, stop):
     return len(eaten) * 4 * MIB
 
 
-def run_until(model, rotary, running, stop, grow):
-    """Run again and again until `stop` is there, and then until slots have grown; figures after each run."""
+def run_until(model, rotary, running, shrunk, stop, grow):
+    """Run again and again until `stop` is there, and then until slots have grown; figures after each run.
+
+    Says in `shrunk` that a run has ended with fewer slots than the first.
+    """
     llama = make(model, rotary, **OPTIONS)
     found, n_slots, stats = [], [], {}
     deadline = None
@@ -201,19 +204,24 @@ def run_until(model, rotary, running, stop, grow):
         assert stats["min_budget_bytes"] <= stats["slot_bytes"] < GROUP_BYTES
         n_slots.append(stats["n_slots"])
         running.write_text("yes")
+        if n_slots[-1] < n_slots[0]:
+            shrunk.write_text("yes")
     return found, n_slots, stats
 
 
 @pytest.mark.parametrize("budget", ["auto", "35%"])
 def test_memory_that_others_take(group, large, stock, tmp_path, budget):
-    running, full, stop = tmp_path / "running", tmp_path / "full", tmp_path / "stop"
+    running, shrunk, full, stop = (tmp_path / name for name in ("running", "shrunk", "full", "stop"))
     rotary = {"budget": budget, "store": "direct"}
     with contextlib.ExitStack() as stack:
         stack.callback(stop.write_text, "yes")
-        paged = stack.enter_context(Apart(run_until, large, rotary, running, stop, 3, prefix=group.prefix))
+        paged = stack.enter_context(
+            Apart(run_until, large, rotary, running, shrunk, stop, 3, prefix=group.prefix)
+        )
         paged.wait_for(running)
         other = stack.enter_context(Apart(eat, group, EATEN_BYTES, full, stop, prefix=group.prefix))
         other.wait_for(full)
+        paged.wait_for(shrunk)  # the memory is held meanwhile, however long a run takes
         stop.write_text("yes")
         assert other.result() == EATEN_BYTES, "it got what it wanted"
         found, n_slots, stats = paged.result()
