@@ -24,7 +24,7 @@ from typing import Any
 from . import machine, pinned
 from .errors import BudgetError, DeviceError, LibraryError, ReadError, RotaryError, VersionError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _HERE = Path(__file__).resolve().parent
 _STRUCTS = ("rotary_config", "rotary_stats", "rotary_layer_stats", "rotary_layer_size", "rotary_load")

@@ -35,7 +35,8 @@ _NOT_PAGED: dict[str, Any] = {
     "n_layers": 0, "n_expert": 0, "n_expert_used": 0, "n_slots": 0,
     "lookups": 0, "requests": 0, "hits": 0, "misses": 0, "bypassed": 0, "evictions": 0, "bytes_paged": 0,
     "waves": 0, "waits": 0, "wait_us": 0, "page_us": 0,
-    "reads": 0, "bytes_read": 0, "read_us": 0, "stall_us": 0, "shrinks": 0, "read_bandwidth": None,
+    "reads": 0, "bytes_read": 0, "bytes_in_place": 0, "read_us": 0, "read_bandwidth": None,
+    "stall_us": 0, "shrinks": 0,
     "predicted": 0, "predicted_right": 0, "prefetched": 0, "prefetch_used": 0, "late_hits": 0,
     "prefetch_accuracy": None, "prefetch_coverage": None, "prefetch_timeliness": None,
 }  # fmt: skip

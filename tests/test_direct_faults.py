@@ -97,6 +97,9 @@ WAYS = {  # the file system says how a direct read must be aligned, or does not,
     "buffered": {"no_direct": 1},
     "no io_uring": {"no_uring": 1},
 }
+# Repacked slots are copied into; plain ones are read into, ahead of demand too where there are some to spare.
+WHERE_READ = [("q4_0", "min"), ("q8_0", "50%")]
+
 SHORT = {
     "threads": [
         ("direct", {"withheld": 1}),
@@ -174,11 +177,12 @@ def run_with_failures(model, rotary, error, starts):
 
 @pytest.mark.parametrize("io", ["threads", "io_uring"])
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_failing_reads(native, synthetic, stock_trace, disk, io, prefetch):
+@pytest.mark.parametrize(("kind", "budget"), WHERE_READ)
+def test_failing_reads(native, synthetic, stock_trace, disk, io, prefetch, kind, budget):
     # From the first read on, from one within a batch's waves, from one in decode.
-    model = synthetic(type="q4_0", layers=3)
+    model = synthetic(type=kind, layers=3)
     stock = stock_trace(model, n_prompt=PROMPT, **IN_BATCHES)
-    rotary = {**MIN, "prefetch": prefetch}
+    rotary = {**MIN, "prefetch": prefetch, "budget": budget}
     runs = apart(run_with_failures, model, rotary, 5, [0, 7, 40, 75], environment=disk[io])
     reason = "Input/output error" if io == "threads" else "Bad file descriptor"
     for failed, mended in runs:
@@ -193,10 +197,10 @@ def test_files_that_end_early(native, synthetic, stock_trace, disk):
     assert_equal(mended, stock_trace(model, n_prompt=PROMPT, **IN_BATCHES))
 
 
-def run_with_single_failures(model, starts):
+def run_with_single_failures(model, rotary, starts):
     """The same, but a single read fails each time; results are compared here, for there are many."""
     disk = Disk()
-    llama = make(model, MIN, **ONE_BY_ONE)
+    llama = make(model, rotary, **ONE_BY_ONE)
     stock = trace(llama, 16, 4)
     found = []
     for start in starts:
@@ -211,10 +215,12 @@ def run_with_single_failures(model, starts):
 
 
 @pytest.mark.parametrize("io", ["threads", "io_uring"])
-def test_single_failures(native, synthetic, stock_trace, disk, io):
+@pytest.mark.parametrize(("kind", "budget"), WHERE_READ)
+def test_single_failures(native, synthetic, stock_trace, disk, io, kind, budget):
     # A read that failed before it was waited for is tried again; one that fails under a wait is an error.
-    model = synthetic(type="q4_0", layers=3)
-    stock, found = apart(run_with_single_failures, model, list(range(0, 44, 6)), environment=disk[io])
+    model = synthetic(type=kind, layers=3)
+    rotary, starts = {**MIN, "budget": budget}, list(range(0, 44, 6))
+    stock, found = apart(run_with_single_failures, model, rotary, starts, environment=disk[io])
     assert_equal(stock, stock_trace(model, n_prompt=16, n_decode=4, **ONE_BY_ONE))
     for n_failed, kind, exact_again in found:
         assert n_failed == 1 and exact_again

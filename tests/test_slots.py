@@ -26,22 +26,47 @@ class Table:
             return None
         return list(slot_ids)[: len(ids)], [(x.expert, x.slot, x.evicted) for x in loads[0:n_loads]]
 
+    def reserve(self, expert, keep=()):
+        return self.c.rotary_slots_reserve(self.slots, expert, list(keep), len(keep))
+
+    def end(self, expert, resident):
+        return self.c.rotary_slots_end_reservation(self.slots, expert, resident)
+
     def resident(self):
         slots = [self.c.rotary_slots_expert_of(self.slots, slot) for slot in range(self.n_slots)]
-        return {expert for expert in slots if expert >= 0}
+        return {expert for expert in slots if self.c.rotary_slots_slot_of(self.slots, expert) >= 0}
 
 
 class ReferenceLru:
-    """Least recently used, the plain way: experts in order of last use."""
+    """Least recently used, the plain way: experts in order of last use, a free slot being None."""
 
     def __init__(self, n_slots):
         self.n_slots = n_slots
         self.order = []
+        self.reserved = {}  # expert -> who left for it, if anybody
+
+    def full(self):
+        return len(self.order) + len(self.reserved) == self.n_slots
+
+    def reserve(self, expert, keep):
+        """True if there was a slot."""
+        if self.full():
+            victim = next((old for old in self.order if old not in keep), None)
+            if victim is None:
+                return False
+            self.order.remove(victim)
+        self.reserved[expert] = True
+        return True
+
+    def end(self, expert, resident):
+        del self.reserved[expert]
+        if resident:
+            self.order.insert(0, expert)
 
     def resolve(self, ids):
         """Experts to load and those evicted for them, or None if there are too many."""
         wanted = set(ids)
-        if len(wanted) > self.n_slots:
+        if len(wanted) > self.n_slots - len(self.reserved.keys() - wanted):
             return None
         loads, evicted = [], []
         for expert in ids:
@@ -49,7 +74,9 @@ class ReferenceLru:
                 self.order.remove(expert)
             else:
                 loads.append(expert)
-                if len(self.order) == self.n_slots:
+                if expert in self.reserved:
+                    del self.reserved[expert]
+                elif self.full():
                     victim = next(old for old in self.order if old not in wanted)
                     self.order.remove(victim)
                     evicted.append(victim)
@@ -81,6 +108,28 @@ def test_wanted_experts_are_never_evicted(native):
     assert table.resolve([2, 0]) == ([1, 0], [(2, 1, 1)])
 
 
+def test_hand_solved_reservations(native):
+    # 6 experts, 3 slots. 0 1 2 fill them, least recently used first: 0 1 2.
+    table = Table(native, 6, 3)
+    table.resolve([0, 1, 2])
+    assert table.reserve(3, keep=[0]) == 1, "0 is kept, so 1 leaves slot 1"
+    assert table.resident() == {0, 2}
+    assert table.resolve([4]) == ([0], [(4, 0, 0)]), "what is reserved is not evicted"
+    assert table.resolve([0, 1, 5]) is None, "three are wanted, and one slot is reserved"
+    assert table.resolve([3]) == ([1], [(3, 1, -1)]), "wanted: a load into its own slot"
+    # Order now 2 4 3.
+    assert table.reserve(5) == 2 and table.end(5, resident=True) == 0
+    assert table.resolve([0]) == ([2], [(0, 2, 5)]), "nobody wanted it: the first to leave"
+    assert table.reserve(1) == 0 and table.end(1, resident=False) == 0
+    assert table.resolve([2]) == ([0], [(2, 0, -1)]), "its slot is free"
+    error = native.c.ROTARY_ERR_ARG
+    assert (table.reserve(2), table.reserve(6), table.end(4, True)) == (error, error, error)
+    assert table.reserve(4) >= 0 and table.reserve(4) == error, "reserved already"
+    native.c.rotary_slots_clear(table.slots)
+    assert table.reserve(4) == 0 and table.reserve(5) == 1 and table.reserve(1) == 2
+    assert table.reserve(0) == native.c.ROTARY_ERR_BUDGET, "every slot is reserved"
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_agrees_with_the_reference(native, seed):
     rng = np.random.default_rng(seed)
@@ -88,6 +137,14 @@ def test_agrees_with_the_reference(native, seed):
     n_slots = int(rng.integers(1, n_expert + 1))
     table, reference = Table(native, n_expert, n_slots), ReferenceLru(n_slots)
     for request in range(500):
+        expert = int(rng.integers(n_expert))
+        if expert in reference.reserved:
+            resident = bool(rng.integers(2))
+            assert table.end(expert, resident) == 0, request
+            reference.end(expert, resident)
+        elif expert not in reference.order and rng.integers(2):
+            keep = rng.integers(0, n_expert, n_slots // 2).tolist()
+            assert (table.reserve(expert, keep) >= 0) == reference.reserve(expert, keep), request
         ids = rng.integers(0, n_expert, int(rng.integers(0, 2 * n_slots + 1))).tolist()
         theirs, ours = table.resolve(ids), reference.resolve(ids)
         assert (theirs is None) == (ours is None), request

@@ -147,6 +147,7 @@ typedef struct rotary_stats {
     // store direct
     uint64_t reads;              // requests to the kernel; neighbours in the file are one
     uint64_t bytes_read;
+    uint64_t bytes_in_place;     // of those, read straight into slots: not copied
     uint64_t read_us;            // time with at least one read in flight
     uint64_t stall_us;           // time the computation waited for reads
     uint64_t shrinks;            // times slots were given back because memory ran short
@@ -235,9 +236,16 @@ int32_t rotary_slots_resolve(rotary_slots * slots, const int32_t * ids, int32_t 
                              rotary_load * loads);
 
 int32_t rotary_slots_slot_of(const rotary_slots * slots, int32_t expert); // -1 if absent
-int32_t rotary_slots_expert_of(const rotary_slots * slots, int32_t slot); // -1 if free
+int32_t rotary_slots_expert_of(const rotary_slots * slots, int32_t slot); // -1 if free; of a reserved one who gets it
 int32_t rotary_slots_n_resident(const rotary_slots * slots);
 void    rotary_slots_clear(rotary_slots * slots);
+
+// Reserve a slot for an absent expert whose bytes are on their way before anybody wants it. The least recently used
+// expert that is not among keep[n_keep] leaves. The slot is nobody's victim until the expert is resolved, as a load into
+// that slot, or the reservation ends: `resident` makes it resident, the first to leave; else the slot is free. Return
+// the slot, ROTARY_ERR_BUDGET if there is none; 0; ROTARY_ERR_ARG if the expert is not one to reserve for, or not reserved.
+int32_t rotary_slots_reserve(rotary_slots * slots, int32_t expert, const int32_t * keep, int32_t n_keep);
+int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool resident);
 
 // END API
 

@@ -68,10 +68,10 @@ void staging_area::give(char * block, size_t bytes) {
 
 // ---- wanting
 
-direct_store::direct_store(std::unique_ptr<reader> reader, size_t staging_bytes) :
-    area_(staging_bytes), reader_(std::move(reader)) {}
+direct_store::direct_store(std::unique_ptr<reader> reader, size_t staging_bytes, place_for place) :
+    place_(std::move(place)), area_(staging_bytes), reader_(std::move(reader)) {}
 
-direct_store::found direct_store::demand(const paged_tensor & tensor, int32_t expert) {
+direct_store::found direct_store::demand(const paged_tensor & tensor, int32_t expert, char * place) {
     const auto [it, absent] = parts_.try_emplace({ &tensor, expert }, part{});
     part & its              = it->second;
     bool   fresh            = absent;
@@ -82,6 +82,7 @@ direct_store::found direct_store::demand(const paged_tensor & tensor, int32_t ex
     if (its.now == state::queued && !its.demanded) {
         prefetch_bytes_ -= fresh ? 0 : tensor.expert_bytes; // its place in that queue will be skipped
         its.demanded = true;
+        its.place    = place;
         demanded_bytes_ += tensor.expert_bytes;
         demanded_.push_back(it->first);
         return found::absent;
@@ -95,9 +96,10 @@ direct_store::found direct_store::demand(const paged_tensor & tensor, int32_t ex
     return late ? found::in_flight : found::landed;
 }
 
-void direct_store::prefetch(const paged_tensor & tensor, int32_t expert) {
+void direct_store::prefetch(const paged_tensor & tensor, int32_t expert, bool in_place) {
     const auto [it, absent] = parts_.try_emplace({ &tensor, expert }, part{});
     if (absent) {
+        it->second.in_place = in_place;
         prefetch_bytes_ += tensor.expert_bytes;
         prefetches_.push_back(it->first);
     }
@@ -116,8 +118,9 @@ void direct_store::cancel_queued() {
 
 void direct_store::cancel(const paged_tensor & tensor) {
     for (auto it = parts_.begin(); it != parts_.end();) {
-        const part & its = it->second;
-        if (it->first.first != &tensor || its.demanded) {
+        const part & its   = it->second;
+        const bool   begun = its.now == state::in_flight || its.now == state::landed;
+        if (it->first.first != &tensor || its.demanded || (begun && its.place != nullptr)) {
             ++it;
             continue;
         }
@@ -125,6 +128,32 @@ void direct_store::cancel(const paged_tensor & tensor) {
             prefetch_bytes_ -= tensor.expert_bytes;
         }
         it = parts_.erase(it);
+    }
+}
+
+bool direct_store::in_flight(const paged_tensor & tensor, int32_t expert) const {
+    const auto it = parts_.find({ &tensor, expert });
+    return it != parts_.end() && it->second.now == state::in_flight;
+}
+
+void direct_store::finish(const paged_tensor & tensor, int32_t expert) {
+    while (in_flight(tensor, expert)) {
+        land(true);
+    }
+}
+
+const char * direct_store::landed_at(const paged_tensor & tensor, int32_t expert) const {
+    const auto it = parts_.find({ &tensor, expert });
+    return it != parts_.end() && it->second.now == state::landed ? it->second.place : nullptr;
+}
+
+void direct_store::drop(const paged_tensor & tensor, int32_t expert) {
+    const auto it = parts_.find({ &tensor, expert });
+    if (it != parts_.end() && it->second.now == state::queued) {
+        (it->second.demanded ? demanded_bytes_ : prefetch_bytes_) -= tensor.expert_bytes;
+    }
+    if (it != parts_.end()) {
+        parts_.erase(it);
     }
 }
 
@@ -164,12 +193,22 @@ bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
     const size_t         align = first.file->alignment();
     const uint64_t       from  = begin / align * align;
 
+    part & leader = parts_[queue.front()];
+    if (leader.in_place && !demanded) {
+        leader.place = place_(first, queue.front().second);
+    }
+    if (leader.place != nullptr) {
+        this->begin(queue, 1, from, begin + first.expert_bytes, leader.place - (begin - from), nullptr);
+        return true;
+    }
+
     size_t   n   = 0;
     uint64_t end = begin;
     while (n < queue.size()) {
         const auto [tensor, expert] = queue[n];
         if (tensor->file != first.file || tensor->offset + tensor->expert_bytes * expert != end ||
-            (n > 0 && (!waiting(queue[n]) || end + tensor->expert_bytes - begin > most))) {
+            (n > 0 && (!waiting(queue[n]) || parts_[queue[n]].place != nullptr || parts_[queue[n]].in_place ||
+                       end + tensor->expert_bytes - begin > most))) {
             break;
         }
         end += tensor->expert_bytes;
@@ -192,13 +231,23 @@ bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
         n--;
         end -= queue[n].first->expert_bytes;
     }
+    this->begin(queue, n, from, end, memory,
+                std::shared_ptr<char>(memory, [this, size](char * it) { area_.give(it, size); }));
+    return true;
+}
 
-    const std::shared_ptr<char> block(memory, [this, size](char * it) { area_.give(it, size); });
-    const uint64_t              tag = next_read_++;
-    read &                      its = reads_[tag];
-    its.block                       = block;
-    its.bytes                       = end - begin;
-    const char * data               = memory + (begin - from);
+// Start one read, of the file's bytes [from, end), for the first n parts of a queue.
+void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, uint64_t end, char * memory,
+                         const std::shared_ptr<char> & block) {
+    const paged_tensor & first = *queue.front().first;
+    const uint64_t       start = first.offset + first.expert_bytes * queue.front().second;
+    const size_t         align = first.file->alignment();
+    const size_t         size  = (end - from + align - 1) / align * align;
+    const uint64_t       tag   = next_read_++;
+    read &               its   = reads_[tag];
+    its.block                  = block;
+    its.bytes                  = end - start;
+    char * data                = memory + (start - from);
     for (size_t i = 0; i < n; i++) {
         part & each = parts_[queue[i]];
         each.now    = state::in_flight;
@@ -207,7 +256,7 @@ bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
         each.data   = data;
         data += queue[i].first->expert_bytes;
         its.parts.push_back(queue[i]);
-        counters_.prefetched += !demanded && queue[i].first->leads;
+        counters_.prefetched += !each.demanded && queue[i].first->leads;
     }
     queue.erase(queue.begin(), queue.begin() + n);
     if (in_flight_bytes_ == 0) {
@@ -218,8 +267,8 @@ bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
     in_flight_bytes_ += its.bytes;
     counters_.reads++;
     counters_.bytes_read += size;
+    counters_.bytes_in_place += block ? 0 : size;
     reader_->submit({ first.file->fd(), from, memory, size, (size_t) (end - from), align, tag });
-    return true;
 }
 
 // Drop the oldest prefetch that has landed and is not demanded; false if there is none.
@@ -227,7 +276,8 @@ bool direct_store::make_room() {
     auto oldest = parts_.end();
     for (auto it = parts_.begin(); it != parts_.end(); ++it) {
         const part & its = it->second;
-        if (its.now == state::landed && !its.demanded && (oldest == parts_.end() || its.read < oldest->second.read)) {
+        if (its.now == state::landed && its.block && !its.demanded &&
+            (oldest == parts_.end() || its.read < oldest->second.read)) {
             oldest = it;
         }
     }
@@ -284,7 +334,7 @@ const char * direct_store::wait(const paged_tensor & tensor, int32_t expert) {
             } else {
                 // Nothing in flight and no room: what has landed early for later is in the way. It is read again then.
                 for (auto & [other, its] : parts_) {
-                    if (its.now == state::landed) {
+                    if (its.now == state::landed && its.block) {
                         its          = part{};
                         its.demanded = true;
                         demanded_bytes_ += other.first->expert_bytes;
@@ -326,6 +376,9 @@ void direct_store::take(const paged_tensor & tensor, int32_t expert) {
 }
 
 void direct_store::clear() {
+    while (std::any_of(reads_.begin(), reads_.end(), [](const auto & each) { return each.second.block == nullptr; })) {
+        land(true);
+    }
     parts_.clear();
     demanded_.clear();
     prefetches_.clear();
@@ -338,10 +391,6 @@ void direct_store::reset_counters() {
         const bool begun = its.now == state::in_flight || its.now == state::landed;
         counters_.prefetched += begun && !its.demanded && key.first->leads;
     }
-}
-
-uint64_t direct_store::expected_wait_us() const {
-    return (uint64_t) (demanded_bytes_ / bytes_per_us_);
 }
 
 } // namespace rotary

@@ -274,13 +274,21 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
             experts.push_back(expert);
         }
     }
+    const int32_t n_slots = layer.table->n_slots();
+    if (direct_store * store = pool.direct()) {
+        store->cancel_queued();
+        store->notice();
+        if (experts.size() + layer.table->reserved().size() > (size_t) n_slots) {
+            pool.settle(layer, true);
+        }
+    }
     const auto absent = std::stable_partition(experts.begin(), experts.end(),
                                               [&](int32_t expert) { return layer.table->slot_of(expert) >= 0; });
     std::sort(absent, experts.end());
 
     delta.misses = experts.end() - absent;
     delta.hits   = delta.requests - delta.misses;
-    if ((int32_t) experts.size() <= layer.table->n_slots()) {
+    if ((int32_t) experts.size() <= n_slots) {
         lookup_.how            = mode::slots;
         ggml_tensor * slot_ids = pool.slot_ids(layer, ids->ne[0], ids->ne[1]);
         if (slot_ids == nullptr) {
@@ -288,7 +296,7 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
                                            pool.config.model.c_str(), ids_.size()));
             return GGML_STATUS_ALLOC_FAILED;
         }
-        lookup_.loads.resize(layer.table->n_slots());
+        lookup_.loads.resize(n_slots);
         layer.slot_ids_host.resize(ids_.size());
         lookup_.loads.resize(
             layer.table->resolve(ids_.data(), (int32_t) ids_.size(), layer.slot_ids_host.data(), lookup_.loads.data()));
@@ -328,17 +336,12 @@ void executor::ask_store(pool & pool, paged_layer & layer, const std::vector<int
     if (store == nullptr) {
         return;
     }
-    rotary_stats delta = {};
-    store->pump();
-    store->cancel_queued();
-    for (const int32_t expert : layer.predicted) {
-        delta.predicted_right += std::find(experts.begin(), experts.end(), expert) != experts.end();
-    }
-    delta.predicted = layer.predicted.size();
-    layer.predicted.clear();
-
-    const auto demand = [&](const paged_tensor & tensor, const rotary_load & load) {
-        const direct_store::found found = store->demand(tensor, load.expert);
+    look_back(pool, layer, experts);
+    rotary_stats delta  = {};
+    const auto   demand = [&](const paged_tensor & tensor, const rotary_load & load) {
+        const bool                in_place = layer.in_place && lookup_.how == mode::slots;
+        const direct_store::found found =
+            store->demand(tensor, load.expert, in_place ? (char *) tensor.slot(load.slot).data : nullptr);
         if (&tensor == lookup_.order[0] && found != direct_store::found::absent) {
             delta.prefetch_used++;
             const bool all = std::all_of(lookup_.order.begin(), lookup_.order.end(),
@@ -359,6 +362,7 @@ void executor::ask_store(pool & pool, paged_layer & layer, const std::vector<int
     for (const paged_tensor * tensor : layer.tensors) {
         store->cancel(*tensor); // foretold, and not wanted
     }
+    pool.settle(layer, false);
     store->pump();
     if (pool.config.prefetch) {
         foretell(pool, layer, node);

@@ -62,6 +62,7 @@ class executor {
     // reading ahead; what is foretold is in foresight.cpp
     void ask_store(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts, const ggml_tensor * node);
     void foretell(pool & pool, paged_layer & layer, const ggml_tensor * node);
+    void look_back(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts);
     void learn_gate(paged_layer & layer, const ggml_tensor * ids);
 
     // passes: waves.cpp
@@ -90,6 +91,7 @@ class executor {
     ggml_backend_t                   inner_;
     slot_filler                      filler_;
     predictor                        predictor_;
+    experience                       experience_;
     std::vector<std::weak_ptr<pool>> pools_; // that this backend has run over
 
     lookup               lookup_;

@@ -54,8 +54,8 @@ ggml_status slot_filler::copy_all() {
         }
         return GGML_STATUS_SUCCESS;
     }
-    if (pieces_.size() == 1) {
-        copy(pieces_[0]);
+    if (pieces_.size() <= 1) {
+        std::for_each(pieces_.begin(), pieces_.end(), copy);
         return GGML_STATUS_SUCCESS;
     }
     next_ = 0;
@@ -79,6 +79,9 @@ ggml_status slot_filler::fill(pool & pool, const std::vector<fill_job> & jobs) {
             const char * bytes = pool.fetch(*job.tensor, job.expert);
             if (bytes == nullptr) {
                 return GGML_STATUS_FAILED;
+            }
+            if (bytes == job.tensor->slot(job.slot).data) {
+                continue; // read in place
             }
             const int64_t n_rows = job.tensor->ne[1];
             const size_t  row    = job.tensor->expert_bytes / n_rows;

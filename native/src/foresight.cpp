@@ -7,6 +7,8 @@
 
 #include "executor.hpp"
 
+#include "clock.hpp"
+
 #include "ggml-impl.h"
 
 #include <algorithm>
@@ -71,8 +73,34 @@ void executor::learn_gate(paged_layer & layer, const ggml_tensor * ids) {
     }
 }
 
+// How right the guesses at this lookup were, and what it costs the disk.
+void executor::look_back(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts) {
+    rotary_stats delta = {};
+    if (lookup_.how == mode::slots) {
+        for (int distance = 0; distance < experience::n_distances; distance++) {
+            for (const auto & [expert, rank] : layer.foretold[distance]) {
+                const auto is_it = [expert = expert](const rotary_load & load) {
+                    return load.expert == expert;
+                };
+                const bool missed = std::any_of(lookup_.loads.begin(), lookup_.loads.end(), is_it);
+                if (missed || layer.table->slot_of(expert) < 0) {
+                    experience_.learn(distance, rank, missed);
+                }
+            }
+        }
+        experience_.count_misses(pool.direct()->time_for(lookup_.loads.size() * layer.expert_bytes));
+    }
+    delta.predicted = layer.foretold[0].size();
+    for (const guess & each : layer.foretold[0]) {
+        delta.predicted_right += std::find(experts.begin(), experts.end(), each.expert) != experts.end();
+    }
+    pool.count_prefetch(delta);
+    for (std::vector<guess> & guesses : layer.foretold) {
+        guesses.clear();
+    }
+}
+
 void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * node) {
-    static constexpr size_t  most_layers = 2; // ahead
     static constexpr int64_t most_tokens = 4; // of a batch to predict for
 
     if (!layer.gate_sought) {
@@ -89,56 +117,62 @@ void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * no
     const bool          all      = n_used * n_tokens >= 4 * layer.n_expert; // then hardly any is left out
     const bool          usable   = layer.gate.known() && input->type == GGML_TYPE_F32 && n_tokens <= most_tokens &&
                                    input->ne[0] == layer.gate.n_embd() && input->ne[1] == 1;
-    if (!all && !usable) {
+    if (!all && (!usable || !experience_.pays())) {
         return;
     }
-    std::vector<float> hidden(usable ? input->ne[0] : 0), normed;
-    if (usable) {
-        normed.resize(hidden.size() * n_tokens);
-        for (int64_t t = 0; t < n_tokens; t++) {
-            ggml_backend_tensor_get(input, hidden.data(), t * input->nb[2], hidden.size() * sizeof(float));
-            layer.gate.unweight(hidden.data(), &normed[hidden.size() * t]);
-        }
-    }
+    const uint64_t start_us = now_us();
 
-    // Layers ahead, as far as the window of prefetches reaches.
     std::vector<paged_layer *> layers;
     std::vector<router *>      gates;
-    for (paged_layer * next = layer.next; next != nullptr && layers.size() < most_layers; next = next->next) {
+    for (paged_layer * next = layer.next; next != nullptr && layers.size() < experience::n_distances;
+         next               = next->next) {
         if (next->table && !next->order.empty() && (all || next->gate.n_embd() == layer.gate.n_embd())) {
             layers.push_back(next);
             gates.push_back(&next->gate);
         }
     }
+    std::vector<float>         hidden(all ? 0 : input->ne[0]), normed(hidden.size() * n_tokens);
     std::vector<const float *> products;
+    for (int64_t t = 0; !all && t < n_tokens; t++) {
+        ggml_backend_tensor_get(input, hidden.data(), t * input->nb[2], hidden.size() * sizeof(float));
+        layer.gate.unweight(hidden.data(), &normed[hidden.size() * t]);
+    }
     if (layers.empty() || (!all && !predictor_.multiply(gates, normed, n_tokens, products))) {
         return;
     }
+    // Layers ahead, as far as the window of prefetches reaches.
     direct_store * store = pool.direct();
     for (size_t i = 0; i < layers.size() && store->prefetch_bytes() < store->prefetch_window(); i++) {
-        const paged_layer &  next = *layers[i];
+        paged_layer &        next    = *layers[i];
+        std::vector<guess> & guesses = next.foretold[i];
         std::vector<int32_t> experts, chosen;
+        guesses.clear();
         for (int32_t expert = 0; all && expert < next.n_expert; expert++) {
             experts.push_back(expert);
         }
         for (int64_t t = 0; !all && t < n_tokens; t++) {
             next.gate.choose(products[i] + t * next.n_expert, (int32_t) n_used, chosen);
-            for (const int32_t expert : chosen) {
-                if (std::find(experts.begin(), experts.end(), expert) == experts.end()) {
-                    experts.push_back(expert);
+            for (size_t rank = 0; rank < chosen.size(); rank++) {
+                const bool known = std::any_of(guesses.begin(), guesses.end(),
+                                               [&](const guess & each) { return each.expert == chosen[rank]; });
+                if (!known) {
+                    guesses.push_back({ chosen[rank], (int32_t) rank });
+                    if (experience_.trusts((int) i, (int32_t) rank)) {
+                        experts.push_back(chosen[rank]);
+                    }
                 }
             }
-        }
-        if (&next == layer.next && !all) {
-            layer.next->predicted = experts;
         }
         for (const paged_tensor * tensor : next.order) {
             for (const int32_t expert : experts) {
                 if (next.table->slot_of(expert) < 0) {
-                    store->prefetch(*tensor, expert);
+                    store->prefetch(*tensor, expert, next.in_place && !all);
                 }
             }
         }
+    }
+    if (!all) {
+        experience_.count_cost(now_us() - start_us);
     }
 }
 

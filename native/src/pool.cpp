@@ -225,12 +225,15 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
         for (const paged_tensor * tensor : layer.tensors) {
             plain = plain && slot_buft(*tensor) == ggml_backend_dev_buffer_type(inner_);
         }
-        layer.host_plain    = plain && !direct_;
-        layer.path          = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
-        layer.table         = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
-        layer.n_allocated   = n_allocated[i];
-        layer.stats         = {};
-        layer.stats.n_slots = n_slots[i];
+        layer.host_plain  = plain && !direct_;
+        layer.path        = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
+        layer.table       = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
+        layer.n_allocated = n_allocated[i];
+        layer.in_place = plain && direct_ && std::all_of(layer.tensors.begin(), layer.tensors.end(), [](auto * each) {
+                             return each->expert_bytes % each->file->alignment() == 0;
+                         });
+        layer.stats    = {};
+        layer.stats.n_slots    = n_slots[i];
         layer.stats.n_resident = all ? layer.n_expert : 0;
         repacked               = repacked || (inner_is_host_ && !plain);
         for (paged_tensor * tensor : layer.tensors) {
@@ -245,6 +248,11 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
             }
             tensor->slots = ggml_new_tensor_3d(ctx, tensor->type, tensor->ne[0], tensor->ne[1], n_allocated[i]);
             ggml_format_name(tensor->slots, "%s (slots)", tensor->name.c_str());
+            if (layer.in_place && tensor->offset % tensor->file->alignment() != 0) {
+                // The first and the last sector of an expert hold bytes of its neighbours in the file.
+                tensor->slots->nb[2] += tensor->file->alignment();
+                tensor->slots->nb[3] = tensor->slots->nb[2] * n_allocated[i];
+            }
             slot_bytes += tensor->expert_bytes * n_slots[i];
         }
     }
@@ -256,7 +264,9 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
                            mib(slot_bytes).c_str(), mib(host_memory_now().available).c_str()));
     }
     for (const auto & [buft, ctx] : by_buft) {
-        ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
+        ggml_backend_buffer_t buffer = direct_ && buft == ggml_backend_dev_buffer_type(inner_) && inner_is_host_
+                                           ? allocate_in_place(buft)
+                                           : ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
         if (buffer == nullptr) {
             buffers_.clear();
             return fail(ROTARY_ERR_MEMORY,
@@ -280,6 +290,32 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
     lock.lock();
     totals_.slot_bytes = slot_bytes;
     return ROTARY_OK;
+}
+
+// Slots at their parts' offset in the file modulo its alignment, with room for a sector around each tensor's slots.
+ggml_backend_buffer_t pool::allocate_in_place(ggml_backend_buffer_type_t buft) const {
+    std::vector<const paged_tensor *> placed;
+    size_t                            size     = 0;
+    const auto                        align_of = [&](const paged_tensor * tensor) {
+        return std::max(tensor->file->alignment(), ggml_backend_buft_get_alignment(buft));
+    };
+    for (const auto & tensor : tensors_) {
+        if (tensor->slots != nullptr && slot_buft(*tensor) == buft) {
+            placed.push_back(tensor.get());
+            size += tensor->slots->nb[3] + 3 * align_of(tensor.get());
+        }
+    }
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(buft, size);
+    if (buffer != nullptr) {
+        auto at = (uintptr_t) ggml_backend_buffer_get_base(buffer);
+        for (const paged_tensor * tensor : placed) {
+            const size_t align = align_of(tensor);
+            at                 = (at + align - 1) / align * align + tensor->offset % tensor->file->alignment();
+            ggml_backend_tensor_alloc(buffer, tensor->slots, (void *) at);
+            at += tensor->slots->nb[3] + align;
+        }
+    }
+    return buffer;
 }
 
 // Every expert into its slot, once.
@@ -306,13 +342,13 @@ int32_t pool::fill_resident(paged_layer & layer) {
 // ---- after a failure, and between runs
 
 void pool::forget_slots() {
+    if (direct_) {
+        direct_->clear();
+    }
     for (const auto & layer : layers_) {
         if (layer->table) {
             layer->table->clear();
         }
-    }
-    if (direct_) {
-        direct_->clear();
     }
 }
 

@@ -66,6 +66,7 @@ struct paged_layer {
     std::vector<paged_tensor *> tensors;
     rotary_path                 path       = ROTARY_PATH_NONE;
     bool                        host_plain = false; // the inner device can compute from the store itself, exactly
+    bool                        in_place   = false; // experts can be read straight into the slots
     std::unique_ptr<slot_table> table;              // NULL unless path is SLOTS
     int32_t                     n_allocated = 0;    // slots there is address space for; the table may use fewer
     rotary_layer_stats          stats       = {};
@@ -73,8 +74,8 @@ struct paged_layer {
     paged_layer *               next = nullptr; // the layer that comes after this one in a graph
     router                      gate;           // for predicting this layer's experts; learnt from the first graph
     bool                        gate_sought = false;
-    std::vector<int32_t>        predicted;      // experts foretold for the next lookup of this layer
-    std::vector<paged_tensor *> order;          // the tensors as the last graph used them
+    std::vector<guess>          foretold[experience::n_distances]; // for the next lookup, by layers ahead
+    std::vector<paged_tensor *> order;                             // the tensors as the last graph used them
 
     // The rewritten ids, on the inner device: a fixed place for each layer, so that a captured graph stays valid.
     ggml_tensor *        slot_ids = nullptr;
@@ -116,6 +117,10 @@ class pool {
     const char * fetch(const paged_tensor & tensor, int32_t expert);
     bool         fetchable(const paged_tensor & tensor, int32_t expert) const; // without waiting
     void         release(const paged_tensor & tensor, int32_t expert);
+
+    // Make what has been read ahead into slots of a layer resident, and free what came in part only. What is still on
+    // its way stays so; with `wait`, nothing is afterwards.
+    void settle(paged_layer & layer, bool wait);
 
     // A weight's bytes for somebody who does not compute with them; false with this thread's error.
     bool copy_out(const ggml_tensor * weight, void * data, size_t offset, size_t size);
@@ -168,12 +173,16 @@ class pool {
     uint64_t       generation() const { return generation_; } // changes whenever slots or ids move
 
   private:
-    void     build_layers();
-    int32_t  allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated);
-    int32_t  fill_resident(paged_layer & layer);
+    void    build_layers();
+    int32_t allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated);
+    int32_t fill_resident(paged_layer & layer);
+
+    ggml_backend_buffer_t allocate_in_place(ggml_backend_buffer_type_t buft) const;
+
     void     release();
     uint64_t free_bytes() const;
     uint64_t margin_bytes(uint64_t total) const;
+    char *   place_for(const paged_tensor & tensor, int32_t expert);
     void     choose_store();
     bool     open_direct();
 

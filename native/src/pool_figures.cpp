@@ -57,6 +57,7 @@ void pool::count_reads() {
     const direct_store::counters & its = direct_->counted();
     totals_.reads                      = its.reads;
     totals_.bytes_read                 = its.bytes_read;
+    totals_.bytes_in_place             = its.bytes_in_place;
     totals_.read_us                    = its.read_us;
     totals_.stall_us                   = its.stall_us;
     totals_.prefetched                 = its.prefetched;
@@ -124,7 +125,8 @@ void pool::reset_counters() {
         layer->stats             = fresh;
     }
     rotary_stats & t = totals_;
-    t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read = t.read_us = t.stall_us = t.shrinks = 0;
+    t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read = t.bytes_in_place = t.read_us = t.stall_us = t.shrinks =
+        0;
     t.predicted = t.predicted_right = t.prefetched = t.prefetch_used = t.late_hits = 0;
     reset_direct_                                                                  = true;
 }

@@ -77,6 +77,7 @@ void pool::resize(uint64_t bytes) {
     for (size_t i = 0; i < layers_.size(); i++) {
         paged_layer & layer = *layers_[i];
         if (layer.table) {
+            settle(layer, true);
             const int32_t before = layer.table->n_slots();
             const int32_t now    = std::min(n_slots[i], layer.n_allocated);
             layer.table->resize(now);

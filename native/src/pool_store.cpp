@@ -146,7 +146,8 @@ bool pool::open_direct() {
         one_token = std::max(one_token, layer->expert_bytes * layer->n_expert_used);
     }
     auto store = std::make_unique<direct_store>(
-        reader_new(), staging_bytes(config.staging_bytes, host_memory_now().available, largest, one_token, all_bytes));
+        reader_new(), staging_bytes(config.staging_bytes, host_memory_now().available, largest, one_token, all_bytes),
+        [this](const paged_tensor & tensor, int32_t expert) { return place_for(tensor, expert); });
     if (!store->ok()) {
         fail(ROTARY_ERR_MEMORY, format("%s: no memory for staging; lower it", config.model.c_str()));
         return false;
@@ -219,6 +220,48 @@ bool pool::fetchable(const paged_tensor & tensor, int32_t expert) const {
 void pool::release(const paged_tensor & tensor, int32_t expert) {
     if (direct_) {
         direct_->take(tensor, expert);
+    }
+}
+
+// ---- reading in place
+
+// A slot for an expert that is read ahead; NULL if it has to go through the staging area.
+char * pool::place_for(const paged_tensor & tensor, int32_t expert) {
+    paged_layer & layer = *by_data_.at(tensor.data).layer;
+    slot_table &  table = *layer.table;
+    int32_t       slot  = table.reserved_for(expert);
+    // A wrong guess costs a slot until its layer is looked up; no more of them than a token wants.
+    const int32_t most = std::min(layer.n_expert_used, (table.n_slots() - layer.n_expert_used) / 2);
+    if (slot < 0 && (int32_t) table.reserved().size() < most) {
+        std::vector<int32_t> keep;
+        for (const std::vector<guess> & guesses : layer.foretold) {
+            for (const guess & each : guesses) {
+                keep.push_back(each.expert);
+            }
+        }
+        slot = table.reserve(expert, keep);
+    }
+    return slot < 0 ? nullptr : (char *) tensor.slot(slot).data;
+}
+
+void pool::settle(paged_layer & layer, bool wait) {
+    const std::vector<int32_t> reserved = layer.table->reserved();
+    for (const int32_t expert : reserved) {
+        bool flying = false, whole = true;
+        for (const paged_tensor * tensor : layer.tensors) {
+            if (wait) {
+                direct_->finish(*tensor, expert);
+            }
+            flying = flying || direct_->in_flight(*tensor, expert);
+            whole  = whole && direct_->landed_at(*tensor, expert) != nullptr;
+        }
+        if (flying) {
+            continue;
+        }
+        for (const paged_tensor * tensor : layer.tensors) {
+            direct_->drop(*tensor, expert);
+        }
+        layer.table->end_reservation(expert, whole);
     }
 }
 

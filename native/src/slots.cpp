@@ -25,7 +25,9 @@ int32_t slot_table::resolve(const int32_t * ids, int32_t n_ids, int32_t * slot_i
             n_distinct++;
         }
     }
-    if (n_distinct > n_slots()) {
+    const auto held =
+        std::count_if(reserved_.begin(), reserved_.end(), [&](int32_t expert) { return wanted_by_[expert] != call_; });
+    if (n_distinct > n_slots() - (int32_t) held) {
         return ROTARY_ERR_ARG;
     }
 
@@ -33,15 +35,21 @@ int32_t slot_table::resolve(const int32_t * ids, int32_t n_ids, int32_t * slot_i
     for (int32_t i = 0; i < n_ids; i++) {
         const int32_t expert = ids[i];
         if (slot_of_[expert] < 0) {
-            const int32_t slot    = take_slot();
-            const int32_t evicted = expert_of_[slot];
-            if (evicted >= 0) {
-                slot_of_[evicted] = -1;
+            int32_t slot    = reserved_for(expert);
+            int32_t evicted = -1; // if ever, when the slot was reserved
+            if (slot >= 0) {
+                end_reservation(expert, true);
             } else {
-                n_resident_++;
+                slot    = take_slot();
+                evicted = expert_of_[slot];
+                if (evicted >= 0) {
+                    slot_of_[evicted] = -1;
+                } else {
+                    n_resident_++;
+                }
+                slot_of_[expert] = slot;
+                expert_of_[slot] = expert;
             }
-            slot_of_[expert] = slot;
-            expert_of_[slot] = expert;
             loads[n_loads++] = { expert, slot, evicted };
         }
         slot_ids[i]            = slot_of_[expert];
@@ -58,17 +66,57 @@ int32_t slot_table::take_slot() {
         if (expert < 0) {
             return slot;
         }
-        if (wanted_by_[expert] != call_ && (best < 0 || last_use_[slot] < last_use_[best])) {
+        if (wanted_by_[expert] != call_ && (best < 0 || last_use_[slot] < last_use_[best]) && !is_reserved(slot)) {
             best = slot;
         }
     }
     return best;
 }
 
+// ---- reservations
+
+bool slot_table::is_reserved(int32_t slot) const {
+    return expert_of_[slot] >= 0 && slot_of_[expert_of_[slot]] < 0;
+}
+
+int32_t slot_table::reserve(int32_t expert, const std::vector<int32_t> & keep) {
+    call_++;
+    for (const int32_t each : keep) {
+        wanted_by_[each] = call_;
+    }
+    const int32_t slot = take_slot();
+    if (slot >= 0) {
+        if (expert_of_[slot] >= 0) {
+            slot_of_[expert_of_[slot]] = -1;
+            n_resident_--;
+        }
+        expert_of_[slot] = expert;
+        reserved_.push_back(expert);
+    }
+    return slot;
+}
+
+int32_t slot_table::reserved_for(int32_t expert) const {
+    if (std::find(reserved_.begin(), reserved_.end(), expert) == reserved_.end()) {
+        return -1;
+    }
+    return (int32_t) (std::find(expert_of_.begin(), expert_of_.end(), expert) - expert_of_.begin());
+}
+
+void slot_table::end_reservation(int32_t expert, bool resident) {
+    const int32_t slot = reserved_for(expert);
+    reserved_.erase(std::find(reserved_.begin(), reserved_.end(), expert));
+    slot_of_[expert] = resident ? slot : -1;
+    expert_of_[slot] = resident ? expert : -1;
+    last_use_[slot]  = --unused_;
+    n_resident_ += resident;
+}
+
 void slot_table::clear() {
     std::fill(slot_of_.begin(), slot_of_.end(), -1);
     std::fill(expert_of_.begin(), expert_of_.end(), -1);
     std::fill(last_use_.begin(), last_use_.end(), 0);
+    reserved_.clear();
     n_resident_ = 0;
 }
 
@@ -121,4 +169,24 @@ int32_t rotary_slots_n_resident(const rotary_slots * slots) {
 
 void rotary_slots_clear(rotary_slots * slots) {
     slots->clear();
+}
+
+int32_t rotary_slots_reserve(rotary_slots * slots, int32_t expert, const int32_t * keep, int32_t n_keep) {
+    const auto known = [&](int32_t each) {
+        return each >= 0 && each < slots->n_expert();
+    };
+    if (!known(expert) || slots->slot_of(expert) >= 0 || slots->reserved_for(expert) >= 0 ||
+        !std::all_of(keep, keep + n_keep, known)) {
+        return ROTARY_ERR_ARG;
+    }
+    const int32_t slot = slots->reserve(expert, { keep, keep + n_keep });
+    return slot >= 0 ? slot : ROTARY_ERR_BUDGET;
+}
+
+int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool resident) {
+    if (slots->reserved_for(expert) < 0) {
+        return ROTARY_ERR_ARG;
+    }
+    slots->end_reservation(expert, resident);
+    return ROTARY_OK;
 }

@@ -29,14 +29,25 @@ class slot_table {
     void    clear();
     void    resize(int32_t n_slots); // fewer: the experts of the last slots leave; more: free slots are added
 
+    // Reservations: a slot whose bytes are still on their way, ahead of any call that wants them. Its expert does not
+    // count as resident, and no call evicts it; the call that wants it gets it as a load into that slot.
+    // The slot, its expert evicted; -1 if all slots are reserved or hold experts of `keep`.
+    int32_t                      reserve(int32_t expert, const std::vector<int32_t> & keep);
+    int32_t                      reserved_for(int32_t expert) const;             // -1 if none
+    const std::vector<int32_t> & reserved() const { return reserved_; }          // experts
+    void                         end_reservation(int32_t expert, bool resident); // resident: first to leave; else free
+
   private:
     int32_t take_slot();
+    bool    is_reserved(int32_t slot) const;
 
-    std::vector<int32_t>  slot_of_;   // [n_expert] slot, -1 absent
-    std::vector<int32_t>  expert_of_; // [n_slots] expert, -1 free
-    std::vector<uint64_t> last_use_;  // [n_slots] value of clock_ at the last use
-    std::vector<uint64_t> wanted_by_; // [n_expert] the last call_ that wanted this expert: those are held
-    uint64_t              clock_      = 0;
+    std::vector<int32_t>  slot_of_;        // [n_expert] slot, -1 absent
+    std::vector<int32_t>  expert_of_;      // [n_slots] expert, -1 free
+    std::vector<int64_t>  last_use_;       // [n_slots] value of clock_ at the last use; below 0: never used
+    std::vector<uint64_t> wanted_by_;      // [n_expert] the last call_ that wanted this expert: those are held
+    std::vector<int32_t>  reserved_;       // experts with a reservation; their slots' expert_of_ names them already
+    int64_t               clock_      = 0;
+    int64_t               unused_     = 0; // counts down
     uint64_t              call_       = 0;
     int32_t               n_resident_ = 0;
 };

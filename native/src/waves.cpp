@@ -153,7 +153,7 @@ ggml_status executor::run_wave(pool & pool, ggml_tensor * node, paged_tensor & t
 
 // Two passes cost two small graphs; that pays only if the wait is longer.
 bool executor::worth_splitting(const pool & pool, const ggml_tensor * node) const {
-    static constexpr uint64_t least_us = 400;
+    static constexpr double least_us = 400;
     return pool.direct() != nullptr && lookup_.n_hits > 0 && ggml_is_contiguous(node->src[1]) &&
            pool.direct()->expected_wait_us() > least_us;
 }
