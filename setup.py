@@ -123,7 +123,10 @@ class BuildNative(build_ext):
     """Runs CMake instead of compiling sources one by one."""
 
     def native_files(self) -> list[Path]:
-        return [Path("lib") / "libggml-rotary.so", Path("include") / "rotary.h"]
+        files = [Path("lib") / "libggml-rotary.so", Path("include") / "rotary.h"]
+        if (ROOT / "build" / "native" / "libggml-rotary-cuda.so").is_file():
+            files.append(Path("lib") / "libggml-rotary-cuda.so")
+        return files
 
     def run(self) -> None:
         check_compiler()
@@ -133,10 +136,17 @@ class BuildNative(build_ext):
         # A build directory remembers the cmake it was made with; that of an isolated build is gone by now.
         if self.stale(build):
             shutil.rmtree(build)
+        # ROTARY_CUDA=ON|OFF and ROTARY_CUDA_ARCHITECTURES=90 of the environment, as CMake has them.
+        cuda = [
+            f"-D{name}={os.environ[name]}"
+            for name in ("ROTARY_CUDA", "ROTARY_CUDA_ARCHITECTURES")
+            if name in os.environ
+        ]
         self.call(
             cmake,
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"),
             f"-DROTARY_LLAMA_CPP_DIR={llama_cpp_dir()}",
+            *cuda,
         )
         self.call(cmake, "--build", str(build))
         self.call(cmake, "--install", str(build), "--prefix", str(package))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What reading a fast disk costs computation: stock's decode in memory, alone and beside a plain reader.
 
-The fast disk of beyond_ram.py is a loop device over memory, whose reads are copies by this machine's cores. So a
-model whose experts come from it cannot decode faster than the same model in memory beside a reader of as many
-bytes per second, whoever reads them. Rounds in turn, medians.
+The fast disk of beyond_ram.py is a loop device over memory, whose reads are copies by this machine's cores.
+So a model whose experts come from it cannot decode faster than the same model in memory beside a reader of as
+many bytes per second, whoever reads them. Rounds in turn, medians.
 
     python benchmarks/contention.py --rate 1100 MODEL      (as root)
 """
@@ -72,7 +72,9 @@ def main(model: Path, rate: float, n_decode: int, rounds: int, threads: int) -> 
                 click.echo(f"{name}: {run['decode']:.1f} tok/s", err=True)
     alone, beside_it = (statistics.median(values) for values in figures.values())
     click.echo(f"{cpu_name()}, {threads} threads, {model.name}, medians of {rounds}")
-    click.echo(f"decode alone {alone:.1f} tok/s; beside {rate:.0f} MB/s {beside_it:.1f}: {beside_it / alone:.2f}")
+    click.echo(
+        f"decode alone {alone:.1f} tok/s; beside {rate:.0f} MB/s {beside_it:.1f}: {beside_it / alone:.2f}"
+    )
 
 
 if __name__ == "__main__":

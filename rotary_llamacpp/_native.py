@@ -304,15 +304,16 @@ class Pool:
         store: str,
         prefetch: bool,
         staging_bytes: int,
+        pin: str,
     ) -> None:
         self.lib = lib
         self.device = device
         # The texts must outlive the call only; the library copies them.
-        texts = [lib.ffi.new("char[]", text.encode()) for text in (budget, model, store)]
+        texts = [lib.ffi.new("char[]", text.encode()) for text in (budget, model, store, pin)]
         config = lib.ffi.new("rotary_config *", {
             "struct_size": lib.ffi.sizeof("rotary_config"), "budget": texts[0], "model": texts[1],
             "margin_bytes": margin_bytes, "repack": repack, "direct": direct, "store": texts[2],
-            "prefetch": prefetch, "staging_bytes": staging_bytes,
+            "prefetch": prefetch, "staging_bytes": staging_bytes, "pin": texts[3],
         })  # fmt: skip
         with _native_log_muted():
             self._pool = lib.c.rotary_pool_open(device, config)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import click
 
-from .config import STORES, RotaryConfig
+from .config import PINS, STORES, RotaryConfig
 from .errors import LibraryError, RotaryError
 
 
@@ -80,6 +80,14 @@ def main() -> None:
 )
 @click.option("--no-prefetch", is_flag=True, help="Do not read ahead what the next layers may want.")
 @click.option("--staging", metavar="SIZE", help="Memory for direct reads in flight, such as 64MiB.")
+@click.option(
+    "--pin",
+    default="auto",
+    show_default=True,
+    metavar=f"[{'|'.join(PINS)}]",
+    help="Page-lock the experts in host memory for a GPU; auto does if they take at most 3/4 of what is "
+    "available.",
+)
 @click.option("--no-mmap", is_flag=True, help="Read the file into memory instead of mapping it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--no-progress", is_flag=True, help="Show no live figures on a terminal.")
@@ -99,6 +107,7 @@ def run(
     store: str,
     no_prefetch: bool,
     staging: str | None,
+    pin: str,
     no_mmap: bool,
     as_json: bool,
     no_progress: bool,
@@ -115,6 +124,7 @@ def run(
                 "store": store,
                 "prefetch": not no_prefetch,
                 "staging": staging,
+                "pin": pin,
                 "verbose": not as_json,
             }
         )

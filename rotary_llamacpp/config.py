@@ -15,6 +15,7 @@ from .info import ModelInfo
 
 MIB = 1024 * 1024
 STORES = ("auto", "mmap", "direct")
+PINS = ("auto", "on", "off")
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -150,6 +151,9 @@ class RotaryConfig:
         idle.
     staging : int or str, optional
         Bytes of memory for reads in flight, with the direct store.
+    pin : str
+        Whether experts may be page-locked in host memory, where a GPU can read them: ``"auto"``, if they take
+        no more than three quarters of the available memory; ``"on"``; ``"off"``. Without, the host copies.
     verbose : bool
         Say what was chosen in one line on the logger ``rotary_llamacpp``. Warnings are always logged.
     """
@@ -162,6 +166,7 @@ class RotaryConfig:
     store: str = "auto"
     prefetch: bool = True
     staging: int | str | None = None
+    pin: str = "auto"
     verbose: bool = True
 
     def __post_init__(self) -> None:
@@ -173,6 +178,8 @@ class RotaryConfig:
             raise RotaryError(
                 f"store {self.store!r}: not understood; accepted are {', '.join(STORES)}; correct the store"
             )
+        if self.pin not in PINS:
+            raise RotaryError(f"pin {self.pin!r}: not understood; accepted are {', '.join(PINS)}; correct it")
         if self.inner is not None and not (isinstance(self.inner, str) and self.inner.strip()):
             raise RotaryError(
                 f"inner {self.inner!r}: not a device name; a text such as CPU or CUDA0; "

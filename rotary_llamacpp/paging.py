@@ -31,9 +31,10 @@ _construction = threading.RLock()
 _NOT_PAGED: dict[str, Any] = {
     "active": False, "reason": None, "inner_device": None, "path": "none", "repacked": False,
     "hit_rate": None, "budget_bytes": 0, "slot_bytes": 0, "expert_bytes": 0, "min_budget_bytes": 0,
-    "staging_bytes": 0, "resident_bytes": 0, "store": "none", "io": "none",
+    "staging_bytes": 0, "resident_bytes": 0, "locked_bytes": 0, "store": "none", "io": "none",
     "n_layers": 0, "n_expert": 0, "n_expert_used": 0, "n_slots": 0,
-    "lookups": 0, "requests": 0, "hits": 0, "misses": 0, "bypassed": 0, "evictions": 0, "bytes_paged": 0,
+    "lookups": 0, "device_lookups": 0, "requests": 0, "hits": 0, "misses": 0, "bypassed": 0,
+    "evictions": 0, "bytes_paged": 0,
     "waves": 0, "waits": 0, "wait_us": 0, "page_us": 0,
     "reads": 0, "bytes_read": 0, "bytes_in_place": 0, "read_us": 0, "read_bandwidth": None,
     "stall_us": 0, "shrinks": 0,
@@ -103,6 +104,7 @@ class Paging:
             store=config.store,
             prefetch=config.prefetch,
             staging_bytes=config.staging_bytes,
+            pin=config.pin,
         )
         self.info = info
         self.inner_device = lib.inner(device)

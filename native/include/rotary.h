@@ -112,6 +112,8 @@ typedef struct rotary_config {
     int32_t      prefetch;      // 1 reads the experts that the next layers will probably want while the disk is idle
     int32_t      reserved;
     uint64_t     staging_bytes; // direct: memory for reads in flight; 0 for the default
+    const char * pin;           // "auto", "on" or "off": whether experts may be page-locked where they lie, for a GPU to
+                                // read; NULL is "auto": if they take no more than 3/4 of the available memory
 } rotary_config;
 
 typedef struct rotary_stats {
@@ -121,6 +123,7 @@ typedef struct rotary_stats {
     uint64_t expert_bytes;       // bytes of all paged experts
     uint64_t min_budget_bytes;   // one token's experts in every layer
     uint64_t staging_bytes;      // reads in flight and scratch of the waves
+    uint64_t locked_bytes;       // page-locked host memory, the experts where they lie
     uint64_t resident_bytes;     // direct: mapped weights that are not experts, copied out of the page cache
     int32_t  n_layers;           // paged layers
     int32_t  n_expert;           // largest over layers
@@ -134,6 +137,7 @@ typedef struct rotary_stats {
     int32_t  reserved;
     // counters since the pool was opened or reset. A request is one (token, expert) routing.
     uint64_t lookups;            // times a layer's routing was resolved
+    uint64_t device_lookups;     // of these, by the inner device itself: the host did not wait
     uint64_t requests;
     uint64_t hits;               // requests whose expert was resident or already being paged for the same lookup
     uint64_t misses;             // page-ins: distinct absent experts, once per lookup
@@ -147,7 +151,7 @@ typedef struct rotary_stats {
     // store direct
     uint64_t reads;              // requests to the kernel; neighbours in the file are one
     uint64_t bytes_read;
-    uint64_t bytes_in_place;     // of those, read straight into slots: not copied
+    uint64_t bytes_in_place;     // of bytes_read, read straight into slots: not copied
     uint64_t read_us;            // time with at least one read in flight
     uint64_t stall_us;           // time the computation waited for reads
     uint64_t shrinks;            // times slots were given back because memory ran short

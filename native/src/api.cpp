@@ -134,6 +134,10 @@ rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
         fail(ROTARY_ERR_ARG, format("store %s: not known; auto, mmap or direct; correct it", config->store));
         return nullptr;
     }
+    if (!pin_parse(config->pin != nullptr ? config->pin : "auto", chosen.pin)) {
+        fail(ROTARY_ERR_ARG, format("pin %s: not known; auto, on or off; correct it", config->pin));
+        return nullptr;
+    }
     if (!budget_parse(chosen.budget_text, chosen.wanted) || chosen.wanted.what == budget::kind::off) {
         fail(ROTARY_ERR_ARG, budget_not_understood(chosen.budget_text));
         return nullptr;
@@ -164,11 +168,13 @@ int32_t rotary_pool_set_budget(rotary_pool * handle, const char * text) {
 }
 
 int32_t rotary_pool_stats(rotary_pool * handle, rotary_stats * stats) {
+    handle->shared->refresh();
     handle->shared->stats(*stats);
     return ROTARY_OK;
 }
 
 int32_t rotary_pool_layer_stats(rotary_pool * handle, int32_t index, rotary_layer_stats * stats) {
+    handle->shared->refresh();
     if (!handle->shared->layer_stats(index, *stats)) {
         return fail(ROTARY_ERR_ARG, format("layer %d: not one of the pool's paged layers", index));
     }

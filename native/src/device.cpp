@@ -49,6 +49,9 @@ static pool_config config_from_environment() {
     config.direct        = env_on("ROTARY_DIRECT");
     config.prefetch      = env_on("ROTARY_PREFETCH");
     config.staging_bytes = env_bytes("ROTARY_STAGING");
+    if (const char * pin = getenv("ROTARY_PIN")) {
+        pin_parse(pin, config.pin);
+    }
     if (const char * store = getenv("ROTARY_STORE")) {
         store_parse(store, config.store);
     }

@@ -34,6 +34,7 @@ class staging_area {
 
     bool   ok() const { return base_ != nullptr; }
     size_t size() const { return size_; }
+    char * base() const { return base_; }
     char * take(size_t bytes); // NULL if there is no room
     void   give(char * block, size_t bytes);
 
@@ -56,6 +57,7 @@ class direct_store {
     bool      ok() const { return area_.ok(); }
     rotary_io io() const { return reader_->kind(); }
     size_t    staging_bytes() const { return area_.size(); }
+    char *    staging() const { return area_.base(); }
 
     enum class found { absent, in_flight, landed };
 

@@ -27,6 +27,10 @@
 
 namespace rotary {
 
+executor::executor(ggml_backend_t inner) :
+    inner_(inner), computed_(ggml_backend_event_new(ggml_backend_get_device(inner))),
+    paged_(ggml_backend_event_new(ggml_backend_get_device(inner))), filler_(inner), predictor_(inner) {}
+
 executor::~executor() {
     for (const std::weak_ptr<pool> & each : pools_) {
         if (const std::shared_ptr<pool> alive = each.lock()) {
@@ -76,6 +80,10 @@ ggml_status executor::compute(ggml_cgraph * graph) {
     if (status == GGML_STATUS_SUCCESS) {
         status = finish_lookup(*pool);
     }
+    if (status == GGML_STATUS_SUCCESS && resolved_on_device_ && !(pool->send_states() && pool->none_refused())) {
+        status = GGML_STATUS_FAILED;
+    }
+    resolved_on_device_ = false;
     if (status == GGML_STATUS_SUCCESS && !pool->files_unchanged()) {
         status = GGML_STATUS_FAILED; // what has been read may belong to another model
     }
@@ -126,6 +134,7 @@ ggml_status executor::run_nodes(rotary::pool & pool, ggml_cgraph * graph) {
         }
         switch (lookup_.how) {
             case mode::direct: break;
+            case mode::on_device: patch(node, tensor->slots, layer->slot_ids); break;
             case mode::resident:
                 patch(node, tensor->slots, node->src[2]); // expert e is in slot e
                 break;
@@ -256,6 +265,12 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
         pool.count(layer, delta);
         return GGML_STATUS_SUCCESS;
     }
+    if (computed_ && paged_ && pool.resolves_on_device(layer, ggml_nelements(ids))) {
+        return look_up_on_device(pool, layer, ids);
+    }
+    if (!pool.table_to_host(layer)) {
+        return GGML_STATUS_FAILED;
+    }
     read_ids(pool, ids);
     lookup_.order = order_of_use(pool, layer, graph, i);
 
@@ -325,6 +340,30 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
     pool.count(layer, delta);
     ask_store(pool, layer, experts, graph->nodes[i]);
     return lookup_.how == mode::slots ? fill_landed(pool) : GGML_STATUS_SUCCESS;
+}
+
+// All of it is enqueued: the host learns neither the routing nor what was absent.
+ggml_status executor::look_up_on_device(pool & pool, paged_layer & layer, const ggml_tensor * ids) {
+    ggml_tensor * slot_ids = pool.slot_ids(layer, ids->ne[0], ids->ne[1]);
+    if (slot_ids == nullptr) {
+        fail(ROTARY_ERR_MEMORY, format("%s: no memory for %lld ids on the inner device; lower n_ubatch",
+                                       pool.config.model.c_str(), (long long) ggml_nelements(ids)));
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    pool.table_to_device(layer);
+    layer.resolved.ids = { (const char *) ids->data, (int32_t) ids->ne[0], (int32_t) ids->ne[1], (int64_t) ids->nb[0],
+                           (int64_t) ids->nb[1] };
+    layer.resolved.slot_ids = (int32_t *) slot_ids->data;
+    lookup_.how             = mode::on_device;
+    resolved_on_device_     = true;
+
+    ggml_backend_event_record(computed_.get(), inner_);
+    link & side = *pool.side();
+    if (!side.wait(computed_.get()) || !side.look_up(layer.resolved) || !side.record(paged_.get())) {
+        return GGML_STATUS_FAILED;
+    }
+    ggml_backend_event_wait(inner_, paged_.get());
+    return GGML_STATUS_SUCCESS;
 }
 
 // ---- reading ahead

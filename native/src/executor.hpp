@@ -18,14 +18,15 @@ namespace rotary {
 
 class executor {
   public:
-    explicit executor(ggml_backend_t inner) : inner_(inner), filler_(inner), predictor_(inner) {}
+    explicit executor(ggml_backend_t inner);
     ~executor();
 
     ggml_status compute(ggml_cgraph * graph);
 
   private:
     // direct: from host memory as it is; resident: every expert in its slot; slots: with rewritten ids; waves: in passes
-    enum class mode { direct, resident, slots, waves };
+    // on_device: in the slots that the inner device has resolved itself
+    enum class mode { direct, resident, slots, waves, on_device };
 
     // What one wave pages in and which (expert-used, token) rows of the lookup it computes.
     struct wave {
@@ -49,6 +50,7 @@ class executor {
     ggml_status run_nodes(pool & pool, ggml_cgraph * graph);
     ggml_status run_segment(ggml_cgraph * graph, int i0, int i1);
     ggml_status look_up(pool & pool, paged_layer & layer, const ggml_cgraph * graph, int i);
+    ggml_status look_up_on_device(pool & pool, paged_layer & layer, const ggml_tensor * ids);
     ggml_status finish_lookup(pool & pool);
 
     static std::vector<paged_tensor *> order_of_use(const pool & pool, paged_layer & layer, const ggml_cgraph * graph,
@@ -89,6 +91,9 @@ class executor {
     };
 
     ggml_backend_t                   inner_;
+    ggml_backend_event_ptr           computed_;                   // the inner backend has come so far
+    ggml_backend_event_ptr           paged_;                      // the link has come so far
+    bool                             resolved_on_device_ = false; // some lookup of this graph
     slot_filler                      filler_;
     predictor                        predictor_;
     experience                       experience_;

@@ -17,6 +17,7 @@ slot_filler::slot_filler(ggml_backend_t inner) :
     context_(ggml_init({ ggml_tensor_overhead() * 4 + ggml_graph_overhead_custom(4, false), nullptr, true })) {
     ggml_backend_dev_t dev = ggml_backend_get_device(inner);
     if (dev == nullptr || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+        copied_.reset(ggml_backend_event_new(dev));
         return;
     }
     ggml_tensor * node =
@@ -46,7 +47,36 @@ void slot_filler::work(ggml_tensor *, int, int, void * self) {
     }
 }
 
-ggml_status slot_filler::copy_all() {
+// Enqueues: the inner backend's next graph waits for the copies, the host does not. What the inner backend reads of the
+// slots was waited for when the routing was read.
+ggml_status slot_filler::copy_by_link(pool & pool) {
+    link &                           side = *pool.side();
+    std::vector<staging_ring::piece> pieces;
+    for (const piece & each : pieces_) {
+        const paged_tensor & tensor = *each.job->tensor;
+        char *               to     = (char *) tensor.slot(each.job->slot).data;
+        if (pool.fetches_locked()) {
+            if (!side.copy(to, each.bytes, tensor.expert_bytes)) {
+                return GGML_STATUS_FAILED;
+            }
+            continue;
+        }
+        for (size_t done = 0; done < tensor.expert_bytes; done += staging_ring::block_bytes) {
+            pieces.push_back(
+                { to + done, each.bytes + done, std::min(tensor.expert_bytes - done, staging_ring::block_bytes) });
+        }
+    }
+    if ((!pieces.empty() && !pool.ring()->copy(pieces)) || !side.record(copied_.get())) {
+        return GGML_STATUS_FAILED;
+    }
+    ggml_backend_event_wait(inner_, copied_.get());
+    return GGML_STATUS_SUCCESS;
+}
+
+ggml_status slot_filler::copy_all(pool & pool) {
+    if (graph_ == nullptr && pool.copies_by_link() && copied_) {
+        return copy_by_link(pool);
+    }
     if (graph_ == nullptr) {
         for (const piece & each : pieces_) {
             ggml_tensor slot = each.job->tensor->slot(each.job->slot);
@@ -93,10 +123,10 @@ ggml_status slot_filler::fill(pool & pool, const std::vector<fill_job> & jobs) {
             }
         }
         const uint64_t    start  = now_us();
-        const ggml_status status = copy_all();
+        const ggml_status status = copy_all(pool);
         if (pool.direct() != nullptr) {
             if (graph_ == nullptr) {
-                ggml_backend_synchronize(inner_); // the staging area is reused
+                ggml_backend_synchronize(inner_); // which waits for the link too; the staging area is reused
             }
             for (size_t i = 0; i < n; i++) {
                 pool.release(*jobs[done + i].tensor, jobs[done + i].expert);

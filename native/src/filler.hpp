@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // Filler: copies experts from the store into slots, in the slots' layout. On a host inner device with all the threads
-// that the inner backend computes with, as an operation of its own; else through the inner backend's copies.
+// that the inner backend computes with, as an operation of its own; else by the link, beside computation, or, where the
+// inner device has none, by the inner backend's copies.
 
 #pragma once
 
@@ -38,11 +39,13 @@ class slot_filler {
     };
 
     static void copy(const piece & piece);
+    ggml_status copy_by_link(pool & pool);
     static void work(ggml_tensor * dst, int ith, int nth, void * self);
-    ggml_status copy_all();
+    ggml_status copy_all(pool & pool);
 
-    ggml_backend_t      inner_;
-    ggml_context_ptr    context_;
+    ggml_backend_t         inner_;
+    ggml_backend_event_ptr copied_;       // by the link
+    ggml_context_ptr       context_;
     ggml_cgraph *       graph_ = nullptr; // of one node that copies all pieces; NULL if the inner backend cannot run it
     float               node_data_[4] = {};
     std::vector<piece>  pieces_;

@@ -73,10 +73,11 @@ void executor::learn_gate(paged_layer & layer, const ggml_tensor * ids) {
     }
 }
 
-// How right the guesses at this lookup were, and what it costs the disk.
+// How right the guesses at this lookup were, and what following them is worth.
 void executor::look_back(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts) {
     rotary_stats delta = {};
     if (lookup_.how == mode::slots) {
+        std::vector<int32_t> foreseen;
         for (int distance = 0; distance < experience::n_distances; distance++) {
             for (const auto & [expert, rank] : layer.foretold[distance]) {
                 const auto is_it = [expert = expert](const rotary_load & load) {
@@ -86,9 +87,15 @@ void executor::look_back(pool & pool, paged_layer & layer, const std::vector<int
                 if (missed || layer.table->slot_of(expert) < 0) {
                     experience_.learn(distance, rank, missed);
                 }
+                if (missed && experience_.trusts(distance, rank) &&
+                    std::find(foreseen.begin(), foreseen.end(), expert) == foreseen.end()) {
+                    foreseen.push_back(expert);
+                }
             }
         }
-        experience_.count_misses(pool.direct()->time_for(lookup_.loads.size() * layer.expert_bytes));
+        if (!layer.foretold[0].empty()) {
+            experience_.count_gain(pool.direct()->time_for(foreseen.size() * layer.expert_bytes));
+        }
     }
     delta.predicted = layer.foretold[0].size();
     for (const guess & each : layer.foretold[0]) {

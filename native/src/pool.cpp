@@ -72,12 +72,17 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
 void pool::remove_owner(const void * owner) {
     const std::lock_guard<std::mutex> lock(mutex);
     release();
+    locked_.clear(); // and locked again for those that stay
+    for (const auto & tensor : tensors_) {
+        tensor->locked = tensor->on_device = nullptr;
+    }
     const auto gone = std::stable_partition(tensors_.begin(), tensors_.end(),
                                             [owner](const auto & tensor) { return tensor->owner != owner; });
     std::for_each(gone, tensors_.end(), [](const auto & tensor) { forget_experts(*tensor); });
     tensors_.erase(gone, tensors_.end());
     detached_.erase(std::remove(detached_.begin(), detached_.end(), owner), detached_.end());
     if (tensors_.empty()) {
+        staging_lock_ = {};
         direct_.reset();
     }
 }
@@ -155,6 +160,7 @@ int32_t pool::prepare() {
     }
 
     choose_store();
+    open_link();
     const std::vector<layer_size> sizes     = layer_sizes();
     const bool                    automatic = config.wanted.what == budget::kind::automatic;
     const uint64_t                free      = free_bytes();
@@ -287,6 +293,10 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
             return last_status();
         }
     }
+    if (!allocate_tables()) {
+        return fail(ROTARY_ERR_MEMORY, format("%s: no memory for page tables on %s; lower the budget",
+                                              config.model.c_str(), ggml_backend_dev_name(inner_)));
+    }
     lock.lock();
     totals_.slot_bytes = slot_bytes;
     return ROTARY_OK;
@@ -348,6 +358,7 @@ void pool::forget_slots() {
     for (const auto & layer : layers_) {
         if (layer->table) {
             layer->table->clear();
+            layer->table_on_device = false;
         }
     }
 }
@@ -365,6 +376,9 @@ void pool::release() {
     for (ggml_backend_t user : users_) {
         ggml_backend_synchronize(user);
     }
+    if (n_states_ > 0 && link_->synchronize()) {
+        read_states();
+    }
     const char * print = getenv("ROTARY_STATS");
     if (print != nullptr && strcmp(print, "0") != 0) {
         print_summary();
@@ -373,6 +387,9 @@ void pool::release() {
         direct_->clear(); // parts point at tensors
     }
     generation_++;
+    tables_buffer_.reset();
+    tables_context_.reset();
+    n_states_ = 0;
     ids_buffer_.reset();
     ids_context_.reset();
     ids_capacity_ = 0;

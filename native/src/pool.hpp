@@ -11,7 +11,9 @@
 
 #include "budget.hpp"
 #include "direct_store.hpp"
+#include "link.hpp"
 #include "predictor.hpp"
+#include "ring.hpp"
 #include "rotary.h"
 #include "slots.hpp"
 #include "weight_file.hpp"
@@ -45,7 +47,10 @@ struct paged_tensor {
     std::shared_ptr<weight_file> file; // that `data` is mapped from, NULL if it is not
     uint64_t                     offset = 0; // of the first expert in it
 
-    const char * expert_data(int32_t expert) const { return data + expert_bytes * expert; }
+    const char * locked    = nullptr; // the same bytes in page-locked memory, here or elsewhere; NULL if there are none
+    const char * on_device = nullptr; // those as the inner device reads them itself
+
+    const char * expert_data(int32_t expert) const { return (locked ? locked : data) + expert_bytes * expert; }
 
     // One slot as a tensor of its own: a repacking buffer takes whole tensors only.
     ggml_tensor slot(int32_t index) const {
@@ -77,6 +82,12 @@ struct paged_layer {
     std::vector<guess>          foretold[experience::n_distances]; // for the next lookup, by layers ahead
     std::vector<paged_tensor *> order;                             // the tensors as the last graph used them
 
+    // Lookups resolved by the inner device: pool_link.cpp.
+    rotary_link_lookup resolved = {}; // all of it but the ids
+    size_t             table_at = 0;  // offset of the layer's page table in that device's memory; 0 if it has none
+    bool               table_on_device = false; // the truth is there, not in `table`
+    rotary_page_state  state           = {};    // what the device had counted when it was last asked
+
     // The rewritten ids, on the inner device: a fixed place for each layer, so that a captured graph stays valid.
     ggml_tensor *        slot_ids = nullptr;
     std::vector<int32_t> slot_ids_host; // the copy's source; must live until the inner backend has taken it
@@ -85,6 +96,10 @@ struct paged_layer {
 // Known to all pools, so that none takes another's experts for dense weights.
 void register_experts(const paged_tensor & tensor);
 void forget_experts(const paged_tensor & tensor);
+
+enum class pin_policy { automatic, on, off };               // whether experts may be page-locked in host memory
+
+bool pin_parse(const std::string & text, pin_policy & pin); // "auto", "on", "off"
 
 struct pool_config {
     budget       wanted;
@@ -96,6 +111,7 @@ struct pool_config {
     rotary_store store         = ROTARY_STORE_AUTO;
     bool         prefetch      = true;
     uint64_t     staging_bytes = 0;
+    pin_policy   pin           = pin_policy::automatic;
 };
 
 bool store_parse(const std::string & text, rotary_store & store); // "auto", "mmap", "direct"
@@ -153,6 +169,17 @@ class pool {
     void forget(ggml_backend_t backend); // takes `mutex`
     bool is_shared() const { return users_.size() > 1; }
 
+    // ---- on an inner device with a link; where a layer's table is decides who resolves its next lookup
+    rotary::link * side() const { return link_.get(); }
+    staging_ring * ring() const { return ring_.get(); }
+    bool           copies_by_link() const { return link_ && (ring_ || fetches_locked_); }
+    bool           fetches_locked() const { return fetches_locked_; } // what fetch() returns is page-locked
+    bool           resolves_on_device(const paged_layer & layer, int64_t n_ids) const;
+    void           table_to_device(paged_layer & layer);
+    bool           table_to_host(paged_layer & layer); // waits; false with this thread's error
+    bool           send_states();                      // what the device has counted, to the host; enqueues
+    bool           none_refused() const;               // of the lookups known of; else with this thread's error
+
     // ---- figures
     void         count(paged_layer & layer, const rotary_layer_stats & delta);
     void         count_wait(uint64_t us);
@@ -161,6 +188,7 @@ class pool {
     void         count_reads();                    // take over what the direct store has counted
     void         set_scratch_bytes(size_t bytes);
     void         notice(const std::string & text); // said once: logged as a warning and kept for rotary_pool_notice
+    void         refresh(); // ask the device for its counters, unless a graph is being enqueued; takes `mutex`
     void         stats(rotary_stats & out) const;
     bool         layer_stats(int32_t index, rotary_layer_stats & out) const;
     void         reset_counters();
@@ -192,6 +220,12 @@ class pool {
     void touch(const paged_layer & layer, int32_t first, int32_t last);
     void give_back(const paged_layer & layer, int32_t first, int32_t last);
 
+    void open_link();
+    bool lock_store(std::string & reason);
+    bool allocate_tables();
+    void take_over(paged_layer & layer, const rotary_page_state & state);
+    void read_states();
+
     std::vector<layer_size> layer_sizes() const;
     void                    print_summary() const;
 
@@ -214,7 +248,23 @@ class pool {
     uint64_t                                   growth_tried_us_ = 0;
     uint64_t                                   most_slot_bytes_ = 0; // that slots may grow to
 
-    std::vector<ggml_context_ptr>        contexts_;                  // of the slot tensors, one for each buffer type
+    struct locked_range {
+        char *       begin;
+        char *       end;
+        link::locked lock;
+    };
+    std::shared_ptr<rotary::link> link_;
+    std::unique_ptr<staging_ring> ring_;         // NULL where everything that is copied is page-locked
+    bool                          fetches_locked_ = false;
+    link::locked                  staging_lock_; // of the direct store's
+    std::vector<locked_range>     locked_;       // after the link: unlocked before it closes
+    ggml_context_ptr              tables_context_;
+    ggml_backend_buffer_ptr       tables_buffer_;
+    ggml_tensor *                 tables_ = nullptr; // states of all layers, then page tables, as bytes
+    link::locked                  states_;           // the states as they last arrived
+    size_t                        n_states_ = 0;     // layers that have a table there
+
+    std::vector<ggml_context_ptr>        contexts_;  // of the slot tensors, one for each buffer type
     std::vector<ggml_backend_buffer_ptr> buffers_;
     ggml_context_ptr                     ids_context_;
     ggml_backend_buffer_ptr              ids_buffer_;

@@ -79,6 +79,13 @@ void pool::notice(const std::string & text) {
     GGML_LOG_WARN("rotary: %s\n", text.c_str()); // a log callback may ask for the figures
 }
 
+void pool::refresh() {
+    const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+    if (lock && n_states_ > 0 && link_->synchronize()) {
+        read_states();
+    }
+}
+
 void pool::stats(rotary_stats & out) const {
     const std::lock_guard<std::mutex> lock(counter_mutex_);
     out          = totals_;
@@ -125,8 +132,8 @@ void pool::reset_counters() {
         layer->stats             = fresh;
     }
     rotary_stats & t = totals_;
-    t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read = t.bytes_in_place = t.read_us = t.stall_us = t.shrinks =
-        0;
+    t.device_lookups = t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read = t.bytes_in_place = t.read_us =
+        t.stall_us = t.shrinks = 0;
     t.predicted = t.predicted_right = t.prefetched = t.prefetch_used = t.late_hits = 0;
     reset_direct_                                                                  = true;
 }

@@ -73,8 +73,8 @@ bool experience::trusts(int distance, int32_t rank) const {
     return (size_t) rank >= right_[distance].size() || right_[distance][rank] > 0.5f;
 }
 
-void experience::count_misses(double us) {
-    miss_us_ += (us - miss_us_) / 64;
+void experience::count_gain(double us) {
+    gain_us_ += (us - gain_us_) / 64;
 }
 
 void experience::count_cost(double us) {
@@ -84,7 +84,7 @@ void experience::count_cost(double us) {
 bool experience::pays() {
     static constexpr uint64_t look_again = 16;
 
-    const bool pays = miss_us_ > cost_us_;
+    const bool pays = gain_us_ > cost_us_;
     skipped_        = pays ? 0 : skipped_ + 1;
     return pays || skipped_ % look_again == 0;
 }

@@ -53,21 +53,21 @@ struct guess {
 
 // What predictions were worth so far, and so which to follow. A wrong read keeps the disk from a right one for as long as
 // a right one would have saved, so a rank is followed where it is right more often than not; and nothing is foretold
-// where the reads of a lookup take less time than foretelling does.
+// where the reads that it foresees take less time than foretelling does.
 class experience {
   public:
     static constexpr int n_distances = 2; // layers ahead
 
     void learn(int distance, int32_t rank, bool right);
-    void count_misses(double us); // the disk's time for what one lookup missed
-    void count_cost(double us);   // of foretelling once
+    void count_gain(double us); // the disk's time for what a lookup missed and trusted guesses had named
+    void count_cost(double us); // of foretelling once
 
     bool trusts(int distance, int32_t rank) const;
     bool pays(); // whether to foretell now: if not, then still from time to time, to see when it does again
 
   private:
     std::vector<float> right_[n_distances]; // [rank] share of the guesses at absent experts that were right
-    double             miss_us_ = 1000;
+    double             gain_us_ = 1000;
     double             cost_us_ = 0;
     uint64_t           skipped_ = 0;
 };

@@ -131,6 +131,29 @@ void slot_table::resize(int32_t n) {
     last_use_.resize(n, 0);
 }
 
+// ---- the same on a device
+
+void slot_table::save(const rotary_page_table & to) const {
+    std::copy(slot_of_.begin(), slot_of_.end(), to.slot_of);
+    std::copy(expert_of_.begin(), expert_of_.end(), to.expert_of);
+    std::copy(last_use_.begin(), last_use_.end(), to.last_use);
+    std::copy(wanted_by_.begin(), wanted_by_.end(), to.wanted_by);
+    to.state->clock      = clock_;
+    to.state->call       = call_;
+    to.state->n_resident = n_resident_;
+    to.state->n_pages    = 0;
+}
+
+void slot_table::load(const rotary_page_table & from) {
+    std::copy_n(from.slot_of, n_expert(), slot_of_.begin());
+    std::copy_n(from.expert_of, n_slots(), expert_of_.begin());
+    std::copy_n(from.last_use, n_slots(), last_use_.begin());
+    std::copy_n(from.wanted_by, n_expert(), wanted_by_.begin());
+    clock_      = from.state->clock;
+    call_       = from.state->call;
+    n_resident_ = from.state->n_resident;
+}
+
 } // namespace rotary
 
 // C API

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "page_table.h"
 #include "rotary.h"
 
 #include <cstdint>
@@ -37,19 +38,23 @@ class slot_table {
     const std::vector<int32_t> & reserved() const { return reserved_; }          // experts
     void                         end_reservation(int32_t expert, bool resident); // resident: first to leave; else free
 
+    // The same table as a device keeps it: all but its counters, and nothing is reserved.
+    void save(const rotary_page_table & to) const;
+    void load(const rotary_page_table & from);
+
   private:
     int32_t take_slot();
     bool    is_reserved(int32_t slot) const;
 
-    std::vector<int32_t>  slot_of_;        // [n_expert] slot, -1 absent
-    std::vector<int32_t>  expert_of_;      // [n_slots] expert, -1 free
-    std::vector<int64_t>  last_use_;       // [n_slots] value of clock_ at the last use; below 0: never used
-    std::vector<uint64_t> wanted_by_;      // [n_expert] the last call_ that wanted this expert: those are held
-    std::vector<int32_t>  reserved_;       // experts with a reservation; their slots' expert_of_ names them already
-    int64_t               clock_      = 0;
-    int64_t               unused_     = 0; // counts down
-    uint64_t              call_       = 0;
-    int32_t               n_resident_ = 0;
+    std::vector<int32_t> slot_of_;        // [n_expert] slot, -1 absent
+    std::vector<int32_t> expert_of_;      // [n_slots] expert, -1 free
+    std::vector<int64_t> last_use_;       // [n_slots] value of clock_ at the last use; below 0: never used
+    std::vector<int64_t> wanted_by_;      // [n_expert] the last call_ that wanted this expert: those are held
+    std::vector<int32_t> reserved_;       // experts with a reservation; their slots' expert_of_ names them already
+    int64_t              clock_      = 0;
+    int64_t              unused_     = 0; // counts down
+    int64_t              call_       = 0;
+    int32_t              n_resident_ = 0;
 };
 
 } // namespace rotary

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MIT
+//
+// Link. See link.hpp.
+
+#include "link.hpp"
+
+#include "error.hpp"
+
+#include "ggml-backend-impl.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <dlfcn.h>
+#include <map>
+
+namespace rotary {
+
+// Beside our own library, unless the environment names another.
+static std::string link_library() {
+    const char * given = getenv("ROTARY_LINK");
+    if (given != nullptr && *given != '\0') {
+        return given;
+    }
+    Dl_info about = {};
+    if (dladdr((void *) link_library, &about) == 0 || about.dli_fname == nullptr) {
+        return "libggml-rotary-cuda.so";
+    }
+    const std::string self = about.dli_fname;
+    return self.substr(0, self.rfind('/') + 1) + "libggml-rotary-cuda.so";
+}
+
+// NULL, with a reason, if there is no such library or it is not of this build.
+static const rotary_link_api * load_api(std::string & reason) {
+    const std::string path   = link_library();
+    void *            handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (handle == nullptr) {
+        reason = format("%s: %s; build Rotary where nvcc is installed", path.c_str(), dlerror());
+        return nullptr;
+    }
+    using get_t    = const rotary_link_api * (*)();
+    const auto get = (get_t) dlsym(handle, "rotary_link_get");
+    if (get == nullptr || get()->abi != ROTARY_LINK_ABI) {
+        reason = format("%s: not a link of this version; install Rotary again", path.c_str());
+        return nullptr;
+    }
+    return get(); // never closed: the driver has threads in it
+}
+
+std::shared_ptr<link> link::to(ggml_backend_dev_t inner, std::string & reason) {
+    static std::mutex                                        mutex;
+    static std::map<ggml_backend_dev_t, std::weak_ptr<link>> links;
+
+    const std::string                 kind  = ggml_backend_reg_name(ggml_backend_dev_backend_reg(inner));
+    const char *                      given = getenv("ROTARY_LINK");
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (std::shared_ptr<link> known = links[inner].lock()) {
+        return known;
+    }
+    if (kind != "CUDA" && (given == nullptr || *given == '\0')) {
+        return nullptr;
+    }
+    const rotary_link_api * api = load_api(reason);
+    if (api == nullptr || kind != api->kind) {
+        return nullptr;
+    }
+    ggml_backend_dev_props props = {};
+    ggml_backend_dev_get_props(inner, &props);
+    std::shared_ptr<link> opened(new link());
+    char                  error[256] = "";
+    opened->api_                     = api;
+    opened->inner_                   = inner;
+    opened->self_                    = opened;
+    opened->handle_ = api->open(props.device_id != nullptr ? props.device_id : "", error, sizeof(error));
+    if (opened->handle_ == nullptr) {
+        reason = format("%s: %s", ggml_backend_dev_name(inner), error);
+        return nullptr;
+    }
+    links[inner] = opened;
+    return opened;
+}
+
+link::~link() {
+    if (handle_ != nullptr) {
+        api_->close(handle_);
+    }
+}
+
+bool link::ok(bool done) const {
+    if (!done) {
+        fail(ROTARY_ERR_DEVICE,
+             format("%s: %s; load the model again", ggml_backend_dev_name(inner_), api_->error(handle_)));
+    }
+    return done;
+}
+
+bool link::wait(ggml_backend_event_t event) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return ok(api_->wait(handle_, event->context));
+}
+
+bool link::record(ggml_backend_event_t event) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return ok(api_->record(handle_, event->context));
+}
+
+bool link::copy(void * to, const void * from, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return ok(api_->copy(handle_, to, from, bytes));
+}
+
+bool link::look_up(const rotary_link_lookup & lookup) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return ok(api_->look_up(handle_, &lookup));
+}
+
+bool link::synchronize() { // without the mutex: others may enqueue while this one waits
+    return ok(api_->synchronize(handle_));
+}
+
+link::locked link::lock(void * memory, size_t bytes) {
+    for (const rotary_lock how : { ROTARY_LOCK_READ_ONLY, ROTARY_LOCK_DEFAULT }) {
+        void * on_device = api_->lock(handle_, memory, bytes, how);
+        if (on_device != nullptr) {
+            const auto unlock = [self = self_.lock()](void * it) {
+                self->api_->unlock(self->handle_, it);
+            };
+            return { std::shared_ptr<void>(memory, unlock), (char *) on_device };
+        }
+        why_ = api_->error(handle_);
+    }
+    return {};
+}
+
+link::locked link::host_memory(size_t bytes) {
+    void * on_device = nullptr;
+    void * memory    = api_->host_new(handle_, bytes, &on_device);
+    if (memory == nullptr) {
+        why_ = api_->error(handle_);
+        return {};
+    }
+    const auto free = [self = self_.lock()](void * it) {
+        self->api_->host_free(self->handle_, it);
+    };
+    return { std::shared_ptr<void>(memory, free), (char *) on_device };
+}
+
+} // namespace rotary

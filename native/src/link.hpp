@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT
+//
+// Link, as the pool and the executor use it: the library that moves experts to an inner device beside its computation
+// (link.h), found, opened and shared by everything on that device. Failures are this thread's error.
+// Threading: any thread.
+
+#pragma once
+
+#include "link.h"
+
+#include "ggml-backend.h"
+
+#include <memory>
+#include <mutex>
+#include <string>
+
+namespace rotary {
+
+class link {
+  public:
+    // The link to a device, one for all that ask; NULL if there is none, with a reason where one was to be expected.
+    static std::shared_ptr<link> to(ggml_backend_dev_t inner, std::string & reason);
+
+    ~link();
+    link(const link &)             = delete;
+    link & operator=(const link &) = delete;
+
+    // Page-locked host memory, and what the device calls it; empty if it cannot be had.
+    struct locked {
+        std::shared_ptr<void> memory; // unlocks, or frees, with the last copy
+        char *                on_device = nullptr;
+    };
+    locked              lock(void * memory, size_t bytes); // where it is; read-only if the system allows that
+    locked              host_memory(size_t bytes);         // new
+    const std::string & why() const { return why_; }       // the last lock() or host_memory() came back empty
+
+    // On the link's stream: link.h. False with this thread's error.
+    bool wait(ggml_backend_event_t event);
+    bool record(ggml_backend_event_t event);
+    bool copy(void * to, const void * from, size_t bytes);
+    bool look_up(const rotary_link_lookup & lookup);
+    bool synchronize();
+
+  private:
+    link() = default;
+
+    bool ok(bool done) const;
+
+    std::mutex              mutex_; // of calls that enqueue: the text of a failure is the link's
+    ggml_backend_dev_t      inner_  = nullptr;
+    const rotary_link_api * api_    = nullptr;
+    rotary_link *           handle_ = nullptr;
+    std::string             why_;
+    std::weak_ptr<link>     self_;
+};
+
+} // namespace rotary

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: MIT
+//
+// Pool: experts on an inner device that has a link. See pool.hpp, link.hpp.
+//
+// Where the device can read the store itself, a lookup is resolved there: the layer's page table lives in its memory,
+// and the host neither waits for the routing nor moves a byte. The host's table is the other place where the truth can
+// be: a batch that needs it takes the table back, and the next lookup on the device takes it again.
+
+#include "error.hpp"
+#include "memory.hpp"
+#include "pool.hpp"
+
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <cstring>
+#include <unistd.h>
+
+namespace rotary {
+
+bool pin_parse(const std::string & text, pin_policy & pin) {
+    pin = text == "on" ? pin_policy::on : text == "off" ? pin_policy::off : pin_policy::automatic;
+    return pin != pin_policy::automatic || text == "auto";
+}
+
+// ---- host memory
+
+// Page-lock the experts where they lie, so that copies run beside computation and the device can read them itself; where
+// the system refuses that, in a copy, if the user has said that memory may be spent so. All or nothing.
+bool pool::lock_store(std::string & reason) {
+    const uintptr_t           page = sysconf(_SC_PAGESIZE);
+    std::vector<memory_range> ranges;
+    uint64_t                  bytes = 0;
+    for (const auto & tensor : tensors_) {
+        const auto begin = (uintptr_t) tensor->data / page * page;
+        const auto end   = ((uintptr_t) tensor->data + tensor->expert_bytes * tensor->ne[2] + page - 1) / page * page;
+        ranges.push_back({ (char *) begin, (char *) end });
+        bytes += end - begin;
+    }
+    if (!locked_.empty()) {
+        return true;
+    }
+    const uint64_t available = host_memory_now().available;
+    if (config.pin == pin_policy::off) {
+        reason = "pin is \"off\"";
+        return false;
+    }
+    if (config.pin == pin_policy::automatic && bytes > available / 4 * 3) {
+        reason = format("they take %s, and of the %s available no more than three quarters are locked unasked; set pin "
+                        "to \"on\" to lock them all",
+                        mib(bytes).c_str(), mib(available).c_str());
+        return false;
+    }
+    std::sort(ranges.begin(), ranges.end(), [](const auto & a, const auto & b) { return a.begin < b.begin; });
+    for (const memory_range & next : ranges) {
+        if (!locked_.empty() && next.begin < locked_.back().end) {
+            // Shares a page with the one before, which cannot be locked twice.
+            locked_.back().end = std::max(locked_.back().end, next.end);
+        } else {
+            locked_.push_back({ next.begin, next.end, {} });
+        }
+    }
+    for (locked_range & range : locked_) {
+        const size_t size = range.end - range.begin;
+        range.lock        = link_->lock(range.begin, size);
+        if (!range.lock.memory) {
+            reason = link_->why();
+        }
+        if (!range.lock.memory && config.pin == pin_policy::on) {
+            range.lock = link_->host_memory(size);
+            if (range.lock.memory) {
+                memcpy(range.lock.memory.get(), range.begin, size);
+            }
+        }
+        if (!range.lock.memory) {
+            locked_.clear();
+            return false;
+        }
+    }
+    return true;
+}
+
+void pool::open_link() {
+    if (inner_is_host_) {
+        return;
+    }
+    std::string reason;
+    if (!link_) {
+        link_ = link::to(inner_, reason);
+    }
+    if (!link_) {
+        if (!reason.empty()) {
+            notice(format("%s: the host copies experts to %s and waits for each layer: %s", config.model.c_str(),
+                          ggml_backend_dev_name(inner_), reason.c_str()));
+        }
+        return;
+    }
+    if (direct_) {
+        staging_lock_ =
+            staging_lock_.memory ? staging_lock_ : link_->lock(direct_->staging(), direct_->staging_bytes());
+        fetches_locked_ = staging_lock_.memory != nullptr;
+        reason          = fetches_locked_ ? "" : link_->why();
+    } else {
+        fetches_locked_ = lock_store(reason);
+    }
+    totals_.locked_bytes = direct_ && fetches_locked_ ? direct_->staging_bytes() : 0;
+    for (const locked_range & range : locked_) {
+        totals_.locked_bytes += range.end - range.begin;
+        for (const auto & tensor : tensors_) {
+            if (tensor->data >= range.begin && tensor->data < range.end) {
+                tensor->locked    = (const char *) range.lock.memory.get() + (tensor->data - range.begin);
+                tensor->on_device = range.lock.on_device + (tensor->data - range.begin);
+            }
+        }
+    }
+    if (fetches_locked_) {
+        return;
+    }
+    ring_ = std::make_unique<staging_ring>(link_, inner_);
+    if (!ring_->ok()) {
+        ring_.reset();
+        notice(format("%s: the host copies experts to %s and waits for each layer: no memory can be page-locked, %s",
+                      config.model.c_str(), ggml_backend_dev_name(inner_), link_->why().c_str()));
+        return;
+    }
+    totals_.locked_bytes = staging_ring::block_bytes * staging_ring::n_blocks;
+    notice(format("%s: experts are not page-locked but pass through %s that is, which costs the host's time: %s",
+                  config.model.c_str(), mib(totals_.locked_bytes).c_str(), reason.c_str()));
+}
+
+// ---- page tables
+
+static size_t padded(size_t bytes) {
+    return (bytes + 255) / 256 * 256;
+}
+
+// Page tables in the inner device's memory for the layers whose lookups it can resolve.
+bool pool::allocate_tables() {
+    tables_buffer_.reset();
+    tables_context_.reset();
+    states_   = {};
+    n_states_ = 0;
+    if (!link_) {
+        return true;
+    }
+    size_t bytes = padded(sizeof(rotary_page_state) * layers_.size());
+    for (const auto & layer : layers_) {
+        layer->resolved     = {};
+        const bool readable = std::all_of(layer->tensors.begin(), layer->tensors.end(),
+                                          [](const paged_tensor * tensor) { return tensor->on_device != nullptr; });
+        if (layer->table && readable && layer->tensors.size() <= ROTARY_LINK_MOST_TENSORS) {
+            layer->table_at = bytes;
+            bytes += padded(rotary_page_table_bytes(layer->n_expert, layer->table->n_slots()));
+            n_states_++;
+        }
+    }
+    if (n_states_ == 0) {
+        return true;
+    }
+    tables_context_.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+    tables_ = ggml_new_tensor_1d(tables_context_.get(), GGML_TYPE_I8, bytes);
+    tables_buffer_.reset(
+        ggml_backend_alloc_ctx_tensors_from_buft(tables_context_.get(), ggml_backend_dev_buffer_type(inner_)));
+    states_ = link_->host_memory(sizeof(rotary_page_state) * layers_.size());
+    if (!tables_buffer_ || !states_.memory) {
+        n_states_ = 0;
+        return false;
+    }
+    ggml_backend_buffer_clear(tables_buffer_.get(), 0);
+    std::fill_n((char *) states_.memory.get(), sizeof(rotary_page_state) * layers_.size(), '\0');
+    char * base = (char *) tables_->data;
+    for (size_t i = 0; i < layers_.size(); i++) {
+        paged_layer & layer = *layers_[i];
+        if (layer.table_at == 0) {
+            continue;
+        }
+        layer.resolved.table     = rotary_page_table_at(base + layer.table_at, (rotary_page_state *) (void *) base + i,
+                                                        layer.n_expert, layer.table->n_slots());
+        layer.resolved.n_tensors = (int32_t) layer.tensors.size();
+        for (size_t t = 0; t < layer.tensors.size(); t++) {
+            const paged_tensor & tensor = *layer.tensors[t];
+            layer.resolved.tensors[t]   = { tensor.on_device, tensor.slots->data, tensor.expert_bytes,
+                                            tensor.slots->nb[2] };
+        }
+    }
+    return true;
+}
+
+bool pool::resolves_on_device(const paged_layer & layer, int64_t n_ids) const {
+    return layer.table_at != 0 && n_ids <= layer.table->n_slots();
+}
+
+// An image of a layer's table as the device has it, behind its state.
+static rotary_page_table image_of(std::vector<char> & image, const rotary_page_table & like) {
+    image.resize(sizeof(rotary_page_state) + rotary_page_table_bytes(like.n_expert, like.n_slots));
+    return rotary_page_table_at(image.data() + sizeof(rotary_page_state), (rotary_page_state *) (void *) image.data(),
+                                like.n_expert, like.n_slots);
+}
+
+void pool::table_to_device(paged_layer & layer) {
+    if (layer.table_on_device) {
+        return;
+    }
+    std::vector<char>       image;
+    const rotary_page_table table = image_of(image, layer.resolved.table);
+    *table.state                  = layer.state;
+    layer.table->save(table);
+    ggml_backend_tensor_set(tables_, image.data() + sizeof(rotary_page_state), layer.table_at,
+                            image.size() - sizeof(rotary_page_state));
+    ggml_backend_tensor_set(tables_, image.data(), (char *) layer.resolved.table.state - (char *) tables_->data,
+                            sizeof(rotary_page_state));
+    layer.table_on_device = true;
+}
+
+bool pool::table_to_host(paged_layer & layer) {
+    if (!layer.table_on_device) {
+        return true;
+    }
+    if (!link_->synchronize()) {
+        return false;
+    }
+    std::vector<char>       image;
+    const rotary_page_table table = image_of(image, layer.resolved.table);
+    ggml_backend_tensor_get(tables_, image.data() + sizeof(rotary_page_state), layer.table_at,
+                            image.size() - sizeof(rotary_page_state));
+    ggml_backend_tensor_get(tables_, image.data(), (char *) layer.resolved.table.state - (char *) tables_->data,
+                            sizeof(rotary_page_state));
+    take_over(layer, *table.state);
+    layer.table->load(table);
+    layer.table_on_device = false;
+    return true;
+}
+
+// ---- what the device has counted
+
+void pool::take_over(paged_layer & layer, const rotary_page_state & state) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    rotary_layer_stats &              stats  = layer.stats;
+    const uint64_t                    misses = state.misses - layer.state.misses;
+    stats.lookups += state.lookups - layer.state.lookups;
+    totals_.device_lookups += state.lookups - layer.state.lookups;
+    stats.requests += state.requests - layer.state.requests;
+    stats.misses += misses;
+    stats.hits += state.requests - layer.state.requests - misses;
+    stats.evictions += state.evictions - layer.state.evictions;
+    stats.bytes_paged += misses * layer.expert_bytes;
+    stats.n_resident = state.n_resident;
+    layer.state      = state;
+}
+
+bool pool::send_states() {
+    return link_->copy(states_.memory.get(), tables_->data, sizeof(rotary_page_state) * layers_.size());
+}
+
+// After a synchronize().
+void pool::read_states() {
+    const auto * states = (const rotary_page_state *) states_.memory.get();
+    for (size_t i = 0; i < layers_.size(); i++) {
+        if (layers_[i]->table_on_device) {
+            take_over(*layers_[i], states[i]);
+        }
+    }
+}
+
+bool pool::none_refused() const {
+    const auto * states = (const rotary_page_state *) states_.memory.get();
+    for (size_t i = 0; i < layers_.size() && n_states_ > 0; i++) {
+        if (states[i].refused != 0) {
+            fail(ROTARY_ERR_ARG, format("%s: layer %d routed to an expert that it does not have; the graph is broken",
+                                        config.model.c_str(), layers_[i]->il));
+            return false;
+        }
+    }
+    return true;
+}
+
+} // namespace rotary

@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: MIT
+//
+// A GPU for machines without one: a ggml device whose stream is a thread that computes with the CPU backend, late and
+// by chance later, and the link to it (native/src/link.h), whose stream is another such thread. Its memory is ordinary
+// memory that it does not admit to be. Nothing waits for anything unless it is told to, so a missing event shows as a
+// wrong logit.
+//
+//   LATE_US=300    the longest delay before each thing a stream does, in microseconds
+//   LATE_LOCK      none: no host memory can be page-locked; new: not where it is; default: not read-only
+//   LATE_FAIL=n    the n-th thing asked of the link since this was set fails
+
+#include "link.h"
+
+#include "ggml-backend-impl.h"
+#include "ggml-cpp.h"
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+long knob(const char * name) {
+    const char * text = getenv(name);
+    return text != nullptr ? atol(text) : 0;
+}
+
+// ---- streams and events
+
+struct event {
+    std::mutex              mutex;
+    std::condition_variable changed;
+    uint64_t                recorded = 0;
+    uint64_t                passed   = 0;
+
+    void pass(uint64_t ticket) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        passed = std::max(passed, ticket);
+        changed.notify_all();
+    }
+    void await(uint64_t ticket) {
+        std::unique_lock<std::mutex> lock(mutex);
+        changed.wait(lock, [&] { return passed >= ticket; });
+    }
+    uint64_t now(bool record) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        return recorded += record;
+    }
+};
+
+class stream {
+  public:
+    explicit stream(unsigned seed) : chance_(seed), thread_([this] { work(); }) {}
+    ~stream() {
+        put({});
+        thread_.join();
+    }
+    void put(std::function<void()> what) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        queue_.push_back(std::move(what));
+        changed_.notify_all();
+    }
+    void record(event & its) {
+        put([&its, ticket = its.now(true)] { its.pass(ticket); });
+    }
+    void wait(event & its) {
+        put([&its, ticket = its.now(false)] { its.await(ticket); });
+    }
+    void synchronize() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait(lock, [&] { return queue_.empty(); });
+    }
+
+  private:
+    void work() {
+        const long most = knob("LATE_US");
+        for (bool on = true; on;) {
+            std::unique_lock<std::mutex> lock(mutex_);
+            changed_.wait(lock, [&] { return !queue_.empty(); });
+            const std::function<void()> what = queue_.front();
+            lock.unlock();
+            if (most > 0) {
+                std::this_thread::sleep_for(std::chrono::microseconds(chance_() % most));
+            }
+            on = (bool) what;
+            if (on) {
+                what();
+            }
+            lock.lock();
+            queue_.pop_front(); // not before it is done: synchronize() looks here
+            changed_.notify_all();
+        }
+    }
+
+    std::mutex                        mutex_;
+    std::condition_variable           changed_;
+    std::deque<std::function<void()>> queue_;
+    std::minstd_rand                  chance_;
+    std::thread                       thread_;
+};
+
+// ---- buffers
+
+ggml_backend_device * the_device();
+
+ggml_backend_dev_t cpu() {
+    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+const ggml_backend_buffer_i buffer_i = {
+    /* .free_buffer   = */ [](ggml_backend_buffer_t buffer) { free(buffer->context); },
+    /* .get_base      = */ [](ggml_backend_buffer_t buffer) { return buffer->context; },
+    /* .init_tensor   = */ nullptr,
+    /* .memset_tensor = */
+    [](ggml_backend_buffer_t, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
+        memset((char *) tensor->data + offset, value, size);
+    },
+    /* .set_tensor    = */
+    [](ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+        memcpy((char *) tensor->data + offset, data, size);
+    },
+    /* .get_tensor    = */
+    [](ggml_backend_buffer_t, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+        memcpy(data, (const char *) tensor->data + offset, size);
+    },
+    /* .set_tensor_2d = */ nullptr,
+    /* .get_tensor_2d = */ nullptr,
+    /* .cpy_tensor    = */ nullptr,
+    /* .clear         = */
+    [](ggml_backend_buffer_t buffer, uint8_t value) { memset(buffer->context, value, buffer->size); },
+    /* .reset         = */ nullptr,
+};
+
+ggml_backend_buffer_type buft = {
+    /* .iface   = */ {
+        /* .get_name       = */ [](ggml_backend_buffer_type_t) { return "LATE0"; },
+        /* .alloc_buffer   = */
+        [](ggml_backend_buffer_type_t its, size_t size) {
+            void * memory = aligned_alloc(128, (size + 127) / 128 * 128 + 128);
+            memset(memory, 0xff, size); // NaN: what is read before it is written shows
+            return ggml_backend_buffer_init(its, buffer_i, memory, size);
+        },
+        /* .get_alignment  = */ [](ggml_backend_buffer_type_t) { return (size_t) 128; },
+        /* .get_max_size   = */ nullptr,
+        /* .get_alloc_size = */ nullptr,
+        /* .is_host        = */ nullptr,
+    },
+    /* .device  = */ nullptr,
+    /* .context = */ nullptr,
+};
+
+// ---- backend
+
+struct late_backend {
+    ggml_backend_ptr cpu;
+    stream           queue{ 1 };
+};
+
+late_backend & self(ggml_backend_t backend) {
+    return *(late_backend *) backend->context;
+}
+
+// The nodes as they are now, with everything they name: the caller may change them once compute() has returned.
+struct frozen_graph {
+    ggml_context_ptr                                                      context;
+    std::unordered_map<const ggml_tensor *, std::unique_ptr<ggml_tensor>> copies;
+    ggml_cgraph *                                                         graph;
+
+    explicit frozen_graph(const ggml_cgraph * from) :
+        context(ggml_init({ ggml_graph_overhead_custom(from->n_nodes * 4 + 64, false), nullptr, true })),
+        graph(ggml_new_graph_custom(context.get(), from->n_nodes * 4 + 64, false)) {
+        for (int i = 0; i < from->n_nodes; i++) {
+            ggml_tensor * node    = copy(from->nodes[i]);
+            graph->nodes[i]       = node;
+            const size_t at       = ggml_hash_insert(&graph->visited_hash_set, node);
+            graph->use_counts[at] = ggml_node_get_use_count(from, i);
+            for (ggml_tensor *& source : node->src) {
+                source = source != nullptr ? copy(source) : nullptr;
+            }
+        }
+        graph->n_nodes = from->n_nodes;
+    }
+
+    ggml_tensor * copy(const ggml_tensor * tensor) {
+        std::unique_ptr<ggml_tensor> & its = copies[tensor];
+        if (!its) {
+            its = std::make_unique<ggml_tensor>(*tensor);
+        }
+        return its.get();
+    }
+};
+
+ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    const auto frozen = std::make_shared<frozen_graph>(graph);
+    self(backend).queue.put([&its = self(backend), frozen] {
+        if (ggml_backend_graph_compute(its.cpu.get(), frozen->graph) != GGML_STATUS_SUCCESS) {
+            abort();
+        }
+    });
+    return GGML_STATUS_SUCCESS;
+}
+
+const ggml_backend_i backend_i = {
+    /* .get_name            = */ [](ggml_backend_t) { return "LATE0"; },
+    /* .free                = */
+    [](ggml_backend_t backend) {
+        delete &self(backend);
+        delete backend;
+    },
+    /* .set_tensor_async    = */
+    [](ggml_backend_t backend, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+        self(backend).queue.put([to = (char *) tensor->data + offset, data, size] { memcpy(to, data, size); });
+    },
+    /* .get_tensor_async    = */
+    [](ggml_backend_t backend, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+        self(backend).queue.put(
+            [from = (const char *) tensor->data + offset, data, size] { memcpy(data, from, size); });
+    },
+    /* .set_tensor_2d_async = */ nullptr,
+    /* .get_tensor_2d_async = */ nullptr,
+    /* .cpy_tensor_async    = */ nullptr,
+    /* .synchronize         = */ [](ggml_backend_t backend) { self(backend).queue.synchronize(); },
+    /* .graph_plan_create   = */ nullptr,
+    /* .graph_plan_free     = */ nullptr,
+    /* .graph_plan_update   = */ nullptr,
+    /* .graph_plan_compute  = */ nullptr,
+    /* .graph_compute       = */ graph_compute,
+    /* .event_record        = */
+    [](ggml_backend_t backend, ggml_backend_event_t its) { self(backend).queue.record(*(event *) its->context); },
+    /* .event_wait          = */
+    [](ggml_backend_t backend, ggml_backend_event_t its) { self(backend).queue.wait(*(event *) its->context); },
+    /* .graph_optimize      = */ nullptr,
+};
+
+ggml_guid_t guid() {
+    static ggml_guid its = { 'l', 'a', 't', 'e' };
+    return &its;
+}
+
+ggml_backend_t backend_new(ggml_backend_dev_t dev, const char *) {
+    auto *     context       = new late_backend{ ggml_backend_ptr(ggml_backend_dev_init(cpu(), nullptr)) };
+    const auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(cpu()), "ggml_backend_set_n_threads");
+    set_n_threads(context->cpu.get(), 1);
+    return new ggml_backend{ guid(), backend_i, dev, context };
+}
+
+// ---- device
+
+const ggml_backend_device_i device_i = {
+    /* .get_name             = */ [](ggml_backend_dev_t) { return "LATE0"; },
+    /* .get_description      = */ [](ggml_backend_dev_t) { return "a late CPU"; },
+    /* .get_memory           = */
+    [](ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = 4ull << 30; },
+    /* .get_type             = */ [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; },
+    /* .get_props            = */
+    [](ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+        props->name        = ggml_backend_dev_name(dev);
+        props->description = ggml_backend_dev_description(dev);
+        props->type        = GGML_BACKEND_DEVICE_TYPE_GPU;
+        props->device_id   = "0000:00:00.0";
+        ggml_backend_dev_memory(dev, &props->memory_free, &props->memory_total);
+        props->caps = {
+            /* .async = */ true,
+            /* .host_buffer = */ false,
+            /* .buffer_from_host_ptr = */ false,
+            /* .events = */ true,
+        };
+    },
+    /* .init_backend         = */ backend_new,
+    /* .get_buffer_type      = */ [](ggml_backend_dev_t) { return &buft; },
+    /* .get_host_buffer_type = */ nullptr,
+    /* .buffer_from_host_ptr = */ nullptr,
+    /* .supports_op          = */
+    [](ggml_backend_dev_t, const ggml_tensor * op) { return ggml_backend_dev_supports_op(cpu(), op); },
+    /* .supports_buft        = */ [](ggml_backend_dev_t, ggml_backend_buffer_type_t its) { return its == &buft; },
+    /* .offload_op           = */ nullptr,
+    /* .event_new            = */
+    [](ggml_backend_dev_t dev) { return new ggml_backend_event{ dev, new event }; },
+    /* .event_free           = */
+    [](ggml_backend_dev_t, ggml_backend_event_t its) {
+        delete (event *) its->context;
+        delete its;
+    },
+    /* .event_synchronize    = */
+    [](ggml_backend_dev_t, ggml_backend_event_t its) {
+        event & of = *(event *) its->context;
+        of.await(of.now(false));
+    },
+};
+
+ggml_backend_reg reg = {
+    /* .api_version = */ GGML_BACKEND_API_VERSION,
+    /* .iface       = */
+    {
+        /* .get_name         = */ [](ggml_backend_reg_t) { return "LATE"; },
+        /* .get_device_count = */ [](ggml_backend_reg_t) { return (size_t) 1; },
+        /* .get_device       = */ [](ggml_backend_reg_t, size_t) -> ggml_backend_dev_t { return the_device(); },
+        /* .get_proc_address = */ [](ggml_backend_reg_t, const char *) -> void * { return nullptr; },
+    },
+    /* .context     = */ nullptr,
+};
+
+ggml_backend_device * the_device() {
+    static ggml_backend_device device = { device_i, &reg, nullptr };
+    buft.device                       = &device;
+    return &device;
+}
+
+} // namespace
+
+// ---- link
+
+struct rotary_link {
+    stream           queue{ 2 };
+    std::minstd_rand chance{ 3 };
+    std::string      text;
+    long             n_asked = 0;
+
+    bool ask(std::function<void()> what) {
+        const long fail = knob("LATE_FAIL");
+        n_asked         = fail > 0 ? n_asked + 1 : 0;
+        if (fail > 0 && n_asked == fail) {
+            text = "the link is broken";
+            return false;
+        }
+        queue.put(std::move(what));
+        return true;
+    }
+};
+
+static void * link_lock(rotary_link * link, void * memory, size_t, rotary_lock how) {
+    const char *      text   = getenv("LATE_LOCK");
+    const std::string refuse = text != nullptr ? text : "";
+    if (refuse == "none" || refuse == "new" || (refuse == "default" && how == ROTARY_LOCK_READ_ONLY)) {
+        link->text = "operation not supported";
+        return nullptr;
+    }
+    return memory;
+}
+
+static void * link_host_new(rotary_link * link, size_t bytes, void ** on_device) {
+    const char * text = getenv("LATE_LOCK");
+    if (text != nullptr && strcmp(text, "none") == 0) {
+        link->text = "out of memory";
+        return nullptr;
+    }
+    return *on_device = malloc(bytes);
+}
+
+static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup) {
+    return link->ask([link, its = *lookup] {
+        rotary_page_resolve(rotary_page_alone{}, its.table, its.ids, its.slot_ids);
+        std::vector<rotary_page> pages(its.table.pages, its.table.pages + its.table.state->n_pages);
+        std::shuffle(pages.begin(), pages.end(), link->chance);
+        for (const rotary_page & page : pages) {
+            for (int32_t i = 0; i < its.n_tensors; i++) {
+                const rotary_link_tensor & tensor = its.tensors[i];
+                memcpy((char *) tensor.slots + tensor.slot_bytes * page.slot,
+                       (const char *) tensor.store + tensor.store_bytes * page.expert, tensor.store_bytes);
+            }
+        }
+    });
+}
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT const rotary_link_api * rotary_link_get(void) {
+    static const rotary_link_api api = {
+        /* .abi         = */ ROTARY_LINK_ABI,
+        /* .kind        = */ "LATE",
+        /* .open        = */ [](const char *, char *, size_t) { return new rotary_link; },
+        /* .close       = */ [](rotary_link * link) { delete link; },
+        /* .error       = */ [](const rotary_link * link) { return link->text.c_str(); },
+        /* .lock        = */ link_lock,
+        /* .unlock      = */ [](rotary_link *, void *) {},
+        /* .host_new    = */ link_host_new,
+        /* .host_free   = */ [](rotary_link *, void * memory) { free(memory); },
+        /* .wait        = */
+        [](rotary_link * link, void * its) {
+            link->queue.wait(*(event *) its);
+            return true;
+        },
+        /* .record      = */
+        [](rotary_link * link, void * its) {
+            link->queue.record(*(event *) its);
+            return true;
+        },
+        /* .copy        = */
+        [](rotary_link * link, void * to, const void * from, size_t bytes) {
+            return link->ask([to, from, bytes] { memcpy(to, from, bytes); });
+        },
+        /* .look_up     = */ link_look_up,
+        /* .synchronize = */
+        [](rotary_link * link) {
+            link->queue.synchronize();
+            return true;
+        },
+    };
+    return &api;
+}
+
+EXPORT ggml_backend_reg_t ggml_backend_init(void) {
+    return &reg;
+}

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: MIT
+"""Experts moved to a device beside its computation, on a device without hardware: late_device.cpp.
+
+It computes with the CPU backend's kernels, so logits are stock's bit for bit, unless something did not wait
+for what it needs: its streams run late, and by chance later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from paged import apart, assert_equal, make, paged_trace
+from tracing import trace
+
+from rotary_llamacpp import _native, activate, deactivate, pinned
+
+pytestmark = pytest.mark.model
+
+LONG = 60
+BATCHES = {"n_ubatch": 16}
+CPU = {"use_extra_bufts": False, **BATCHES}
+
+
+@pytest.fixture(scope="module")
+def late(native, tmp_path_factory):
+    """late_device.cpp, compiled against the installed llama.cpp: the environment of a process that has it."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        pytest.skip("no C++ compiler for late_device.cpp")
+    sdist = ROOT / "build" / "sdist" / f"llama_cpp_python-{pinned.LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
+    ggml = Path(os.environ.get("ROTARY_LLAMA_CPP_DIR", sdist)) / "ggml"
+    if not ggml.is_dir():
+        pytest.skip(f"{ggml}: no source of the pinned llama.cpp; run: make setup")
+    folder = tmp_path_factory.mktemp("late")
+    library = folder / "libggml-late.so"
+    # As our own library finds ggml: among what is loaded, by SONAMEs, for which empty libraries stand here.
+    major = pinned.GGML_VERSION.partition(".")[0]
+    for name in ("ggml", "ggml-base"):
+        soname = f"-Wl,-soname,lib{name}.so.{major}"
+        subprocess.run(
+            [compiler, "-shared", "-x", "c++", "/dev/null", soname, "-o", folder / f"lib{name}.so"],
+            check=True,
+        )
+    flags = ["-std=c++17", "-O2", "-g", "-Wall", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"]
+    defines = ["-DGGML_SHARED", "-DGGML_BACKEND_SHARED"]
+    includes = [f"-I{ROOT / 'native' / 'src'}", f"-isystem{ggml / 'include'}", f"-isystem{ggml / 'src'}"]
+    source = ROOT / "tests" / "late_device.cpp"
+    link = ["-Wl,--no-as-needed", f"-L{folder}", "-lggml", "-lggml-base"]
+    subprocess.run([compiler, *flags, *defines, *includes, source, "-o", library, *link], check=True)
+    return {"ROTARY_LINK": str(library), "LATE_US": "200"}
+
+
+def load_late():
+    """Make LATE0 known to ggml."""
+    llama = _native.libllama()
+    llama.ggml_backend_load.restype = ctypes.c_void_p
+    library = os.environ.get("LATE_DEVICE") or os.environ["ROTARY_LINK"]
+    assert llama.ggml_backend_load(library.encode()), "no LATE0"
+
+
+def run(model, configs, **options):
+    """For each config, and environment if it comes with one: logits and figures of a run."""
+    load_late()
+    found = []
+    for config in configs:
+        config = {"inner": "LATE0", **config}
+        environment = config.pop("environment", {})
+        os.environ.update(environment)
+        found.append(paged_trace(model, LONG, config, n_gpu_layers=-1, **{**BATCHES, **options}))
+        for name in environment:
+            del os.environ[name]
+    return found
+
+
+def run_in_batches(model, config, batches):
+    return run(model, [config], **batches)
+
+
+# ---- lookups on the device
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("test", {"type": "q8_0"}),
+        ("test", {"type": "q4_k_m"}),
+        ("test-gpt-oss", {"type": "mxfp4"}),
+        ("test-shared", {"type": "q4_0", "fused": True}),
+        ("test", {"type": "q4_0", "experts": 15, "layers": 3}),
+    ],
+    ids=["q8_0", "q4_k_m", "biases", "fused", "odd"],
+)
+def test_lookups_on_the_device(synthetic, stock_trace, late, shape, options):
+    model = synthetic(shape, **options)
+    stock = stock_trace(model, n_prompt=LONG, **CPU)
+    configs = [{"budget": budget} for budget in ("min", "50%", "100%")]
+    for config, (paged, stats) in zip(configs, apart(run, model, configs, environment=late), strict=True):
+        assert_equal(paged, stock)
+        assert stats["inner_device"] == "LATE0" and stats["notices"] == []
+        assert stats["locked_bytes"] >= stats["expert_bytes"]
+        if config["budget"] == "100%":
+            assert (stats["path"], stats["misses"]) == ("resident", 0)
+            continue
+        # 12 tokens are decoded, one lookup a layer each; the prompt's batches want more than there are slots.
+        assert stats["device_lookups"] == 12 * stats["n_layers"] < stats["lookups"]
+        assert stats["waits"] == stats["lookups"] - stats["device_lookups"], "no wait for those"
+        assert stats["hits"] + stats["misses"] == stats["requests"] and stats["misses"] > 0
+        assert stats["bytes_paged"] > 0 and stats["evictions"] > 0
+
+
+def test_the_same_figures_as_the_hosts(synthetic, late):
+    # The device's page table decides as the host's slot table does: the same hits, misses and evictions.
+    model = synthetic(type="q8_0")
+    configs = [{"budget": "50%"}, {"budget": "50%", "pin": "off"}]
+    (_, device), (_, host) = apart(run, model, configs, environment=late)
+    assert device["device_lookups"] > 0 == host["device_lookups"]
+    for figure in ("lookups", "requests", "hits", "misses", "evictions", "bytes_paged"):
+        assert device[figure] == host[figure], figure
+    same = [{**layer, "device_lookups": 0} for layer in device["layers"]]
+    assert same == [{**layer, "device_lookups": 0} for layer in host["layers"]]
+
+
+# ---- where host memory cannot be locked
+
+
+@pytest.mark.parametrize("budget", ["min", "50%"])
+def test_ways_of_locking(synthetic, stock_trace, late, budget):
+    model = synthetic(type="q4_0")
+    stock = stock_trace(model, n_prompt=LONG, **CPU)
+    ways = {
+        "default": ({"environment": {"LATE_LOCK": "default"}}, None),
+        "copy": ({"environment": {"LATE_LOCK": "new"}, "pin": "on"}, None),
+        "ring": ({"environment": {"LATE_LOCK": "new"}}, "pass through"),
+        "asked": ({"pin": "off"}, 'pin is "off"'),
+        "none": (
+            {"environment": {"LATE_LOCK": "none"}},
+            "waits for each layer: no memory can be page-locked",
+        ),
+        "no link": ({"environment": {"ROTARY_LINK": "/nowhere/link.so"}}, "/nowhere/link.so"),
+    }
+    configs = [{"budget": budget, **config} for config, _ in ways.values()]
+    environment = {**late, "LATE_DEVICE": late["ROTARY_LINK"]}
+    results = apart(run, model, configs, environment=environment)
+    for (way, (_, notice)), (paged, stats) in zip(ways.items(), results, strict=True):
+        assert_equal(paged, stock)
+        assert (stats["device_lookups"] > 0) == (notice is None), way
+        if notice is None:
+            assert stats["notices"] == [], way
+            assert stats["locked_bytes"] >= stats["expert_bytes"]
+        else:
+            assert len(stats["notices"]) == 1 and notice in stats["notices"][0], (way, stats["notices"])
+            assert stats["locked_bytes"] < stats["expert_bytes"] or way in ("ring", "asked")
+
+
+def test_blocks_of_the_ring_are_used_again(synthetic, stock_trace, late):
+    # Batches of 4 tokens want about 10 of 14 slots: three tensors' pieces, more than the ring has blocks.
+    model = synthetic(type="q4_0")
+    batches = {"n_ubatch": 4}
+    [(paged, stats)] = apart(
+        run_in_batches, model, {"budget": "14 slots", "pin": "off"}, batches, environment=late
+    )
+    assert_equal(paged, stock_trace(model, n_prompt=LONG, use_extra_bufts=False, **batches))
+    assert stats["path"] == "slots" and stats["waves"] == 0
+
+
+@pytest.mark.parametrize("lock", ["", "none"])
+def test_direct_store(synthetic, stock_trace, late, lock):
+    model = synthetic(type="q8_0")
+    configs = [{"budget": budget, "store": "direct"} for budget in ("min", "50%")]
+    for paged, stats in apart(run, model, configs, environment={**late, "LATE_LOCK": lock}):
+        assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
+        assert stats["store"] == "direct" and stats["bytes_read"] > 0 and stats["device_lookups"] == 0
+        assert (stats["notices"] != []) == (lock == "none")
+
+
+# ---- failing
+
+
+def run_with_failures(model, configs, starts):
+    """For each start: what a run gave in which the link fails then, and the logits of one after it."""
+    load_late()
+    found = []
+    for config in configs:
+        llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, **BATCHES)
+        for start in starts:
+            os.environ["LATE_FAIL"] = str(start)
+            try:
+                trace(llama, LONG, 12)
+                failed = "exact"
+            except Exception as error:  # whatever it is, it is looked at
+                failed = f"{type(error).__name__}: {error}"
+            del os.environ["LATE_FAIL"]
+            found.append((failed, trace(llama, LONG, 12)))
+        llama.close()
+    return found
+
+
+def test_failing_links(synthetic, stock_trace, late):
+    model = synthetic(type="q8_0", layers=2)
+    stock = stock_trace(model, n_prompt=LONG, **CPU)
+    configs = [{"budget": "50%"}, {"budget": "50%", "pin": "off"}]
+    found = apart(run_with_failures, model, configs, [1, 2], environment=late)
+    assert len(found) == 4
+    for failed, after in found:
+        assert "the link is broken" in failed and "LATE0" in failed, failed
+        assert_equal(after, stock)
+
+
+# ---- life
+
+
+def reopen(model):
+    """Runs after a change of budget, of a second context, of a second model, and of plain llama_cpp."""
+    import llama_cpp
+
+    load_late()
+    config = {"inner": "LATE0", "budget": "min"}
+    first = make(model, config, n_gpu_layers=-1, **BATCHES)
+    found = [trace(first, LONG, 12)]
+    first.rotary_set_budget("50%")
+    found.append(trace(first, LONG, 12))
+    second = make(model, config, n_gpu_layers=-1, **BATCHES)
+    found.append(trace(second, LONG, 12))
+    found.append(trace(first, LONG, 12))
+    first.close()
+    found.append(trace(second, LONG, 12))
+    second.close()
+    activate(config)
+    third = llama_cpp.Llama(
+        str(model), n_gpu_layers=-1, n_ctx=256, n_threads=1, n_threads_batch=1, logits_all=True,
+        verbose=False, **BATCHES,
+    )  # fmt: skip
+    found.append(trace(third, LONG, 12))
+    third.close()
+    deactivate()
+    return found
+
+
+def test_budgets_and_models_that_come_and_go(synthetic, stock_trace, late):
+    model = synthetic(type="q8_0", layers=3)
+    stock = stock_trace(model, n_prompt=LONG, **CPU)
+    found = apart(reopen, model, environment=late)
+    assert len(found) == 6
+    for paged in found:
+        assert_equal(paged, stock)
