@@ -117,9 +117,10 @@ def test_lookups_on_the_device(synthetic, stock_trace, late, shape, options):
 def test_the_same_figures_as_the_hosts(synthetic, late):
     # The device's page table decides as the host's slot table does: the same hits, misses and evictions.
     model = synthetic(type="q8_0")
-    configs = [{"budget": "50%"}, {"budget": "50%", "pin": "off"}]
+    configs = [{"budget": "50%"}, {"budget": "50%", "environment": {"ROTARY_DEVICE_LOOKUPS": "0"}}]
     (_, device), (_, host) = apart(run, model, configs, environment=late)
     assert device["device_lookups"] > 0 == host["device_lookups"]
+    assert device["notices"] == host["notices"] == []
     for figure in ("lookups", "requests", "hits", "misses", "evictions", "bytes_paged"):
         assert device[figure] == host[figure], figure
     same = [{**layer, "device_lookups": 0} for layer in device["layers"]]

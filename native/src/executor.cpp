@@ -18,7 +18,6 @@
 #include "device.hpp"
 #include "error.hpp"
 
-#include "ggml-alloc.h"
 #include "ggml-impl.h"
 
 #include <algorithm>
@@ -29,9 +28,13 @@ namespace rotary {
 
 executor::executor(ggml_backend_t inner) :
     inner_(inner), computed_(ggml_backend_event_new(ggml_backend_get_device(inner))),
-    paged_(ggml_backend_event_new(ggml_backend_get_device(inner))), filler_(inner), predictor_(inner) {}
+    paged_(ggml_backend_event_new(ggml_backend_get_device(inner))),
+    wave_{ ggml_backend_event_ptr(ggml_backend_event_new(ggml_backend_get_device(inner))),
+           ggml_backend_event_ptr(ggml_backend_event_new(ggml_backend_get_device(inner))) },
+    filler_(inner), predictor_(inner) {}
 
 executor::~executor() {
+    ggml_backend_synchronize(inner_);
     for (const std::weak_ptr<pool> & each : pools_) {
         if (const std::shared_ptr<pool> alive = each.lock()) {
             alive->forget(inner_);
@@ -213,6 +216,7 @@ void executor::restore() {
 void executor::read_ids(pool & pool, const ggml_tensor * ids) {
     const auto start = std::chrono::steady_clock::now();
     ggml_backend_synchronize(inner_);
+    in_flight_.clear();
     ids_raw_.resize(ggml_nbytes(ids));
     ggml_backend_tensor_get(ids, ids_raw_.data(), 0, ids_raw_.size());
     const auto waited = std::chrono::steady_clock::now() - start;

@@ -11,6 +11,7 @@
 #include "ggml-backend-impl.h"
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -30,9 +31,15 @@ class executor {
 
     // What one wave pages in and which (expert-used, token) rows of the lookup it computes.
     struct wave {
+        size_t                   n_experts = 0;
         std::vector<rotary_load> loads;
         std::vector<int32_t>     rows;  // k + t * n_expert_used
         std::vector<int32_t>     slots; // the slot of each row's expert
+    };
+
+    // Of a wave's rows: where their input is, their experts' slots, where their output goes.
+    struct wave_rows {
+        std::vector<int32_t> from, slots, to;
     };
 
     // The current lookup of a layer: its routing, resolved once for all tensors that share it.
@@ -71,6 +78,7 @@ class executor {
     void        plan_waves(const pool & pool, paged_layer & layer, const std::vector<int32_t> & order, size_t n_hits);
     ggml_status run_waves(pool & pool, ggml_tensor * node, paged_tensor & tensor);
     ggml_status run_wave(pool & pool, ggml_tensor * node, paged_tensor & tensor, const wave & its);
+    bool        wait_for_slots(pool & pool, size_t index);
     bool        worth_splitting(const pool & pool, const ggml_tensor * node) const;
     void        split_rows(const paged_layer & layer);
 
@@ -91,18 +99,20 @@ class executor {
     };
 
     ggml_backend_t                   inner_;
-    ggml_backend_event_ptr           computed_;                   // the inner backend has come so far
-    ggml_backend_event_ptr           paged_;                      // the link has come so far
+    ggml_backend_event_ptr           computed_; // the inner backend has come so far
+    ggml_backend_event_ptr           paged_;    // the link has come so far
+    ggml_backend_event_ptr           wave_[2];  // the inner backend has come so far, after every other wave
     bool                             resolved_on_device_ = false; // some lookup of this graph
     slot_filler                      filler_;
     predictor                        predictor_;
     experience                       experience_;
     std::vector<std::weak_ptr<pool>> pools_; // that this backend has run over
 
-    lookup               lookup_;
-    std::vector<int32_t> ids_; // [n_expert_used * n_tokens] of the current lookup, k fastest
-    std::vector<char>    ids_raw_;
-    std::vector<patched> patched_;
+    lookup                lookup_;
+    std::vector<int32_t>  ids_;       // [n_expert_used * n_tokens] of the current lookup, k fastest
+    std::vector<char>     ids_raw_;
+    std::deque<wave_rows> in_flight_; // of waves that the inner backend may not have taken yet
+    std::vector<patched>  patched_;
 
     // Segments keep their uid while llama.cpp runs the same graph again, so that captured graphs stay valid.
     std::vector<segment> segments_;

@@ -47,8 +47,8 @@ void slot_filler::work(ggml_tensor *, int, int, void * self) {
     }
 }
 
-// Enqueues: the inner backend's next graph waits for the copies, the host does not. What the inner backend reads of the
-// slots was waited for when the routing was read.
+// Enqueues: the inner backend's next graph waits for the copies, the host does not. That nothing reads these slots any more
+// is the caller's care.
 ggml_status slot_filler::copy_by_link(pool & pool) {
     link &                           side = *pool.side();
     std::vector<staging_ring::piece> pieces;
@@ -125,8 +125,11 @@ ggml_status slot_filler::fill(pool & pool, const std::vector<fill_job> & jobs) {
         const uint64_t    start  = now_us();
         const ggml_status status = copy_all(pool);
         if (pool.direct() != nullptr) {
-            if (graph_ == nullptr) {
-                ggml_backend_synchronize(inner_); // which waits for the link too; the staging area is reused
+            // The staging area is reused.
+            if (graph_ == nullptr && !pool.copies_by_link()) {
+                ggml_backend_synchronize(inner_);
+            } else if (graph_ == nullptr && !pool.side()->synchronize()) {
+                return GGML_STATUS_FAILED;
             }
             for (size_t i = 0; i < n; i++) {
                 pool.release(*jobs[done + i].tensor, jobs[done + i].expert);

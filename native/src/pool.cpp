@@ -9,7 +9,6 @@
 #include "inner.hpp"
 #include "memory.hpp"
 
-#include "ggml-alloc.h"
 #include "ggml-impl.h"
 
 #include <algorithm>
@@ -440,11 +439,32 @@ ggml_tensor * pool::slot_ids(paged_layer & layer, int64_t n_ids, int64_t n_token
     return ids;
 }
 
-ggml_gallocr_t pool::scratch() {
-    if (!scratch_) {
-        scratch_.reset(ggml_gallocr_new(ggml_backend_dev_buffer_type(inner_)));
+bool pool::place_in_scratch(ggml_backend_t user, std::initializer_list<ggml_tensor *> tensors) {
+    ggml_backend_buffer_type_t buft  = ggml_backend_dev_buffer_type(inner_);
+    const size_t               align = ggml_backend_buft_get_alignment(buft);
+    size_t                     bytes = align;
+    for (const ggml_tensor * each : tensors) {
+        bytes += GGML_PAD(ggml_backend_buft_get_alloc_size(buft, each), align);
     }
-    return scratch_.get();
+    if (!scratch_ || ggml_backend_buffer_get_size(scratch_.get()) < bytes) {
+        ggml_backend_synchronize(user); // its last wave may be in there
+        scratch_.reset();
+        scratch_.reset(ggml_backend_buft_alloc_buffer(buft, bytes));
+        const std::lock_guard<std::mutex> lock(counter_mutex_);
+        scratch_bytes_ = scratch_ ? bytes : 0;
+    }
+    if (!scratch_) {
+        return false;
+    }
+    auto at = (uintptr_t) ggml_backend_buffer_get_base(scratch_.get());
+    for (ggml_tensor * each : tensors) {
+        at = (at + align - 1) / align * align;
+        if (ggml_backend_tensor_alloc(scratch_.get(), each, (void *) at) != GGML_STATUS_SUCCESS) {
+            return false;
+        }
+        at += ggml_backend_buft_get_alloc_size(buft, each);
+    }
+    return true;
 }
 
 bool pool::use_from(ggml_backend_t backend) {

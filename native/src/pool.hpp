@@ -186,7 +186,6 @@ class pool {
     void         count_page(uint64_t us);
     void         count_prefetch(const rotary_stats & delta);
     void         count_reads();                    // take over what the direct store has counted
-    void         set_scratch_bytes(size_t bytes);
     void         notice(const std::string & text); // said once: logged as a warning and kept for rotary_pool_notice
     void         refresh(); // ask the device for its counters, unless a graph is being enqueued; takes `mutex`
     void         stats(rotary_stats & out) const;
@@ -194,11 +193,12 @@ class pool {
     void         reset_counters();
     const char * notice_text(int32_t index) const;
 
-    std::mutex     mutex;
-    pool_config    config;                                    // the budget changes between graphs only
-    bool           inner_is_host() const { return inner_is_host_; }
-    ggml_gallocr_t scratch();                                 // activations of the waves
-    uint64_t       generation() const { return generation_; } // changes whenever slots or ids move
+    std::mutex  mutex;
+    pool_config config; // the budget changes between graphs only
+    bool        inner_is_host() const { return inner_is_host_; }
+    // Activations of a wave: memory of the inner device for these tensors, the last wave's once more.
+    bool     place_in_scratch(ggml_backend_t user, std::initializer_list<ggml_tensor *> tensors);
+    uint64_t generation() const { return generation_; } // changes whenever slots or ids move
 
   private:
     void    build_layers();
@@ -269,7 +269,7 @@ class pool {
     ggml_context_ptr                     ids_context_;
     ggml_backend_buffer_ptr              ids_buffer_;
     int64_t                              ids_capacity_ = 0; // elements for each layer
-    ggml_gallocr_ptr                     scratch_;
+    ggml_backend_buffer_ptr              scratch_;
     std::vector<ggml_backend_t>          users_;
     uint64_t                             generation_ = 0;
 

@@ -63,11 +63,6 @@ void pool::count_reads() {
     totals_.prefetched                 = its.prefetched;
 }
 
-void pool::set_scratch_bytes(size_t bytes) {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    scratch_bytes_ = bytes;
-}
-
 void pool::notice(const std::string & text) {
     {
         const std::lock_guard<std::mutex> lock(counter_mutex_);

@@ -13,6 +13,7 @@
 #include "ggml-impl.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <unistd.h>
 
@@ -138,9 +139,10 @@ static size_t padded(size_t bytes) {
 bool pool::allocate_tables() {
     tables_buffer_.reset();
     tables_context_.reset();
-    states_   = {};
-    n_states_ = 0;
-    if (!link_) {
+    states_            = {};
+    n_states_          = 0;
+    const char * asked = getenv("ROTARY_DEVICE_LOOKUPS"); // 0: the host resolves, for comparison
+    if (!link_ || (asked != nullptr && strcmp(asked, "0") == 0)) {
         return true;
     }
     size_t bytes = padded(sizeof(rotary_page_state) * layers_.size());
