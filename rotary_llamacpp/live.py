@@ -54,13 +54,16 @@ class Live(Watcher):
         self._bar: tqdm | None = None
         self._phase_over = threading.Event()
         self._thread: threading.Thread | None = None
-        logging.getLogger("rotary_llamacpp").addFilter(self._make_way)
+        self._drawing = threading.RLock()  # a handler may log itself
+        self._logger = logging.getLogger("rotary_llamacpp")
+        self._handle = self._logger.handle
+        self._logger.handle = self._make_way  # type: ignore[method-assign]
         self._start("loading", lambda seconds: (self._loaded, []))
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._stop()
-        logging.getLogger("rotary_llamacpp").removeFilter(self._make_way)
+        del self._logger.handle  # the class has it again
         self._out.close()
 
     # ---- phases
@@ -113,28 +116,31 @@ class Live(Watcher):
     def _draw(self, name: str, progress: Callable[[float], _Progress]) -> None:
         start = time.time()
         while not self._phase_over.wait(_INTERVAL_SECONDS):  # a shorter phase shows nothing
-            done, parts = progress(time.time() - start)
-            if self._bar is None:
-                form = (
-                    "{desc}: {elapsed}{postfix}"
-                    if done is None
-                    else "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
-                )
-                self._bar = tqdm(
-                    desc=name, total=1, bar_format=form, file=self._out, leave=False, dynamic_ncols=True
-                )
-                self._bar.start_t = start
-            self._bar.n = done or 0
-            self._bar.set_postfix_str(", ".join(parts))
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+            done, parts = progress(time.time() - start)  # may log, so not under the lock
+            with self._drawing:
+                if self._bar is None:
+                    form = (
+                        "{desc}: {elapsed}{postfix}"
+                        if done is None
+                        else "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+                    )
+                    self._bar = tqdm(
+                        desc=name, total=1, bar_format=form, file=self._out, leave=False, dynamic_ncols=True
+                    )
+                    self._bar.start_t = start
+                self._bar.n = done or 0
+                self._bar.set_postfix_str(", ".join(parts))
+        with self._drawing:
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
 
-    def _make_way(self, _: logging.LogRecord) -> bool:
-        """As a filter of our logger: what it prints begins on a clear line."""
-        if (bar := self._bar) is not None:
-            bar.clear()
-        return True
+    def _make_way(self, record: logging.LogRecord) -> None:
+        """Our logger's `handle` meanwhile: a line begins on a clear one, and nothing is drawn over it."""
+        with self._drawing:
+            if self._bar is not None:
+                self._bar.clear()
+            self._handle(record)
 
 
 class Figures:

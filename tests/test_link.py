@@ -180,6 +180,33 @@ def test_direct_store(synthetic, stock_trace, late, lock):
         assert (stats["notices"] != []) == (lock == "none")
 
 
+# ---- the link to CUDA devices
+
+
+def test_the_cuda_link_without_a_gpu(native):
+    # Built, loadable, of this version, and with a reason where there is no such device.
+    library = _native.library_path().with_name("libggml-rotary-cuda.so")
+    if not library.is_file():
+        pytest.skip("built without nvcc")
+    loaded = ctypes.CDLL(str(library))
+    loaded.rotary_link_get.restype = ctypes.POINTER(Api)
+    api = loaded.rotary_link_get().contents
+    assert (api.abi, api.kind) == (1, b"CUDA")
+    reason = ctypes.create_string_buffer(256)
+    assert not api.open(b"ffff:ff:1f.0", reason, 256)
+    assert reason.value.startswith(b"cudaDeviceGetByPCIBusId: "), reason.value
+
+
+class Api(ctypes.Structure):
+    """The beginning of link.h's rotary_link_api."""
+
+    _fields_ = (
+        ("abi", ctypes.c_int32),
+        ("kind", ctypes.c_char_p),
+        ("open", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)),
+    )
+
+
 # ---- failing
 
 

@@ -164,8 +164,8 @@ int32_t pool::prepare() {
     const bool                    automatic = config.wanted.what == budget::kind::automatic;
     const uint64_t                free      = free_bytes();
     uint64_t                      bytes     = budget_bytes(config.wanted, sizes, free);
-    if (automatic && direct_ && inner_is_host_) {
-        bytes = std::max(bytes, budget_min_bytes(sizes)); // all that there is, and follow_memory() will see
+    if (automatic && (direct_ || !inner_is_host_)) {
+        bytes = std::max(bytes, budget_min_bytes(sizes)); // out of the margin, rather than none
     }
     while (true) {
         const std::vector<int32_t> n_slots = budget_slots(bytes, sizes);

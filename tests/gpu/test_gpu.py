@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""Paging to a CUDA device, against the same model resident there. Skipped without one.
+
+Decode runs the same kernels on the same shapes, so its logits are equal to the bit. A prompt in waves
+multiplies fewer rows at a time, for which ggml-cuda chooses other kernels: those logits agree to NMSE 1e-4,
+and in the token that is chosen but for one in a hundred.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from paged import apart
+from tracing import OPTIONS, prompt_tokens
+
+np = pytest.importorskip("numpy")
+
+pytestmark = [pytest.mark.gpu, pytest.mark.model]
+
+N_PROMPT, N_DECODE, N_EXPERT = 48, 24, 16
+MODEL = {"type": "q4_0", "embd": 512, "ff": 512}
+HERE = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "gpu"), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def card():
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        found = ""
+    if "GPU 0" not in found:
+        pytest.skip("no NVIDIA GPU")
+
+
+def run(model, configs, one_by_one, options):
+    """For each config of ``rotary``: the logits of a prompt and of fixed tokens after it, and the figures."""
+    from rotary_llamacpp import Llama
+
+    found = []
+    for config in configs:
+        environment = config.pop("environment", {}) if config else {}
+        os.environ.update(environment)
+        llama = Llama(str(model), rotary=config, n_gpu_layers=-1, **{**OPTIONS, "n_ctx": 512, **options})
+        tokens = prompt_tokens(llama.n_vocab(), N_PROMPT + N_DECODE)
+        split = 1 if one_by_one else N_PROMPT
+        llama.eval(tokens[:split])
+        for token in tokens[split:]:
+            llama.eval([token])
+        found.append((llama.scores[: len(tokens)].copy(), llama.rotary_stats()))
+        llama.close()
+        for name in environment:
+            del os.environ[name]
+    return found
+
+
+def nmse(found, expected):
+    return float(((found - expected) ** 2).sum() / (expected**2).sum())
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0", "q4_k_m", "f16"])
+def test_decode_is_equal_to_resident(native, synthetic, kind):
+    model = synthetic("test", **{**MODEL, "type": kind})
+    budgets = [{"budget": budget} for budget in ("min", "50%", "100%")]
+    host = {"budget": "50%", "environment": {"ROTARY_DEVICE_LOOKUPS": "0"}}
+    (resident, _), *paged = apart(
+        run, model, [None, *budgets, host, {"budget": "50%", "pin": "off"}], True, {}
+    )
+    assert np.isfinite(resident).all() and resident.std() > 0.1
+    for (logits, stats), way in zip(paged, ["min", "50%", "100%", "host", "ring"], strict=True):
+        assert stats["inner_device"].startswith("CUDA"), way
+        assert (logits == resident).all(), (way, np.abs(logits - resident).max())
+        on_device = way in ("min", "50%")
+        assert (stats["device_lookups"] == stats["lookups"] > 0) == on_device, way
+        if way != "100%":
+            assert stats["misses"] > 0 and stats["hits"] + stats["misses"] == stats["requests"]
+    same = ("lookups", "requests", "hits", "misses", "evictions", "bytes_paged")
+    device, by_host = paged[1][1], paged[3][1]
+    assert {name: device[name] for name in same} == {name: by_host[name] for name in same}
+
+
+@pytest.mark.parametrize("budget", ["min", "50%"])
+def test_prompts_in_waves(native, synthetic, budget):
+    model = synthetic("test", **MODEL)
+    configs = [
+        None,
+        {"budget": budget},
+        {"budget": budget, "pin": "off"},
+        {"budget": budget, "store": "direct"},
+    ]
+    (resident, _), *paged = apart(run, model, configs, False, {"n_ubatch": 32}, environment=HERE)
+    for logits, stats in paged:
+        assert stats["waves"] > 0
+        assert nmse(logits, resident) < 1e-4
+        assert (logits.argmax(axis=1) == resident.argmax(axis=1)).mean() > 0.99
+
+
+def run_in_what_is_left(model, left):
+    """A run with "auto" where all but `left` bytes of the card's memory are taken; the figures."""
+    load_llama_cpp()
+    cuda = ctypes.CDLL(next(path for path in loaded_libraries() if "libcudart.so" in path))
+    free, total, taken = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p()
+    assert cuda.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)) == 0
+    assert cuda.cudaMalloc(ctypes.byref(taken), ctypes.c_size_t(free.value - left)) == 0
+    return run(model, [{"budget": "auto"}], True, {})
+
+
+def load_llama_cpp():
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+
+
+def loaded_libraries():
+    with open("/proc/self/maps") as maps:
+        return sorted({line.split()[-1] for line in maps if ".so" in line})
+
+
+def test_a_card_that_is_full(native, synthetic):
+    # The margin that "auto" leaves is larger than what there is: the least number of slots, rather than none.
+    model = synthetic("test", **{**MODEL, "experts": 64, "layers": 8})
+    [(logits, stats)] = apart(run_in_what_is_left, model, 600 << 20, environment=HERE)
+    assert np.isfinite(logits).all()
+    assert stats["path"] == "slots" and stats["slot_bytes"] < stats["expert_bytes"]
+
+
+def test_sanitizer(native, synthetic):
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not os.path.exists(tool):
+        pytest.skip("no compute-sanitizer")
+    model = synthetic("test", **{**MODEL, "layers": 2})
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tests' / 'gpu')]!r}\n"
+    code += f"import test_gpu; test_gpu.run({str(model)!r}, [{{'budget': '50%'}}], False, {{}})"
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
