@@ -164,7 +164,7 @@ class Library:
         self._check_abi()
         self._check_ggml()
         self._register()
-        self.default_inner = self.inner(0)
+        self.default_inner = [self.inner(device) for device in range(self.device_count())]
 
     def _check_abi(self) -> None:
         found = self.c.rotary_abi_version()
@@ -241,16 +241,21 @@ class Library:
         """ggml's name of a ROTARY device."""
         return self.text(self.c.rotary_device_name(device))
 
-    def device_for(self, inner: str | None) -> int:
-        """A ROTARY device over the inner device named, by default over the one chosen at load.
+    def devices_for(self, inner: str | None) -> list[int]:
+        """ROTARY devices over the inner devices named, comma separated; by default over those chosen at load.
 
         Raises
         ------
         DeviceError
             There is no such inner device, or every ROTARY device is in use over another one.
         """
-        wanted = inner or self.default_inner
-        devices = range(self.device_count())
+        chosen: list[int] = []
+        for wanted in inner.split(",") if inner else self.default_inner:
+            chosen.append(self._device_for(wanted.strip(), chosen))
+        return chosen
+
+    def _device_for(self, wanted: str, taken: list[int]) -> int:
+        devices = [device for device in range(self.device_count()) if device not in taken]
         for device in devices:
             if self.inner(device).lower() == wanted.lower():
                 return device
@@ -261,11 +266,15 @@ class Library:
                 if not in_use or device == devices[-1]:
                     self.check(status)
                     return device
-        raise AssertionError("unreachable: the library has at least one device")
+        raise DeviceError(
+            f"{wanted}: no ROTARY device is left for it, there are {self.device_count()}; set ROTARY_INNER "
+            "to all inner devices before the library is loaded"
+        )
 
-    def device_list(self, device: int) -> ctypes.Array[ctypes.c_void_p]:
-        """NULL-terminated list with one ROTARY device, for ``llama_model_params.devices``."""
-        return (ctypes.c_void_p * 2)(self.llama.ggml_backend_dev_by_name(self.name(device).encode()), None)
+    def device_list(self, devices: list[int]) -> ctypes.Array[ctypes.c_void_p]:
+        """NULL-terminated list of ROTARY devices, for ``llama_model_params.devices``."""
+        handles = [self.llama.ggml_backend_dev_by_name(self.name(device).encode()) for device in devices]
+        return (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
 
     def devices_without_rotary(self) -> ctypes.Array[ctypes.c_void_p]:
         """The list llama.cpp would choose by default if this library had not been loaded."""

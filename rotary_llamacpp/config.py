@@ -132,8 +132,8 @@ class RotaryConfig:
         token's experts), a share (``"25%"`` or ``0.25``), a size (``"8GiB"``), an int of bytes, or ``"16
         slots"`` per layer.
     inner : str, optional
-        ggml device that computes, ``"CPU"``, ``"CUDA0"``, ``"rpc://host:port"``; by default the first GPU,
-        else the CPU.
+        ggml device that computes, ``"CPU"``, ``"CUDA0"``, ``"rpc://host:port"``, or several, comma separated,
+        over which llama.cpp splits the layers; by default all GPUs, else the CPU. A budget in bytes is for all.
     repack : bool
         On the CPU, keep weights in its repacked layout as stock llama.cpp does; False is stock with
         ``use_extra_bufts=False``.

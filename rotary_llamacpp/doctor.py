@@ -124,7 +124,7 @@ def _memlock() -> Check:
         return Check("page-lock limit", OK, "unlimited")
     detail = f"{limit // MIB} MiB (RLIMIT_MEMLOCK)"
     lib = _native.loaded()
-    if lib is None or lib.default_inner == "CPU":
+    if lib is None or lib.default_inner == ["CPU"]:
         return Check("page-lock limit", OK, f"{detail}; the CPU inner device locks nothing")
     if limit < 256 * MIB:
         return Check(

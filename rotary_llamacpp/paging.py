@@ -26,6 +26,7 @@ from . import _native
 from .config import MIB, Budget, RotaryConfig
 from .errors import ModelError, RotaryError
 from .info import ModelInfo
+from .pools import Pools
 
 _construction = threading.RLock()
 _NOT_PAGED: dict[str, Any] = {
@@ -58,15 +59,14 @@ logger.addHandler(_DefaultHandler())
 
 
 class Paging:
-    """What one Llama object has of paging: its pool while the model lives, and the figures after that."""
+    """What one Llama object has of paging: its pools while the model lives, and the figures after that."""
 
     def __init__(self, rotary: Any, n_gpu_layers: int | None = None) -> None:
         self.rotary = rotary  # this and the next as given, for pickling
         self.given_n_gpu_layers = n_gpu_layers
         self.reason: str | None = None  # why nothing is paged
-        self.pool: _native.Pool | None = None
+        self.pools: Pools | None = None
         self.info: ModelInfo | None = None  # of a paged model
-        self.inner_device: str | None = None
         self.devices: ctypes.Array[ctypes.c_void_p] | None = None  # kept: model_params points at it
         self.no_repack = False
         self.notices: list[str] = []
@@ -82,7 +82,7 @@ class Paging:
     # ---- construction
 
     def open(self, model_path: str, config: RotaryConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Choose device and pool for the model; returns the arguments for stock's constructor."""
+        """Choose devices and pools for the model; returns the arguments for stock's constructor."""
         if kwargs.get("vocab_only"):
             return self.step_aside("vocab_only loads no weights", kwargs)
         info = ModelInfo.read(model_path)
@@ -92,23 +92,10 @@ class Paging:
         budget = Budget.parse(config.budget)
         budget.check(info, config.budget)
         lib = _native.load()
-        device = lib.device_for(config.inner or ("CPU" if self.given_n_gpu_layers == 0 else None))
-        self.pool = _native.Pool(
-            lib,
-            device,
-            budget=budget.text,
-            model=info.path.name,
-            repack=config.repack,
-            margin_bytes=config.margin_bytes,
-            direct=config.direct,
-            store=config.store,
-            prefetch=config.prefetch,
-            staging_bytes=config.staging_bytes,
-            pin=config.pin,
-        )
+        devices = lib.devices_for(config.inner or ("CPU" if self.given_n_gpu_layers == 0 else None))
+        self.pools = Pools(lib, devices, config, info.path.name)
         self.info = info
-        self.inner_device = lib.inner(device)
-        self.devices = lib.device_list(device)
+        self.devices = lib.device_list(devices)
         self.no_repack = not config.repack
         if kwargs.get("use_mlock"):
             self.notice(
@@ -135,17 +122,17 @@ class Paging:
         llama._stack.callback(self.close)
 
     def start(self, llama: Any, config: RotaryConfig) -> None:
-        """Size the pool now that the contexts exist, and say what was chosen."""
-        if self.pool is None:
+        """Size the pools now that the contexts exist, and say what was chosen."""
+        if self.pools is None:
             return
-        self.pool.prepare()
-        _raise_our_errors(llama._ctx, self.pool.lib)
+        self.pools.prepare()
+        _raise_our_errors(llama._ctx, self.pools.lib)
         llama._stack.callback(self.keep_last_figures)  # last on the stack, so first to run
         stats = self.stats()
         logger.log(
             logging.INFO if config.verbose else logging.DEBUG,
             "%s: experts paged on %s, budget %.1f of %.1f MiB, %d of %d slots per layer, store %s, path %s",
-            os.path.basename(llama.model_path), self.inner_device, stats["budget_bytes"] / MIB,
+            os.path.basename(llama.model_path), stats["inner_device"], stats["budget_bytes"] / MIB,
             stats["expert_bytes"] / MIB, stats["n_slots"], stats["n_expert"], stats["store"],
             stats["path"],
         )  # fmt: skip
@@ -159,27 +146,27 @@ class Paging:
     # ---- figures
 
     def keep_last_figures(self) -> None:
-        """Take the figures once more, then no longer: freeing the model empties the pool before it closes."""
+        """Take the figures once more, then no longer: freeing the model empties the pools before closing."""
         with self._lock:
             self._refresh()
             self._closing = True
 
     def _refresh(self) -> None:
         # While the interpreter ends, a model nobody closed is freed late: cffi may be gone by then.
-        if self.pool is None or self._closing or sys.is_finalizing():
+        if self.pools is None or self._closing or sys.is_finalizing():
             return
-        for text in self.pool.notices():
+        for text in self.pools.notices():
             self.notice(text)
-        figures = {name: value for name, value in self.pool.stats().items() if name in _NOT_PAGED}
+        figures = {name: value for name, value in self.pools.stats().items() if name in _NOT_PAGED}
         layers = [
             {**layer, "hit_rate": _ratio(layer["hits"], layer["requests"])}
-            for layer in self.pool.layer_stats()
+            for layer in self.pools.layer_stats()
         ]
         self._last = {
             **_NOT_PAGED,
             **figures,
             "active": True,
-            "inner_device": self.inner_device,
+            "inner_device": self.pools.inner_device,
             **_rates(figures),
             "repacked": bool(figures["repacked"]),
             "layers": layers,
@@ -199,28 +186,27 @@ class Paging:
     def set_budget(self, budget: str | int | float) -> None:
         """See `Llama.rotary_set_budget`."""
         with self._lock:
-            if self.pool is None or self.info is None:
+            if self.pools is None or self.info is None:
                 raise RotaryError(
                     f"budget {budget!r}: cannot be set, {self.reason or 'the model is closed'}; only a paged "
                     "model has one; load the model with rotary="
                 )
             parsed = Budget.parse(budget)
             parsed.check(self.info, budget)
-            self.pool.set_budget(parsed.text)
-            self.pool.prepare()
+            self.pools.set_budget(parsed)
 
     def reset(self) -> None:
         """Start counting anew."""
         with self._lock:
-            if self.pool is not None:
-                self.pool.reset_counters()
+            if self.pools is not None:
+                self.pools.reset_counters()
 
     def close(self) -> None:
-        """Drop the pool; the figures stay. Idempotent."""
+        """Drop the pools; the figures stay. Idempotent."""
         with self._lock:
-            pool, self.pool = self.pool, None
-            if pool is not None and not sys.is_finalizing():
-                pool.close()
+            pools, self.pools = self.pools, None
+            if pools is not None and not sys.is_finalizing():
+                pools.close()
 
     def state(self, stock_state: dict[str, Any]) -> dict[str, Any]:
         """Stock's pickling state with our argument, and with n_gpu_layers as the caller gave it."""

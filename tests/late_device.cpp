@@ -5,6 +5,7 @@
 // memory that it does not admit to be. Nothing waits for anything unless it is told to, so a missing event shows as a
 // wrong logit.
 //
+//   LATE_DEVICES=2 so many devices, LATE0 and LATE1; one by default
 //   LATE_US=300    the longest delay before each thing a stream does, in microseconds
 //   LATE_LOCK      none: no host memory can be page-locked; new: not where it is; default: not read-only
 //   LATE_FAIL=n    the n-th thing asked of the link since this was set fails
@@ -113,7 +114,17 @@ class stream {
 
 // ---- buffers
 
-ggml_backend_device * the_device();
+// One device, and the type of its buffers; their contexts are it.
+struct late {
+    const char *             name;
+    const char *             id;
+    ggml_backend_device      device;
+    ggml_backend_buffer_type buft;
+};
+
+template <typename T> late & late_of(T * its) {
+    return *(late *) its->context;
+}
 
 ggml_backend_dev_t cpu() {
     return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
@@ -143,22 +154,18 @@ const ggml_backend_buffer_i buffer_i = {
     /* .reset         = */ nullptr,
 };
 
-ggml_backend_buffer_type buft = {
-    /* .iface   = */ {
-        /* .get_name       = */ [](ggml_backend_buffer_type_t) { return "LATE0"; },
-        /* .alloc_buffer   = */
-        [](ggml_backend_buffer_type_t its, size_t size) {
-            void * memory = aligned_alloc(128, (size + 127) / 128 * 128 + 128);
-            memset(memory, 0xff, size); // NaN: what is read before it is written shows
-            return ggml_backend_buffer_init(its, buffer_i, memory, size);
-        },
-        /* .get_alignment  = */ [](ggml_backend_buffer_type_t) { return (size_t) 128; },
-        /* .get_max_size   = */ nullptr,
-        /* .get_alloc_size = */ nullptr,
-        /* .is_host        = */ nullptr,
+const ggml_backend_buffer_type_i buft_i = {
+    /* .get_name       = */ [](ggml_backend_buffer_type_t its) { return late_of(its).name; },
+    /* .alloc_buffer   = */
+    [](ggml_backend_buffer_type_t its, size_t size) {
+        void * memory = aligned_alloc(128, (size + 127) / 128 * 128 + 128);
+        memset(memory, 0xff, size); // NaN: what is read before it is written shows
+        return ggml_backend_buffer_init(its, buffer_i, memory, size);
     },
-    /* .device  = */ nullptr,
-    /* .context = */ nullptr,
+    /* .get_alignment  = */ [](ggml_backend_buffer_type_t) { return (size_t) 128; },
+    /* .get_max_size   = */ nullptr,
+    /* .get_alloc_size = */ nullptr,
+    /* .is_host        = */ nullptr,
 };
 
 // ---- backend
@@ -213,7 +220,7 @@ ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
 }
 
 const ggml_backend_i backend_i = {
-    /* .get_name            = */ [](ggml_backend_t) { return "LATE0"; },
+    /* .get_name            = */ [](ggml_backend_t backend) { return late_of(backend->device).name; },
     /* .free                = */
     [](ggml_backend_t backend) {
         delete &self(backend);
@@ -260,7 +267,7 @@ ggml_backend_t backend_new(ggml_backend_dev_t dev, const char *) {
 // ---- device
 
 const ggml_backend_device_i device_i = {
-    /* .get_name             = */ [](ggml_backend_dev_t) { return "LATE0"; },
+    /* .get_name             = */ [](ggml_backend_dev_t dev) { return late_of(dev).name; },
     /* .get_description      = */ [](ggml_backend_dev_t) { return "a late CPU"; },
     /* .get_memory           = */
     [](ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = 4ull << 30; },
@@ -270,7 +277,7 @@ const ggml_backend_device_i device_i = {
         props->name        = ggml_backend_dev_name(dev);
         props->description = ggml_backend_dev_description(dev);
         props->type        = GGML_BACKEND_DEVICE_TYPE_GPU;
-        props->device_id   = "0000:00:00.0";
+        props->device_id   = late_of(dev).id;
         ggml_backend_dev_memory(dev, &props->memory_free, &props->memory_total);
         props->caps = {
             /* .async = */ true,
@@ -280,12 +287,13 @@ const ggml_backend_device_i device_i = {
         };
     },
     /* .init_backend         = */ backend_new,
-    /* .get_buffer_type      = */ [](ggml_backend_dev_t) { return &buft; },
+    /* .get_buffer_type      = */ [](ggml_backend_dev_t dev) { return &late_of(dev).buft; },
     /* .get_host_buffer_type = */ nullptr,
     /* .buffer_from_host_ptr = */ nullptr,
     /* .supports_op          = */
     [](ggml_backend_dev_t, const ggml_tensor * op) { return ggml_backend_dev_supports_op(cpu(), op); },
-    /* .supports_buft        = */ [](ggml_backend_dev_t, ggml_backend_buffer_type_t its) { return its == &buft; },
+    /* .supports_buft        = */
+    [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t its) { return its == &late_of(dev).buft; },
     /* .offload_op           = */ nullptr,
     /* .event_new            = */
     [](ggml_backend_dev_t dev) { return new ggml_backend_event{ dev, new event }; },
@@ -301,22 +309,29 @@ const ggml_backend_device_i device_i = {
     },
 };
 
+ggml_backend_dev_t device_at(size_t index);
+
 ggml_backend_reg reg = {
     /* .api_version = */ GGML_BACKEND_API_VERSION,
     /* .iface       = */
     {
         /* .get_name         = */ [](ggml_backend_reg_t) { return "LATE"; },
-        /* .get_device_count = */ [](ggml_backend_reg_t) { return (size_t) 1; },
-        /* .get_device       = */ [](ggml_backend_reg_t, size_t) -> ggml_backend_dev_t { return the_device(); },
+        /* .get_device_count = */ [](ggml_backend_reg_t) { return (size_t) std::max(knob("LATE_DEVICES"), 1l); },
+        /* .get_device       = */ [](ggml_backend_reg_t, size_t index) { return device_at(index); },
         /* .get_proc_address = */ [](ggml_backend_reg_t, const char *) -> void * { return nullptr; },
     },
     /* .context     = */ nullptr,
 };
 
-ggml_backend_device * the_device() {
-    static ggml_backend_device device = { device_i, &reg, nullptr };
-    buft.device                       = &device;
-    return &device;
+ggml_backend_dev_t device_at(size_t index) {
+    static late all[] = {
+        { "LATE0", "0000:00:00.0", { device_i, &reg, nullptr }, { buft_i, nullptr, nullptr } },
+        { "LATE1", "0000:00:00.1", { device_i, &reg, nullptr }, { buft_i, nullptr, nullptr } },
+    };
+    late & its         = all[index];
+    its.device.context = its.buft.context = &its;
+    its.buft.device                       = &its.device;
+    return &its.device;
 }
 
 } // namespace

@@ -41,7 +41,7 @@ def test_plain_objects_are_paged(native, tiny_model):
         stats = llama.rotary_stats()
         assert stats["active"] and stats["n_slots"] == 8 and stats["requests"] > 0
         llama.close()
-        assert llama._rotary.pool is None and llama.rotary_stats() == stats
+        assert llama._rotary.pools is None and llama.rotary_stats() == stats
 
 
 def test_each_constructor_may_choose(native, tiny_model):
@@ -96,10 +96,10 @@ def test_objects_outlive_deactivation_and_older_ones_are_left_alone(native, tiny
     llama = ImportedBefore(str(tiny_model), **OPTIONS)
     deactivate()
     llama.create_completion("In the beginning", max_tokens=4)
-    pool = llama._rotary.pool
+    pool = llama._rotary.pools
     assert pool.stats()["requests"] > 0
     llama.close()
-    assert llama._rotary.pool is None
+    assert llama._rotary.pools is None
     plain = ImportedBefore(str(tiny_model), **OPTIONS)
     assert not hasattr(plain, "rotary_stats")
 

@@ -55,7 +55,7 @@ def test_memory(monkeypatch, available, verdict):
 )
 def test_page_lock_limit_matters_for_gpus_only(monkeypatch, limit, inner, verdict):
     monkeypatch.setattr(machine, "memlock_limit", lambda: limit)
-    monkeypatch.setattr(_native, "loaded", lambda: type("Loaded", (), {"default_inner": inner}))
+    monkeypatch.setattr(_native, "loaded", lambda: type("Loaded", (), {"default_inner": [inner]}))
     assert doctor._memlock().verdict == verdict
 
 

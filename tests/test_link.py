@@ -19,6 +19,7 @@ from paged import apart, assert_equal, make, paged_trace
 from tracing import trace
 
 from rotary_llamacpp import _native, activate, deactivate, pinned
+from rotary_llamacpp.gguf_header import read_header
 
 pytestmark = pytest.mark.model
 
@@ -178,6 +179,45 @@ def test_direct_store(synthetic, stock_trace, late, lock):
         assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
         assert stats["store"] == "direct" and stats["bytes_read"] > 0 and stats["device_lookups"] == 0
         assert (stats["notices"] != []) == (lock == "none")
+
+
+# ---- several devices
+
+
+def run_on_all(model, configs):
+    """As `run`, but on what a user gets who names no device: those that were there when Rotary was loaded."""
+    load_late()
+    found = []
+    for config in configs:
+        found.append(paged_trace(model, LONG, config, n_gpu_layers=-1, **BATCHES))
+    return found
+
+
+def test_layers_split_over_devices(synthetic, stock_trace, late):
+    model = synthetic(type="q8_0", layers=5)
+    stock = stock_trace(model, n_prompt=LONG, **CPU)
+    n_bytes = read_header(model).n_bytes // 2
+    configs = [
+        {"budget": "50%"},
+        {"budget": n_bytes},
+        {"budget": "min", "store": "direct"},
+        {"budget": "min", "inner": "LATE1, LATE0"},
+        {"budget": "min", "inner": "LATE1"},
+    ]
+    results = apart(run_on_all, model, configs, environment={**late, "LATE_DEVICES": "2"})
+    for config, (paged, stats) in zip(configs, results, strict=True):
+        assert_equal(paged, stock)
+        default = config.get("inner") is None
+        assert stats["inner_device"] == ("LATE0, LATE1" if default else config["inner"])
+        assert [layer["il"] for layer in stats["layers"]] == list(range(5)) and stats["n_layers"] == 5
+        for name in ("requests", "hits", "misses", "lookups"):
+            assert stats[name] == sum(layer[name] for layer in stats["layers"]) > 0, name
+        assert (stats["device_lookups"] > 0) == (config.get("store") != "direct")
+        assert stats["notices"] == [] and stats["path"] == "slots"
+    budget = results[1][1]
+    assert n_bytes * 0.9 < budget["budget_bytes"] <= n_bytes + 2, "one budget for both"
+    slots = {layer["n_slots"] for layer in budget["layers"]}
+    assert max(slots) - min(slots) <= 1, "divided as the experts are"
 
 
 # ---- the link to CUDA devices

@@ -173,7 +173,7 @@ def test_close_frees_at_once_keeps_the_figures_and_is_idempotent(make):
     before = llama.rotary_stats()
     llama.close()
     assert llama.rotary_stats() == before
-    assert llama._rotary.pool is None
+    assert llama._rotary.pools is None
     llama.close()
     llama.rotary_reset_stats()
     assert llama.rotary_stats() == before
@@ -194,10 +194,10 @@ def test_figures_may_be_read_while_another_thread_closes(make):
 def test_dropping_the_object_closes_the_pool(make, tiny_model):
     llama = Llama(str(tiny_model), rotary="min", **OPTIONS)
     kept = llama._rotary
-    assert kept.pool is not None
+    assert kept.pools is not None
     del llama
     gc.collect()
-    assert kept.pool is None
+    assert kept.pools is None
 
 
 @pytest.mark.parametrize("off", [None, False, 0, "0", {"budget": 0}])
@@ -248,7 +248,7 @@ def test_says_it_on_stderr_when_logging_is_not_configured(tiny_model, native):
 
 def test_notices_are_warned_of_once_and_kept(make, caplog, monkeypatch):
     llama = make()
-    monkeypatch.setattr(llama._rotary.pool, "notices", lambda: ["x: something fell back"])
+    monkeypatch.setattr(llama._rotary.pools, "notices", lambda: ["x: something fell back"])
     with caplog.at_level(logging.WARNING, "rotary_llamacpp"):
         for _ in range(2):
             assert "x: something fell back" in llama.rotary_stats()["notices"]
@@ -310,7 +310,7 @@ def test_auto_falls_back_with_a_warning(tiny_model, monkeypatch, caplog):
         Llama(str(tiny_model), rotary=RotaryConfig(), **OPTIONS)
 
 
-@pytest.mark.parametrize("where", [(_native.Pool, "prepare"), (_native.Library, "device_for")])
+@pytest.mark.parametrize("where", [(_native.Pool, "prepare"), (_native.Library, "devices_for")])
 def test_auto_falls_back_when_there_is_no_room_or_no_device(native, tiny_model, where, monkeypatch, caplog):
     def refuse(*_):
         raise BudgetError("tiny-moe: no room left; 0 MiB; free some")
@@ -319,7 +319,7 @@ def test_auto_falls_back_when_there_is_no_room_or_no_device(native, tiny_model, 
     llama = Llama(str(tiny_model), **OPTIONS)
     stats = llama.rotary_stats()
     assert "no room left" in caplog.text and "no room left" in stats["reason"] and not stats["active"]
-    assert llama._rotary.pool is None
+    assert llama._rotary.pools is None
     assert greedy(llama)
     llama.close()
     with pytest.raises(BudgetError, match="no room left"):
@@ -453,7 +453,7 @@ def test_embeddings_and_chat_pass_through(make):
 
 def test_nothing_native_is_asked_while_the_interpreter_ends(make, monkeypatch):
     llama = make()
-    pool = llama._rotary.pool
+    pool = llama._rotary.pools
     with monkeypatch.context() as patch:
         patch.setattr(sys, "is_finalizing", lambda: True)
         patch.setattr(_native.Pool, "stats", lambda self: pytest.fail("cffi may be gone"))

@@ -132,16 +132,23 @@ def test_pinned_imports_nothing():
 def test_devices(native):
     assert native.device_count() >= 1
     assert native.name(0) == "ROTARY0"
-    assert native.device_for(None) == native.device_for(native.default_inner) == native.device_for("cpu") == 0
+    assert (
+        native.devices_for(None)
+        == native.devices_for(native.default_inner[0])
+        == native.devices_for("cpu")
+        == [0]
+    )
     with pytest.raises(DeviceError, match="NOSUCH0") as caught:
-        native.device_for("NOSUCH0")
-    assert native.default_inner in str(caught.value), "it names the devices there are"
-    assert native.inner(0) == native.default_inner, "a refusal changes nothing"
+        native.devices_for("NOSUCH0")
+    assert native.default_inner[0] in str(caught.value), "it names the devices there are"
+    assert [native.inner(0)] == native.default_inner, "a refusal changes nothing"
+    with pytest.raises(DeviceError, match="CPU: no ROTARY device is left for it, there are 1"):
+        native.devices_for("CPU, CPU")
 
 
 def test_an_error_is_not_printed_too(native, capfd):
     with pytest.raises(RotaryError):
-        native.device_for("NOSUCH0")
+        native.devices_for("NOSUCH0")
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
 
@@ -149,7 +156,7 @@ def test_an_error_is_not_printed_too(native, capfd):
 def test_list_without_our_devices(native):
     chosen = native.devices_without_rotary()
     assert chosen[len(chosen) - 1] is None, "NULL-terminated"
-    assert native.device_list(0)[0] not in list(chosen)
+    assert native.device_list([0])[0] not in list(chosen)
 
 
 def test_flags_and_memory_of_this_machine():

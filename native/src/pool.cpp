@@ -65,6 +65,10 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
         paged->file = weight_file::at(paged->data, paged->offset, no_direct_);
     }
     register_experts(*paged);
+    {
+        const std::lock_guard<std::mutex> counters(counter_mutex_);
+        totals_.expert_bytes += paged->expert_bytes * paged->ne[2];
+    }
     tensors_.push_back(std::move(paged));
 }
 
@@ -77,7 +81,11 @@ void pool::remove_owner(const void * owner) {
     }
     const auto gone = std::stable_partition(tensors_.begin(), tensors_.end(),
                                             [owner](const auto & tensor) { return tensor->owner != owner; });
-    std::for_each(gone, tensors_.end(), [](const auto & tensor) { forget_experts(*tensor); });
+    std::for_each(gone, tensors_.end(), [&](const auto & tensor) {
+        forget_experts(*tensor);
+        const std::lock_guard<std::mutex> counters(counter_mutex_);
+        totals_.expert_bytes -= tensor->expert_bytes * tensor->ne[2];
+    });
     tensors_.erase(gone, tensors_.end());
     detached_.erase(std::remove(detached_.begin(), detached_.end(), owner), detached_.end());
     if (tensors_.empty()) {
@@ -210,7 +218,6 @@ int32_t pool::prepare() {
         most_slot_bytes_ += layer->expert_bytes * layer->n_allocated;
     }
     totals_.min_budget_bytes = budget_min_bytes(sizes);
-    totals_.expert_bytes     = budget_all_bytes(sizes);
     return status_;
 }
 

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""The pools of one model, one for each device it is split over, as one.
+
+llama.cpp splits the layers; each device pages those it got. Figures are the sums over devices; a budget in
+bytes is for all of them, and divided as the experts are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from . import _native
+from .config import Budget, RotaryConfig
+
+# Of several devices' figures, what is not their sum.
+_LARGEST = ("n_expert", "n_expert_used", "repacked")
+_PATHS = ("slots", "mapped", "resident")  # the first that any device has says how the model runs
+
+
+class Pools:
+    """Open before the model is loaded; close after its buffers are gone.
+
+    Parameters
+    ----------
+    devices : list of int
+        Numbers of the ROTARY devices.
+    model : str
+        Name for messages.
+    """
+
+    def __init__(self, lib: _native.Library, devices: list[int], config: RotaryConfig, model: str) -> None:
+        self.lib = lib
+        self.inner_device = ", ".join(lib.inner(device) for device in devices)
+        self._budget = Budget.parse(config.budget)
+        self._pools: list[_native.Pool] = []
+        try:
+            for device in devices:
+                self._pools.append(
+                    _native.Pool(
+                        lib,
+                        device,
+                        budget=self._budget.text,
+                        model=model,
+                        repack=config.repack,
+                        margin_bytes=config.margin_bytes,
+                        direct=config.direct,
+                        store=config.store,
+                        prefetch=config.prefetch,
+                        staging_bytes=config.staging_bytes,
+                        pin=config.pin,
+                    )
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(self) -> None:
+        """Resolve the budget and allocate the slots. Call once the weights are loaded."""
+        if self._budget.kind == "bytes" and len(self._pools) > 1:
+            self._divide()
+        for pool in self._pools:
+            pool.prepare()
+
+    def set_budget(self, budget: Budget) -> None:
+        """Change the budget and allocate anew."""
+        self._budget = budget
+        for pool in self._pools:
+            pool.set_budget(budget.text)
+        self.prepare()
+
+    def _divide(self) -> None:
+        n_bytes = [pool.stats()["expert_bytes"] for pool in self._pools]
+        for pool, share in zip(self._pools, n_bytes, strict=True):
+            if share > 0:
+                pool.set_budget(str(math.ceil(self._budget.amount * share / sum(n_bytes))))
+
+    def stats(self) -> dict[str, Any]:
+        """As `_native.Pool.stats`, of all devices together."""
+        every = [stats for pool in self._pools if (stats := pool.stats())["n_layers"] > 0]
+        every = every or [self._pools[0].stats()]
+        if len(every) == 1:
+            return every[0]
+        merged: dict[str, Any] = {}
+        for name, value in every[0].items():
+            values = [stats[name] for stats in every]
+            if isinstance(value, str):
+                merged[name] = next((path for path in _PATHS if path in values), value)
+            elif name in _LARGEST:
+                merged[name] = max(values)
+            else:
+                merged[name] = min(values) if name == "n_slots" else sum(values)
+        return merged
+
+    def layer_stats(self) -> list[dict[str, Any]]:
+        """The figures of each paged layer, in the model's order."""
+        layers = [layer for pool in self._pools for layer in pool.layer_stats()]
+        return sorted(layers, key=lambda layer: layer["il"])
+
+    def notices(self) -> list[str]:
+        """Fallbacks and choices worth saying."""
+        return [text for pool in self._pools for text in pool.notices()]
+
+    def reset_counters(self) -> None:
+        """Start counting anew."""
+        for pool in self._pools:
+            pool.reset_counters()
+
+    def close(self) -> None:
+        """Drop the pools. Idempotent."""
+        for pool in self._pools:
+            pool.close()
