@@ -133,7 +133,7 @@ class RotaryConfig:
         slots"`` per layer.
     inner : str, optional
         ggml device that computes, ``"CPU"``, ``"CUDA0"``, ``"rpc://host:port"``, or several, comma separated,
-        over which llama.cpp splits the layers; by default all GPUs, else the CPU. A budget in bytes is for all.
+        over which llama.cpp splits the layers; by default all GPUs, else the CPU. A size is for all of them.
     repack : bool
         On the CPU, keep weights in its repacked layout as stock llama.cpp does; False is stock with
         ``use_extra_bufts=False``.

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from paged import apart, assert_equal, make, paged_trace
+from paged import Disk, apart, assert_equal, faulty_disk, make, paged_trace
 from tracing import trace
 
 from rotary_llamacpp import _native, activate, deactivate, pinned
+from rotary_llamacpp.errors import ReadError
 from rotary_llamacpp.gguf_header import read_header
 
 pytestmark = pytest.mark.model
@@ -179,6 +180,60 @@ def test_direct_store(synthetic, stock_trace, late, lock):
         assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
         assert stats["store"] == "direct" and stats["bytes_read"] > 0 and stats["device_lookups"] == 0
         assert (stats["notices"] != []) == (lock == "none")
+
+
+# ---- slots in RAM between the disk and the device's
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("pin", ["auto", "off"])
+def test_a_tier_in_ram(synthetic, stock_trace, late, prefetch, pin):
+    model = synthetic(type="q8_0")
+    least = 4 * sum(t.n_bytes for t in read_header(model).tensors if "_exps" in t.name) // 16
+    sizes = {"none": 1, "least": least, "half": 2 * least, "all": 1 << 30}
+    base = {"budget": "min", "store": "direct", "prefetch": prefetch, "pin": pin}
+    configs = [{**base, "environment": {"ROTARY_RAM": str(size)}} for size in sizes.values()]
+    results = dict(zip(sizes, apart(run, model, configs, environment=late), strict=True))
+    for size, (paged, stats) in results.items():
+        assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
+        assert (stats["ram_bytes"] > 0) == (stats["bytes_in_place"] > 0) == (size != "none"), size
+        assert 0 <= stats["ram_hits"] <= stats["misses"]
+        assert (stats["notices"] != []) == (pin == "off" and size != "none"), stats["notices"]
+    assert results["none"][1]["ram_hits"] == 0 < results["half"][1]["ram_hits"]
+    if not prefetch:
+        # The larger the tier, the less is read; what the prompt reads passes it by.
+        n_read = [stats["bytes_read"] for _, stats in results.values()]
+        assert n_read == sorted(n_read, reverse=True) and n_read[0] > n_read[-1]
+
+
+def fail_reads(model, starts):
+    """For each start: whether a run in which one read, or all, fail then was refused or exact; the next."""
+    load_late()
+    disk = Disk()
+    config = {"inner": "LATE0", "budget": "50%", "store": "direct"}
+    llama = make(model, config, n_gpu_layers=-1, **BATCHES)
+    stock = trace(llama, LONG, 12)
+    found = []
+    for start in starts:
+        disk.fail_next(1 if start % 2 else 1 << 20, after=start)
+        try:
+            kind = bool((trace(llama, LONG, 12)["logits"] == stock["logits"]).all())
+        except ReadError as error:
+            kind = str(error)
+        disk.mend()
+        found.append((kind, bool((trace(llama, LONG, 12)["logits"] == stock["logits"]).all())))
+    return stock, found
+
+
+def test_reads_into_ram_that_fail(synthetic, stock_trace, late, tmp_path):
+    model = synthetic(type="q8_0", layers=3)
+    environment = {**late, **faulty_disk(tmp_path), "ROTARY_IO": "threads", "LATE_US": "20"}
+    stock, found = apart(fail_reads, model, list(range(0, 90, 9)), environment=environment)
+    assert_equal(stock, stock_trace(model, n_prompt=LONG, **CPU))
+    assert all(after for _, after in found)
+    refused = [kind for kind, _ in found if isinstance(kind, str)]
+    assert refused and all("Input/output error" in kind for kind in refused)
+    assert all(kind for kind, _ in found), "neither refused nor exact"
 
 
 # ---- several devices

@@ -123,6 +123,7 @@ typedef struct rotary_stats {
     uint64_t expert_bytes;       // bytes of all paged experts
     uint64_t min_budget_bytes;   // one token's experts in every layer
     uint64_t staging_bytes;      // reads in flight and scratch of the waves
+    uint64_t ram_bytes;          // of slots in RAM in front of a GPU's; direct store
     uint64_t locked_bytes;       // page-locked host memory, the experts where they lie
     uint64_t resident_bytes;     // direct: mapped weights that are not experts, copied out of the page cache
     int32_t  n_layers;           // paged layers
@@ -151,6 +152,7 @@ typedef struct rotary_stats {
     // store direct
     uint64_t reads;              // requests to the kernel; neighbours in the file are one
     uint64_t bytes_read;
+    uint64_t ram_hits;           // misses of a GPU's slots that were in those in RAM
     uint64_t bytes_in_place;     // of bytes_read, read straight into slots: not copied
     uint64_t read_us;            // time with at least one read in flight
     uint64_t stall_us;           // time the computation waited for reads

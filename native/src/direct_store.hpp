@@ -73,8 +73,9 @@ class direct_store {
 
     // Parts at their place: whether one is on its way, how to wait until it is not, where it has landed (or NULL), and
     // how to forget that.
-    bool         in_flight(const paged_tensor & tensor, int32_t expert) const;
-    void         finish(const paged_tensor & tensor, int32_t expert);
+    bool knows(const paged_tensor & tensor, int32_t expert) const { return parts_.count({ &tensor, expert }) != 0; }
+    bool in_flight(const paged_tensor & tensor, int32_t expert) const;
+    void finish(const paged_tensor & tensor, int32_t expert);
     const char * landed_at(const paged_tensor & tensor, int32_t expert) const;
     void         drop(const paged_tensor & tensor, int32_t expert);
 

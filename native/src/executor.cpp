@@ -298,7 +298,7 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
         store->cancel_queued();
         store->notice();
         if (experts.size() + layer.table->reserved().size() > (size_t) n_slots) {
-            pool.settle(layer, true);
+            pool.settle(layer, true); // what has come too early must not be in the way
         }
     }
     const auto absent = std::stable_partition(experts.begin(), experts.end(),
@@ -381,24 +381,27 @@ void executor::ask_store(pool & pool, paged_layer & layer, const std::vector<int
     }
     look_back(pool, layer, experts);
     rotary_stats delta  = {};
-    const auto   demand = [&](const paged_tensor & tensor, const rotary_load & load) {
-        const bool                in_place = layer.in_place && lookup_.how == mode::slots;
-        const direct_store::found found =
-            store->demand(tensor, load.expert, in_place ? (char *) tensor.slot(load.slot).data : nullptr);
+    const auto   demand = [&](const paged_tensor & tensor, int32_t expert, char * place) {
+        const direct_store::found found = store->demand(tensor, expert, place);
         if (&tensor == lookup_.order[0] && found != direct_store::found::absent) {
             delta.prefetch_used++;
             const bool all = std::all_of(lookup_.order.begin(), lookup_.order.end(),
-                                         [&](const auto * each) { return store->landed(*each, load.expert); });
+                                         [&](const auto * each) { return store->landed(*each, expert); });
             delta.late_hits += !all;
         }
     };
+    const std::vector<int32_t> slots = pool.landing_slots(layer, lookup_.loads);
     for (const paged_tensor * tensor : lookup_.order) {
-        for (const rotary_load & load : lookup_.loads) {
-            demand(*tensor, load);
+        for (size_t i = 0; i < lookup_.loads.size(); i++) {
+            if (slots[i] != pool::in_ram) {
+                demand(*tensor, lookup_.loads[i].expert, slots[i] >= 0 ? tensor->landing_at(slots[i]) : nullptr);
+            }
         }
         for (const wave & each : lookup_.waves) {
             for (const rotary_load & load : each.loads) {
-                demand(*tensor, load);
+                if (!pool.fetchable(*tensor, load.expert) || store->knows(*tensor, load.expert)) {
+                    demand(*tensor, load.expert, nullptr);
+                }
             }
         }
     }

@@ -55,7 +55,7 @@ ggml_status slot_filler::copy_by_link(pool & pool) {
     for (const piece & each : pieces_) {
         const paged_tensor & tensor = *each.job->tensor;
         char *               to     = (char *) tensor.slot(each.job->slot).data;
-        if (pool.fetches_locked()) {
+        if (pool.is_locked(each.bytes)) {
             if (!side.copy(to, each.bytes, tensor.expert_bytes)) {
                 return GGML_STATUS_FAILED;
             }
@@ -66,7 +66,8 @@ ggml_status slot_filler::copy_by_link(pool & pool) {
                 { to + done, each.bytes + done, std::min(tensor.expert_bytes - done, staging_ring::block_bytes) });
         }
     }
-    if ((!pieces.empty() && !pool.ring()->copy(pieces)) || !side.record(copied_.get())) {
+    staging_ring * ring = pieces.empty() ? nullptr : pool.ring();
+    if ((!pieces.empty() && (ring == nullptr || !ring->copy(pieces))) || !side.record(copied_.get())) {
         return GGML_STATUS_FAILED;
     }
     ggml_backend_event_wait(inner_, copied_.get());

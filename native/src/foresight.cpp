@@ -172,8 +172,8 @@ void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * no
         }
         for (const paged_tensor * tensor : next.order) {
             for (const int32_t expert : experts) {
-                if (next.table->slot_of(expert) < 0) {
-                    store->prefetch(*tensor, expert, next.in_place && !all);
+                if (next.table->slot_of(expert) < 0 && (!next.ram || next.ram->slot_of(expert) < 0)) {
+                    store->prefetch(*tensor, expert, next.landing != nullptr && !all);
                 }
             }
         }

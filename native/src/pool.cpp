@@ -237,15 +237,14 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
         for (const paged_tensor * tensor : layer.tensors) {
             plain = plain && slot_buft(*tensor) == ggml_backend_dev_buffer_type(inner_);
         }
-        layer.host_plain  = plain && !direct_;
-        layer.path        = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
-        layer.table       = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
-        layer.n_allocated = n_allocated[i];
-        layer.in_place = plain && direct_ && std::all_of(layer.tensors.begin(), layer.tensors.end(), [](auto * each) {
-                             return each->expert_bytes % each->file->alignment() == 0;
-                         });
-        layer.stats    = {};
-        layer.stats.n_slots    = n_slots[i];
+        layer.host_plain    = plain && !direct_;
+        layer.path          = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
+        layer.table         = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
+        layer.n_allocated   = n_allocated[i];
+        const bool in_place = plain && direct_ && reads_whole_sectors(layer);
+        layer.landing       = in_place ? layer.table.get() : nullptr;
+        layer.stats         = {};
+        layer.stats.n_slots = n_slots[i];
         layer.stats.n_resident = all ? layer.n_expert : 0;
         repacked               = repacked || (inner_is_host_ && !plain);
         for (paged_tensor * tensor : layer.tensors) {
@@ -260,7 +259,7 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
             }
             tensor->slots = ggml_new_tensor_3d(ctx, tensor->type, tensor->ne[0], tensor->ne[1], n_allocated[i]);
             ggml_format_name(tensor->slots, "%s (slots)", tensor->name.c_str());
-            if (layer.in_place && tensor->offset % tensor->file->alignment() != 0) {
+            if (in_place && tensor->offset % tensor->file->alignment() != 0) {
                 // The first and the last sector of an expert hold bytes of its neighbours in the file.
                 tensor->slots->nb[2] += tensor->file->alignment();
                 tensor->slots->nb[3] = tensor->slots->nb[2] * n_allocated[i];
@@ -299,6 +298,7 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
             return last_status();
         }
     }
+    allocate_ram_tier();
     if (!allocate_tables()) {
         return fail(ROTARY_ERR_MEMORY, format("%s: no memory for page tables on %s; lower the budget",
                                               config.model.c_str(), ggml_backend_dev_name(inner_)));
@@ -310,9 +310,9 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
 
 // Slots at their parts' offset in the file modulo its alignment, with room for a sector around each tensor's slots.
 ggml_backend_buffer_t pool::allocate_in_place(ggml_backend_buffer_type_t buft) const {
-    std::vector<const paged_tensor *> placed;
-    size_t                            size     = 0;
-    const auto                        align_of = [&](const paged_tensor * tensor) {
+    std::vector<paged_tensor *> placed;
+    size_t                      size     = 0;
+    const auto                  align_of = [&](const paged_tensor * tensor) {
         return std::max(tensor->file->alignment(), ggml_backend_buft_get_alignment(buft));
     };
     for (const auto & tensor : tensors_) {
@@ -324,10 +324,12 @@ ggml_backend_buffer_t pool::allocate_in_place(ggml_backend_buffer_type_t buft) c
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(buft, size);
     if (buffer != nullptr) {
         auto at = (uintptr_t) ggml_backend_buffer_get_base(buffer);
-        for (const paged_tensor * tensor : placed) {
+        for (paged_tensor * tensor : placed) {
             const size_t align = align_of(tensor);
             at                 = (at + align - 1) / align * align + tensor->offset % tensor->file->alignment();
             ggml_backend_tensor_alloc(buffer, tensor->slots, (void *) at);
+            tensor->landing       = (char *) at;
+            tensor->landing_bytes = tensor->slots->nb[2];
             at += tensor->slots->nb[3] + align;
         }
     }
@@ -366,6 +368,9 @@ void pool::forget_slots() {
             layer->table->clear();
             layer->table_on_device = false;
         }
+        if (layer->ram) {
+            layer->ram->clear();
+        }
     }
 }
 
@@ -382,7 +387,7 @@ void pool::release() {
     for (ggml_backend_t user : users_) {
         ggml_backend_synchronize(user);
     }
-    if (n_states_ > 0 && link_->synchronize()) {
+    if (link_ && link_->synchronize() && n_states_ > 0) {
         read_states();
     }
     const char * print = getenv("ROTARY_STATS");
@@ -396,6 +401,8 @@ void pool::release() {
     tables_buffer_.reset();
     tables_context_.reset();
     n_states_ = 0;
+    ram_.reset();
+    ram_bytes_ = 0;
     ids_buffer_.reset();
     ids_context_.reset();
     ids_capacity_ = 0;

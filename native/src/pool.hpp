@@ -47,10 +47,15 @@ struct paged_tensor {
     std::shared_ptr<weight_file> file; // that `data` is mapped from, NULL if it is not
     uint64_t                     offset = 0; // of the first expert in it
 
+    char * landing       = nullptr;          // slot 0 of the layer's `landing` table
+    size_t landing_bytes = 0;                // from one slot of it to the next
+
     const char * locked    = nullptr; // the same bytes in page-locked memory, here or elsewhere; NULL if there are none
     const char * on_device = nullptr; // those as the inner device reads them itself
 
     const char * expert_data(int32_t expert) const { return (locked ? locked : data) + expert_bytes * expert; }
+
+    char * landing_at(int32_t slot) const { return landing + landing_bytes * slot; }
 
     // One slot as a tensor of its own: a repacking buffer takes whole tensors only.
     ggml_tensor slot(int32_t index) const {
@@ -71,9 +76,10 @@ struct paged_layer {
     std::vector<paged_tensor *> tensors;
     rotary_path                 path       = ROTARY_PATH_NONE;
     bool                        host_plain = false; // the inner device can compute from the store itself, exactly
-    bool                        in_place   = false; // experts can be read straight into the slots
     std::unique_ptr<slot_table> table;              // NULL unless path is SLOTS
-    int32_t                     n_allocated = 0;    // slots there is address space for; the table may use fewer
+    std::unique_ptr<slot_table> ram;                // of slots in RAM in front of the inner device's, if there are any
+    slot_table *                landing     = nullptr; // which of the two the direct store reads straight into, if any
+    int32_t                     n_allocated = 0;       // slots there is address space for; the table may use fewer
     rotary_layer_stats          stats       = {};
 
     paged_layer *               next = nullptr; // the layer that comes after this one in a graph
@@ -138,6 +144,11 @@ class pool {
     // its way stays so; with `wait`, nothing is afterwards.
     void settle(paged_layer & layer, bool wait);
 
+    // For each expert that is to be copied into the inner device's slots, where it is to be read to: a slot of the
+    // layer's `landing` table, or one of these. What is in RAM counts as used there.
+    static constexpr int32_t to_staging = -1, in_ram = -2;
+    std::vector<int32_t>     landing_slots(paged_layer & layer, const std::vector<rotary_load> & loads);
+
     // A weight's bytes for somebody who does not compute with them; false with this thread's error.
     bool copy_out(const ggml_tensor * weight, void * data, size_t offset, size_t size);
 
@@ -171,9 +182,9 @@ class pool {
 
     // ---- on an inner device with a link; where a layer's table is decides who resolves its next lookup
     rotary::link * side() const { return link_.get(); }
-    staging_ring * ring() const { return ring_.get(); }
-    bool           copies_by_link() const { return link_ && (ring_ || fetches_locked_); }
-    bool           fetches_locked() const { return fetches_locked_; } // what fetch() returns is page-locked
+    staging_ring * ring();                                // NULL, with this thread's error, if it cannot be had
+    bool           copies_by_link() const { return copies_by_link_; }
+    bool           is_locked(const char * fetched) const; // page-locked: the link copies it as it lies
     bool           resolves_on_device(const paged_layer & layer, int64_t n_ids) const;
     void           table_to_device(paged_layer & layer);
     bool           table_to_host(paged_layer & layer); // waits; false with this thread's error
@@ -183,6 +194,7 @@ class pool {
     // ---- figures
     void         count(paged_layer & layer, const rotary_layer_stats & delta);
     void         count_wait(uint64_t us);
+    void         count_ram_hits(uint64_t n);
     void         count_page(uint64_t us);
     void         count_prefetch(const rotary_stats & delta);
     void         count_reads();                    // take over what the direct store has counted
@@ -207,12 +219,14 @@ class pool {
 
     ggml_backend_buffer_t allocate_in_place(ggml_backend_buffer_type_t buft) const;
 
-    void     release();
-    uint64_t free_bytes() const;
-    uint64_t margin_bytes(uint64_t total) const;
-    char *   place_for(const paged_tensor & tensor, int32_t expert);
-    void     choose_store();
-    bool     open_direct();
+    void         release();
+    uint64_t     free_bytes() const;
+    uint64_t     margin_bytes(uint64_t total) const;
+    static bool  reads_whole_sectors(const paged_layer & layer);
+    const char * at_hand(const paged_tensor & tensor, int32_t expert) const;
+    char *       place_for(const paged_tensor & tensor, int32_t expert);
+    void         choose_store();
+    bool         open_direct();
 
     std::vector<memory_range> copied_weights(const paged_tensor & tensor) const;
 
@@ -221,6 +235,7 @@ class pool {
     void give_back(const paged_layer & layer, int32_t first, int32_t last);
 
     void open_link();
+    void allocate_ram_tier();
     bool lock_store(std::string & reason);
     bool allocate_tables();
     void take_over(paged_layer & layer, const rotary_page_state & state);
@@ -255,16 +270,19 @@ class pool {
     };
     std::shared_ptr<rotary::link> link_;
     std::unique_ptr<staging_ring> ring_;         // NULL where everything that is copied is page-locked
-    bool                          fetches_locked_ = false;
+    bool                          copies_by_link_ = false;
     link::locked                  staging_lock_; // of the direct store's
     std::vector<locked_range>     locked_;       // after the link: unlocked before it closes
     ggml_context_ptr              tables_context_;
     ggml_backend_buffer_ptr       tables_buffer_;
     ggml_tensor *                 tables_ = nullptr; // states of all layers, then page tables, as bytes
-    link::locked                  states_;           // the states as they last arrived
-    size_t                        n_states_ = 0;     // layers that have a table there
+    std::shared_ptr<char>         ram_;              // slots in RAM
+    size_t                        ram_bytes_  = 0;
+    bool                          ram_locked_ = false;
+    link::locked                  states_;          // the states as they last arrived
+    size_t                        n_states_ = 0;    // layers that have a table there
 
-    std::vector<ggml_context_ptr>        contexts_;  // of the slot tensors, one for each buffer type
+    std::vector<ggml_context_ptr>        contexts_; // of the slot tensors, one for each buffer type
     std::vector<ggml_backend_buffer_ptr> buffers_;
     ggml_context_ptr                     ids_context_;
     ggml_backend_buffer_ptr              ids_buffer_;

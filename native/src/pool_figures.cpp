@@ -32,6 +32,11 @@ void pool::count_wait(uint64_t us) {
     totals_.wait_us += us;
 }
 
+void pool::count_ram_hits(uint64_t n) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.ram_hits += n;
+}
+
 void pool::count_page(uint64_t us) {
     const std::lock_guard<std::mutex> lock(counter_mutex_);
     totals_.page_us += us;
@@ -86,6 +91,7 @@ void pool::stats(rotary_stats & out) const {
     out          = totals_;
     out.n_layers = (int32_t) layers_.size();
     out.staging_bytes += scratch_bytes_;
+    out.ram_bytes = ram_bytes_;
     out.n_notices = (int32_t) notices_.size();
     for (const auto & layer : layers_) {
         out.n_expert      = std::max(out.n_expert, layer->n_expert);
@@ -127,8 +133,8 @@ void pool::reset_counters() {
         layer->stats             = fresh;
     }
     rotary_stats & t = totals_;
-    t.device_lookups = t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read = t.bytes_in_place = t.read_us =
-        t.stall_us = t.shrinks = 0;
+    t.ram_hits = t.device_lookups = t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read = t.bytes_in_place =
+        t.read_us = t.stall_us = t.shrinks = 0;
     t.predicted = t.predicted_right = t.prefetched = t.prefetch_used = t.late_hits = 0;
     reset_direct_                                                                  = true;
 }

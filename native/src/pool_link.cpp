@@ -96,15 +96,16 @@ void pool::open_link() {
         }
         return;
     }
+    bool locked = false;
     if (direct_) {
         staging_lock_ =
             staging_lock_.memory ? staging_lock_ : link_->lock(direct_->staging(), direct_->staging_bytes());
-        fetches_locked_ = staging_lock_.memory != nullptr;
-        reason          = fetches_locked_ ? "" : link_->why();
+        locked = staging_lock_.memory != nullptr;
+        reason = locked ? "" : link_->why();
     } else {
-        fetches_locked_ = lock_store(reason);
+        locked = lock_store(reason);
     }
-    totals_.locked_bytes = direct_ && fetches_locked_ ? direct_->staging_bytes() : 0;
+    totals_.locked_bytes = direct_ && locked ? direct_->staging_bytes() : 0;
     for (const locked_range & range : locked_) {
         totals_.locked_bytes += range.end - range.begin;
         for (const auto & tensor : tensors_) {
@@ -114,19 +115,41 @@ void pool::open_link() {
             }
         }
     }
-    if (fetches_locked_) {
+    copies_by_link_ = true;
+    if (locked) {
         return;
     }
-    ring_ = std::make_unique<staging_ring>(link_, inner_);
-    if (!ring_->ok()) {
-        ring_.reset();
+    if (ring() == nullptr) {
+        copies_by_link_ = false;
         notice(format("%s: the host copies experts to %s and waits for each layer: no memory can be page-locked, %s",
                       config.model.c_str(), ggml_backend_dev_name(inner_), link_->why().c_str()));
         return;
     }
-    totals_.locked_bytes = staging_ring::block_bytes * staging_ring::n_blocks;
     notice(format("%s: experts are not page-locked but pass through %s that is, which costs the host's time: %s",
                   config.model.c_str(), mib(totals_.locked_bytes).c_str(), reason.c_str()));
+}
+
+staging_ring * pool::ring() {
+    if (!ring_) {
+        ring_ = std::make_unique<staging_ring>(link_, inner_);
+        if (!ring_->ok()) {
+            ring_.reset();
+            fail(ROTARY_ERR_MEMORY, format("%s: %s", ggml_backend_dev_name(inner_), link_->why().c_str()));
+            return nullptr;
+        }
+        totals_.locked_bytes += staging_ring::block_bytes * staging_ring::n_blocks;
+    }
+    return ring_.get();
+}
+
+bool pool::is_locked(const char * fetched) const {
+    if (!direct_) {
+        return !locked_.empty();
+    }
+    if (ram_ && fetched >= ram_.get() && fetched < ram_.get() + ram_bytes_) {
+        return ram_locked_;
+    }
+    return staging_lock_.memory != nullptr;
 }
 
 // ---- page tables

@@ -197,7 +197,28 @@ bool pool::open_direct() {
 // ---- bytes
 
 const char * pool::fetch(const paged_tensor & tensor, int32_t expert) {
-    return direct_ ? direct_->wait(tensor, expert) : tensor.expert_data(expert);
+    if (!direct_) {
+        return tensor.expert_data(expert);
+    }
+    if (const char * there = at_hand(tensor, expert)) {
+        return there;
+    }
+    const char *       bytes = direct_->wait(tensor, expert);
+    const slot_table * ram   = by_data_.at(tensor.data).layer->ram.get();
+    const int32_t      slot  = ram != nullptr && bytes != nullptr ? ram->slot_of(expert) : -1;
+    if (slot >= 0 && bytes != tensor.landing_at(slot)) {
+        // Read ahead into the staging area, before it had a slot.
+        memcpy(tensor.landing_at(slot), bytes, tensor.expert_bytes);
+        return tensor.landing_at(slot);
+    }
+    return bytes;
+}
+
+// Where an expert lies in RAM for good; NULL if it does not, or is still on its way there.
+const char * pool::at_hand(const paged_tensor & tensor, int32_t expert) const {
+    const slot_table * ram  = by_data_.at(tensor.data).layer->ram.get();
+    const int32_t      slot = ram != nullptr ? ram->slot_of(expert) : -1;
+    return slot >= 0 && !direct_->knows(tensor, expert) ? tensor.landing_at(slot) : nullptr;
 }
 
 bool pool::copy_out(const ggml_tensor * weight, void * data, size_t offset, size_t size) {
@@ -214,54 +235,12 @@ bool pool::copy_out(const ggml_tensor * weight, void * data, size_t offset, size
 }
 
 bool pool::fetchable(const paged_tensor & tensor, int32_t expert) const {
-    return !direct_ || direct_->landed(tensor, expert);
+    return !direct_ || direct_->landed(tensor, expert) || at_hand(tensor, expert) != nullptr;
 }
 
 void pool::release(const paged_tensor & tensor, int32_t expert) {
     if (direct_) {
         direct_->take(tensor, expert);
-    }
-}
-
-// ---- reading in place
-
-// A slot for an expert that is read ahead; NULL if it has to go through the staging area.
-char * pool::place_for(const paged_tensor & tensor, int32_t expert) {
-    paged_layer & layer = *by_data_.at(tensor.data).layer;
-    slot_table &  table = *layer.table;
-    int32_t       slot  = table.reserved_for(expert);
-    // A wrong guess costs a slot until its layer is looked up; no more of them than a token wants.
-    const int32_t most = std::min(layer.n_expert_used, (table.n_slots() - layer.n_expert_used) / 2);
-    if (slot < 0 && (int32_t) table.reserved().size() < most) {
-        std::vector<int32_t> keep;
-        for (const std::vector<guess> & guesses : layer.foretold) {
-            for (const guess & each : guesses) {
-                keep.push_back(each.expert);
-            }
-        }
-        slot = table.reserve(expert, keep);
-    }
-    return slot < 0 ? nullptr : (char *) tensor.slot(slot).data;
-}
-
-void pool::settle(paged_layer & layer, bool wait) {
-    const std::vector<int32_t> reserved = layer.table->reserved();
-    for (const int32_t expert : reserved) {
-        bool flying = false, whole = true;
-        for (const paged_tensor * tensor : layer.tensors) {
-            if (wait) {
-                direct_->finish(*tensor, expert);
-            }
-            flying = flying || direct_->in_flight(*tensor, expert);
-            whole  = whole && direct_->landed_at(*tensor, expert) != nullptr;
-        }
-        if (flying) {
-            continue;
-        }
-        for (const paged_tensor * tensor : layer.tensors) {
-            direct_->drop(*tensor, expert);
-        }
-        layer.table->end_reservation(expert, whole);
     }
 }
 
