@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
 // Pool: the paged experts of one model on one device. Knows where each expert's bytes are (the store, pool_store.cpp),
-// which layers they form and how the budget is divided (pool.cpp), what memory there is for it (pool_memory.cpp), and
-// what has happened (pool_figures.cpp). How a graph is run over them is executor.cpp.
+// which slots they are read straight into (pool_landing.cpp), which layers they form and how the budget is divided
+// (pool.cpp), the inner device's memory for them (pool_slots.cpp) and what memory there is (pool_memory.cpp), how they
+// get to a device with a link (pool_link.cpp), and what has happened (pool_figures.cpp). How a graph is run over them is
+// executor.cpp.
 //
 // Threading: `mutex` is held by whoever runs a graph over the pool or changes its layers or slots; `counter_mutex`
 // guards the counters and what rotary_pool_stats() shows, so that figures can be read while a graph runs.
