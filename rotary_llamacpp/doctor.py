@@ -59,6 +59,7 @@ def examine(model: str | None = None) -> Iterator[Check]:
         if lib is not None:
             for device in range(lib.device_count()):
                 yield Check("device", OK, f"{lib.name(device)} over {lib.inner(device)}")
+    yield _cuda_link()
     yield _memory()
     yield _memlock()
     yield _guarded("disk", lambda: _disk(model))
@@ -106,6 +107,18 @@ def _abi() -> Check:
     lib = _native.load()
     version, commit = lib.built_ggml()
     return Check("abi", OK, f"{_native.ABI_VERSION}, compiled against the loaded ggml {version} ({commit})")
+
+
+def _cuda_link() -> Check:
+    path = _native.library_path().with_name("libggml-rotary-cuda.so")
+    if path.is_file():
+        return Check("cuda paging", OK, "on")
+    lib = _native.loaded()
+    on_gpu = lib is not None and any(inner.startswith("CUDA") for inner in lib.default_inner)
+    detail = f"off: {path.name} was not built, nvcc was not found"
+    if on_gpu:
+        return Check("cuda paging", WARN, detail, "install the CUDA toolkit, then Rotary again")
+    return Check("cuda paging", OK, detail)
 
 
 def _memory() -> Check:

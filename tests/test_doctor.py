@@ -18,8 +18,8 @@ def test_this_machine(native, tiny_model):
     checks = by_name(doctor.examine(str(tiny_model)))
     assert [name for name, check in checks.items() if check.verdict == doctor.FAIL] == []
     assert set(checks) == {
-        "python", "llama.cpp", "llama-cpp-python", "native library", "abi", "device", "memory",
-        "page-lock limit", "disk",
+        "python", "llama.cpp", "llama-cpp-python", "native library", "abi", "device", "cuda paging",
+        "memory", "page-lock limit", "disk",
     }  # fmt: skip
     assert "ROTARY0 over" in checks["device"].detail
     assert "tiny-moe" in checks["disk"].detail
@@ -41,6 +41,18 @@ def test_llama_cpp_that_cannot_be_imported(tiny_model, monkeypatch, returncode, 
     checks = by_name(doctor.examine(str(tiny_model)))
     assert checks["llama.cpp"].verdict == doctor.FAIL and says in checks["llama.cpp"].detail
     assert "abi" not in checks, "what would crash here too is not tried"
+
+
+@pytest.mark.parametrize(
+    ("built", "inner", "verdict"), [(True, "CUDA0", "ok"), (False, "CUDA0", "warn"), (False, "CPU", "ok")]
+)
+def test_the_link_to_cuda_matters_for_its_gpus_only(monkeypatch, tmp_path, built, inner, verdict):
+    monkeypatch.setattr(_native, "library_path", lambda: tmp_path / "libggml-rotary.so")
+    monkeypatch.setattr(_native, "loaded", lambda: type("Loaded", (), {"default_inner": [inner]}))
+    if built:
+        (tmp_path / "libggml-rotary-cuda.so").touch()
+    check = doctor._cuda_link()
+    assert check.verdict == verdict and (check.detail == "on") == built
 
 
 @pytest.mark.parametrize(("available", "verdict"), [(None, "warn"), (100 << 20, "warn"), (64 << 30, "ok")])

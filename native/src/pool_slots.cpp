@@ -39,8 +39,8 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
         const bool in_place = plain && direct_ && reads_whole_sectors(layer);
         layer.landing       = in_place ? layer.table.get() : nullptr;
         layer.ram.reset();
-        layer.stats         = {};
-        layer.stats.n_slots = n_slots[i];
+        layer.stats            = {};
+        layer.stats.n_slots    = n_slots[i];
         layer.stats.n_resident = all ? layer.n_expert : 0;
         repacked               = repacked || (inner_is_host_ && !plain);
         for (paged_tensor * tensor : layer.tensors) {
