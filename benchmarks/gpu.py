@@ -35,15 +35,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script it finds only its own folder
 PACK, WORK = ROOT / "build" / "gpu-pack", ROOT / "build" / "gpu"
 SITE, LLAMA, LIBRARIES, MODELS = WORK / "site", WORK / "llama.cpp", WORK / "lib", WORK / "models"
-if (SITE / "click").is_dir():
-    sys.path.insert(1, str(SITE))
+sys.path[1:1] = [str(SITE)] if SITE.is_dir() else [str(wheel) for wheel in PACK.glob("click-*.whl")]
 
 import click  # noqa: E402
 
 WHEELS = (
     "gguf", "cffi", "pycparser", "click", "tqdm", "numpy", "diskcache", "jinja2", "markupsafe",
     "typing_extensions", "pyyaml", "requests", "urllib3", "idna", "certifi", "charset-normalizer", "pytest",
-    "pluggy", "iniconfig", "packaging",
+    "pluggy", "iniconfig", "packaging", "pygments",
 )  # fmt: skip
 # Of llama.cpp, what its libraries for CPU and CUDA are built from.
 SOURCES = (
@@ -143,17 +142,25 @@ def build(arch: str, flash_attention: bool, jobs: int, no_cuda: bool) -> None:
         about.write_text(
             f"Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: {pinned.LLAMA_CPP_PYTHON}\n"
         )
+    if shutil.which("ninja"):
+        os.environ.setdefault("CMAKE_GENERATOR", "Ninja")
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if Path(nvcc).exists():
+        os.environ.setdefault("CUDACXX", nvcc)
+    # A toolkit need not be where the loader looks.
+    toolkit = Path(nvcc).resolve().parent.parent / "lib64"
     native = WORK / "build-llama"
     run(
         "cmake", "-S", LLAMA, "-B", native, "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON",
         *(f"-DLLAMA_BUILD_{part}=OFF" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")),
         f"-DGGML_CUDA={'OFF' if no_cuda else 'ON'}", f"-DGGML_CUDA_FA={'ON' if flash_attention else 'OFF'}",
-        f"-DCMAKE_CUDA_ARCHITECTURES={arch}", "-DGGML_CCACHE=OFF", "-DCMAKE_INSTALL_RPATH=$ORIGIN",
+        f"-DCMAKE_CUDA_ARCHITECTURES={arch}", "-DGGML_CCACHE=OFF", f"-DCMAKE_INSTALL_RPATH=$ORIGIN;{toolkit}",
         "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DLLAMA_OPENSSL=OFF",
     )  # fmt: skip
     run("cmake", "--build", native, "-j", jobs)
     LIBRARIES.mkdir(exist_ok=True)
     for library in native.glob("bin/*.so*"):
+        (LIBRARIES / library.name).unlink(missing_ok=True)
         shutil.copy2(library, LIBRARIES, follow_symlinks=False)
     # ggml says "unknown" of a commit that it cannot see, and Rotary then goes by the version.
     ours = WORK / "build-rotary"
@@ -321,8 +328,8 @@ def pinned_copy() -> dict[str, float | None]:
     return {"link": best}
 
 
-def variants(budgets: list[str], inner: str | None) -> dict[str, dict[str, Any]]:
-    """What is compared, by name: its job's fields, and its environment."""
+def variants(budgets: list[str], least: float, inner: str | None) -> dict[str, dict[str, Any]]:
+    """What is compared, by name: its job's fields, and its environment. No budgets below `least` %."""
     plain: dict[str, Any] = {"config": None, "experts_on_cpu": False, "op_offload": True, "environment": {}}
     found = {
         "resident": plain,
@@ -330,6 +337,8 @@ def variants(budgets: list[str], inner: str | None) -> dict[str, dict[str, Any]]
         "op-offload": {**plain, "experts_on_cpu": True},
     }
     for budget in budgets:
+        if float(budget.rstrip("%")) < least:
+            continue  # not one token's experts
         config = {"budget": budget, "pin": "on", "verbose": False, **({"inner": inner} if inner else {})}
         host = {"ROTARY_DEVICE_LOOKUPS": "0"}
         found[f"rotary, host, {budget}"] = {**plain, "config": config, "environment": host}
@@ -347,12 +356,18 @@ def variants(budgets: list[str], inner: str | None) -> dict[str, dict[str, Any]]
 @click.option("--threads", default=os.cpu_count(), show_default="all cores")
 @click.option("--limit", default=300.0, show_default=True, help="Seconds for one variant.")
 @click.option("--dry-run", is_flag=True, help="A tiny model on the CPU: figures mean nothing.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write all figures here; what is there already is not measured again.",
+)
 def measure_all(
     type_: str, shapes: str, budgets: str, only: str | None, rounds: int, n_decode: int, threads: int,
     limit: float, dry_run: bool, json_path: Path | None,
 ) -> None:  # fmt: skip
     from benchmarks.common import ProcessFailed, cpu_name, in_process, synthetic
+    from rotary_llamacpp.info import ModelInfo
 
     environment()
     everything: dict[str, Any] = {
@@ -363,15 +378,19 @@ def measure_all(
     base.update(rounds=rounds, n_decode=n_decode, n_threads=threads)
     if dry_run:
         base.update(prompts=[32, 64], rounds=1, n_decode=4, n_gpu_layers=0)
+    if json_path and json_path.exists():  # go on with what is missing
+        everything["models"] = json.loads(json_path.read_text())["models"]
     machine = everything["machine"]
     link = number(machine["link"])
     click.echo(f"{machine['gpu']}, {machine['cpu']}, {threads} threads; page-locked copy {link} GB/s")
     for shape in ["test"] if dry_run else shapes.split(","):
         folder = json_path.parent if json_path and dry_run else MODELS
         model = synthetic(folder, shape, type_, None) if dry_run else model_of(shape, type_)
-        results: dict[str, Any] = {}
-        for name, fields in variants(budgets.split(","), "CPU" if dry_run else None).items():
-            if only and only not in name:
+        results: dict[str, Any] = everything["models"].setdefault(model.name, {})
+        info = ModelInfo.read(model)
+        least = 100 * info.min_budget_bytes / info.expert_bytes
+        for name, fields in variants(budgets.split(","), least, "CPU" if dry_run else None).items():
+            if (only and only not in name) or "decode" in results.get(name, {}):
                 continue
             job = {**base, **fields, "model": str(model)}
             changed = job.pop("environment")
@@ -383,7 +402,6 @@ def measure_all(
             for key in changed:
                 del os.environ[key]
             click.echo(f"{shape}, {name}: {results[name].get('failed') or results[name]['decode']}", err=True)
-            everything["models"][model.name] = results
             if json_path:
                 json_path.write_text(json.dumps(everything, indent=1))
         click.echo("\n" + "\n".join(table(model, results)))

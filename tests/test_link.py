@@ -129,6 +129,26 @@ def test_the_same_figures_as_the_hosts(synthetic, late):
     assert same == [{**layer, "device_lookups": 0} for layer in host["layers"]]
 
 
+def count_anew(model):
+    load_late()
+    llama = make(model, {"inner": "LATE0", "budget": "50%"}, n_gpu_layers=-1, **BATCHES)
+    trace(llama, LONG, 12)
+    llama.rotary_reset_stats()
+    reset = llama.rotary_stats()
+    for token in (5, 6):
+        llama.eval([token])
+    return reset, llama.rotary_stats()
+
+
+def test_a_reset_covers_what_the_device_has_counted(synthetic, late):
+    model = synthetic(type="q8_0")
+    reset, stats = apart(count_anew, model, environment=late)
+    for figure in ("lookups", "device_lookups", "requests", "hits", "misses", "evictions", "bytes_paged"):
+        assert reset[figure] == 0, figure
+    assert stats["device_lookups"] == stats["lookups"] == 2 * stats["n_layers"]
+    assert stats["requests"] == stats["lookups"] * 4
+
+
 # ---- where host memory cannot be locked
 
 

@@ -182,6 +182,7 @@ int32_t rotary_pool_layer_stats(rotary_pool * handle, int32_t index, rotary_laye
 }
 
 void rotary_pool_reset_counters(rotary_pool * handle) {
+    handle->shared->refresh(); // what the device has counted is gone too
     handle->shared->reset_counters();
 }
 

@@ -117,8 +117,12 @@ bool link::synchronize() { // without the mutex: others may enqueue while this o
     return ok(api_->synchronize(handle_));
 }
 
-link::locked link::lock(void * memory, size_t bytes) {
+// Never read-only for memory that is yet to be written: pages that nobody has touched would be locked as they are, zeros.
+link::locked link::lock(void * memory, size_t bytes, bool read_only) {
     for (const rotary_lock how : { ROTARY_LOCK_READ_ONLY, ROTARY_LOCK_DEFAULT }) {
+        if (how == ROTARY_LOCK_READ_ONLY && !read_only) {
+            continue;
+        }
         void * on_device = api_->lock(handle_, memory, bytes, how);
         if (on_device != nullptr) {
             const auto unlock = [self = self_.lock()](void * it) {

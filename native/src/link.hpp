@@ -30,9 +30,9 @@ class link {
         std::shared_ptr<void> memory; // unlocks, or frees, with the last copy
         char *                on_device = nullptr;
     };
-    locked              lock(void * memory, size_t bytes); // where it is; read-only if the system allows that
-    locked              host_memory(size_t bytes);         // new
-    const std::string & why() const { return why_; }       // the last lock() or host_memory() came back empty
+    locked lock(void * memory, size_t bytes, bool read_only); // where it is; read-only if the system allows that
+    locked host_memory(size_t bytes);                         // new
+    const std::string & why() const { return why_; }          // the last lock() or host_memory() came back empty
 
     // On the link's stream: link.h. False with this thread's error.
     bool wait(ggml_backend_event_t event);

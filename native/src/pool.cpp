@@ -228,6 +228,10 @@ void pool::forget_slots() {
     if (direct_) {
         direct_->clear();
     }
+    if (link_) {
+        link_->synchronize(); // lookups that were enqueued before the failure still change tables
+        forget_refusals();
+    }
     for (const auto & layer : layers_) {
         if (layer->table) {
             layer->table->clear();

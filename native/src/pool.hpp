@@ -192,6 +192,7 @@ class pool {
     bool           table_to_host(paged_layer & layer); // waits; false with this thread's error
     bool           send_states();                      // what the device has counted, to the host; enqueues
     bool           none_refused() const;               // of the lookups known of; else with this thread's error
+    void           forget_refusals();                  // after that; with nothing enqueued
 
     // ---- figures
     void         count(paged_layer & layer, const rotary_layer_stats & delta);

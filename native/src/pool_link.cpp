@@ -63,7 +63,7 @@ bool pool::lock_store(std::string & reason) {
     }
     for (locked_range & range : locked_) {
         const size_t size = range.end - range.begin;
-        range.lock        = link_->lock(range.begin, size);
+        range.lock        = link_->lock(range.begin, size, true);
         if (!range.lock.memory) {
             reason = link_->why();
         }
@@ -99,13 +99,14 @@ void pool::open_link() {
     bool locked = false;
     if (direct_) {
         staging_lock_ =
-            staging_lock_.memory ? staging_lock_ : link_->lock(direct_->staging(), direct_->staging_bytes());
+            staging_lock_.memory ? staging_lock_ : link_->lock(direct_->staging(), direct_->staging_bytes(), false);
         locked = staging_lock_.memory != nullptr;
         reason = locked ? "" : link_->why();
     } else {
         locked = lock_store(reason);
     }
     totals_.locked_bytes = direct_ && locked ? direct_->staging_bytes() : 0;
+    totals_.locked_bytes += ring_ ? staging_ring::block_bytes * staging_ring::n_blocks : 0;
     for (const locked_range & range : locked_) {
         totals_.locked_bytes += range.end - range.begin;
         for (const auto & tensor : tensors_) {
@@ -297,6 +298,13 @@ bool pool::none_refused() const {
         }
     }
     return true;
+}
+
+void pool::forget_refusals() {
+    auto * states = (rotary_page_state *) states_.memory.get();
+    for (size_t i = 0; i < layers_.size() && n_states_ > 0; i++) {
+        states[i].refused = layers_[i]->state.refused = 0;
+    }
 }
 
 } // namespace rotary
