@@ -111,6 +111,16 @@ def test_an_expert_at_the_end_of_a_file(native, synthetic, stock_trace):
     check_figures(stats)
 
 
+def test_no_memory_to_read_with(native, synthetic, stock_trace):
+    # Slow, announced, and right: the page cache serves where the direct store cannot be had.
+    model = synthetic(type="q4_0")
+    paged, stats = paged_trace(model, LONG, {**DIRECT, "staging": "1000TiB"}, **PLAIN)
+    assert_equal(paged, stock_trace(model, n_prompt=LONG, **PLAIN))
+    assert (stats["store"], stats["bytes_read"]) == ("mmap", 0)
+    [notice] = stats["notices"]
+    assert "paged through the page cache" in notice and "no memory for staging" in notice
+
+
 # ---- how it is read
 
 

@@ -118,6 +118,8 @@ void pool::open_link() {
     }
     copies_by_link_ = true;
     if (locked) {
+        GGML_LOG_INFO("rotary: %s: %s page-locked for %s\n", config.model.c_str(), mib(totals_.locked_bytes).c_str(),
+                      ggml_backend_dev_name(inner_));
         return;
     }
     if (ring() == nullptr) {
