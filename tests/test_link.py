@@ -219,11 +219,24 @@ def test_a_tier_in_ram(synthetic, stock_trace, late, prefetch, pin):
         assert (stats["ram_bytes"] > 0) == (stats["bytes_in_place"] > 0) == (size != "none"), size
         assert 0 <= stats["ram_hits"] <= stats["misses"]
         assert (stats["notices"] != []) == (pin == "off" and size != "none"), stats["notices"]
+        assert all(
+            "slots in RAM are not page-locked" in text and 'pin is "off"' in text for text in stats["notices"]
+        )
     assert results["none"][1]["ram_hits"] == 0 < results["half"][1]["ram_hits"]
     if not prefetch:
         # The larger the tier, the less is read; what the prompt reads passes it by.
         n_read = [stats["bytes_read"] for _, stats in results.values()]
         assert n_read == sorted(n_read, reverse=True) and n_read[0] > n_read[-1]
+
+
+def test_no_tier_in_ram_is_announced(synthetic, stock_trace, late):
+    # Experts of Q8_0 rows of 96 elements begin anywhere in a sector.
+    model = synthetic(type="q8_0", embd=96, ff=96, heads=3, heads_kv=1, layers=2)
+    config = {"budget": "min", "store": "direct"}
+    [(paged, stats)] = apart(run, model, [config], environment=late)
+    assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
+    [notice] = stats["notices"]
+    assert stats["ram_bytes"] == 0 and "no slots in RAM" in notice and "no whole sectors" in notice
 
 
 def fail_reads(model, starts):

@@ -174,7 +174,6 @@ int32_t rotary_pool_stats(rotary_pool * handle, rotary_stats * stats) {
 }
 
 int32_t rotary_pool_layer_stats(rotary_pool * handle, int32_t index, rotary_layer_stats * stats) {
-    handle->shared->refresh();
     if (!handle->shared->layer_stats(index, *stats)) {
         return fail(ROTARY_ERR_ARG, format("layer %d: not one of the pool's paged layers", index));
     }

@@ -26,11 +26,12 @@
 
 namespace rotary {
 
+static ggml_backend_event_ptr new_event(ggml_backend_t backend) {
+    return ggml_backend_event_ptr(ggml_backend_event_new(ggml_backend_get_device(backend)));
+}
+
 executor::executor(ggml_backend_t inner) :
-    inner_(inner), computed_(ggml_backend_event_new(ggml_backend_get_device(inner))),
-    paged_(ggml_backend_event_new(ggml_backend_get_device(inner))),
-    wave_{ ggml_backend_event_ptr(ggml_backend_event_new(ggml_backend_get_device(inner))),
-           ggml_backend_event_ptr(ggml_backend_event_new(ggml_backend_get_device(inner))) },
+    inner_(inner), computed_(new_event(inner)), paged_(new_event(inner)), wave_{ new_event(inner), new_event(inner) },
     filler_(inner), predictor_(inner) {}
 
 executor::~executor() {

@@ -222,14 +222,15 @@ class pool {
 
     ggml_backend_buffer_t allocate_in_place(ggml_backend_buffer_type_t buft) const;
 
-    void         release();
-    uint64_t     free_bytes() const;
-    uint64_t     margin_bytes(uint64_t total) const;
-    static bool  reads_whole_sectors(const paged_layer & layer);
-    const char * at_hand(const paged_tensor & tensor, int32_t expert) const;
-    char *       place_for(const paged_tensor & tensor, int32_t expert);
-    void         choose_store();
-    bool         open_direct();
+    void            release();
+    uint64_t        free_bytes() const;
+    uint64_t        margin_bytes(uint64_t total) const;
+    static uint64_t host_margin(uint64_t total);
+    static bool     reads_whole_sectors(const paged_layer & layer);
+    const char *    at_hand(const paged_tensor & tensor, int32_t expert) const;
+    char *          place_for(const paged_tensor & tensor, int32_t expert);
+    void            choose_store();
+    bool            open_direct();
 
     std::vector<memory_range> copied_weights(const paged_tensor & tensor) const;
 
@@ -239,6 +240,7 @@ class pool {
 
     void open_link();
     void allocate_ram_tier();
+    bool may_lock(uint64_t bytes, std::string & reason) const;
     bool lock_store(std::string & reason);
     bool allocate_tables();
     void take_over(paged_layer & layer, const rotary_page_state & state);

@@ -79,7 +79,7 @@ void pool::allocate_ram_tier() {
     if (!direct_ || inner_is_host_) {
         return;
     }
-    const uint64_t margin = std::max<uint64_t>(memory.total / 24, 64u << 20);
+    const uint64_t margin = host_margin(memory.total);
     uint64_t       bytes  = memory.available > margin ? memory.available - margin : 0;
     budget         most;
     const char *   asked = getenv("ROTARY_RAM");
@@ -112,13 +112,23 @@ void pool::allocate_ram_tier() {
         return at - begin;
     };
     const size_t size = lay_out(0, false);
+    const bool   wanted =
+        std::any_of(layers_.begin(), layers_.end(), [](const auto & layer) { return layer->table != nullptr; });
     if (size == 0) {
+        if (wanted && asked == nullptr) {
+            notice(format("%s: no slots in RAM, so what %s does not hold is read from the disk each time: %s",
+                          config.model.c_str(), ggml_backend_dev_name(inner_),
+                          n_slots.empty() ? "one token's experts do not fit into the memory that is available"
+                                          : "experts are no whole sectors of the file"));
+        }
         return;
     }
-    if (link_ && config.pin != pin_policy::off && (config.pin == pin_policy::on || size <= memory.available / 4 * 3)) {
+    std::string reason;
+    if (link_ && may_lock(size, reason)) {
         const link::locked locked = link_->host_memory(size + staging_area::unit);
         ram_                      = std::static_pointer_cast<char>(locked.memory);
         ram_locked_               = ram_ != nullptr;
+        reason                    = ram_locked_ ? "" : link_->why();
     }
     if (!ram_) {
         void * plain =
@@ -133,10 +143,7 @@ void pool::allocate_ram_tier() {
     lay_out(((uintptr_t) ram_.get() + staging_area::unit - 1) / staging_area::unit * staging_area::unit, true);
     if (link_ && !ram_locked_) {
         notice(format("%s: slots in RAM are not page-locked, so copies from them cost the host's time: %s",
-                      config.model.c_str(),
-                      config.pin == pin_policy::off ? "pin is \"off\""
-                      : link_->why().empty()        ? "they are more than three quarters of what is available"
-                                                    : link_->why().c_str()));
+                      config.model.c_str(), reason.c_str()));
     }
     GGML_LOG_INFO("rotary: %s: %s of slots in RAM in front of %s%s\n", config.model.c_str(), mib(size).c_str(),
                   ggml_backend_dev_name(inner_), ram_locked_ ? ", page-locked" : "");

@@ -26,21 +26,8 @@ bool pin_parse(const std::string & text, pin_policy & pin) {
 
 // ---- host memory
 
-// Page-lock the experts where they lie, so that copies run beside computation and the device can read them itself; where
-// the system refuses that, in a copy, if the user has said that memory may be spent so. All or nothing.
-bool pool::lock_store(std::string & reason) {
-    const uintptr_t           page = sysconf(_SC_PAGESIZE);
-    std::vector<memory_range> ranges;
-    uint64_t                  bytes = 0;
-    for (const auto & tensor : tensors_) {
-        const auto begin = (uintptr_t) tensor->data / page * page;
-        const auto end   = ((uintptr_t) tensor->data + tensor->expert_bytes * tensor->ne[2] + page - 1) / page * page;
-        ranges.push_back({ (char *) begin, (char *) end });
-        bytes += end - begin;
-    }
-    if (!locked_.empty()) {
-        return true;
-    }
+// Locked memory is lost to everything else on the machine.
+bool pool::may_lock(uint64_t bytes, std::string & reason) const {
     const uint64_t available = host_memory_now().available;
     if (config.pin == pin_policy::off) {
         reason = "pin is \"off\"";
@@ -50,6 +37,27 @@ bool pool::lock_store(std::string & reason) {
         reason = format("they take %s, and of the %s available no more than three quarters are locked unasked; set pin "
                         "to \"on\" to lock them all",
                         mib(bytes).c_str(), mib(available).c_str());
+        return false;
+    }
+    return true;
+}
+
+// Page-lock the experts where they lie, so that copies run beside computation and the device can read them itself; where
+// the system refuses that, in a copy, if the user has said that memory may be spent so. All or nothing.
+bool pool::lock_store(std::string & reason) {
+    if (!locked_.empty()) {
+        return true;
+    }
+    const uintptr_t           page = sysconf(_SC_PAGESIZE);
+    std::vector<memory_range> ranges;
+    uint64_t                  bytes = 0;
+    for (const auto & tensor : tensors_) {
+        const auto begin = (uintptr_t) tensor->data / page * page;
+        const auto end   = ((uintptr_t) tensor->data + tensor->expert_bytes * tensor->ne[2] + page - 1) / page * page;
+        ranges.push_back({ (char *) begin, (char *) end });
+        bytes += end - begin;
+    }
+    if (!may_lock(bytes, reason)) {
         return false;
     }
     std::sort(ranges.begin(), ranges.end(), [](const auto & a, const auto & b) { return a.begin < b.begin; });
@@ -174,6 +182,7 @@ bool pool::allocate_tables() {
     size_t bytes = padded(sizeof(rotary_page_state) * layers_.size());
     for (const auto & layer : layers_) {
         layer->resolved     = {};
+        layer->table_at     = 0;
         const bool readable = std::all_of(layer->tensors.begin(), layer->tensors.end(),
                                           [](const paged_tensor * tensor) { return tensor->on_device != nullptr; });
         if (layer->table && readable && layer->tensors.size() <= ROTARY_LINK_MOST_TENSORS) {

@@ -18,12 +18,16 @@ namespace rotary {
 
 // ---- sizing
 
+uint64_t pool::host_margin(uint64_t total) {
+    return std::max<uint64_t>(total / 24, 64u << 20);
+}
+
 // What "auto" leaves free: for other programs' peaks, and for what of ours is small and comes later.
 uint64_t pool::margin_bytes(uint64_t total) const {
     if (config.margin_bytes != 0) {
         return config.margin_bytes;
     }
-    return inner_is_host_ ? std::max<uint64_t>(total / 24, 64u << 20) : std::max<uint64_t>(total / 10, 512u << 20);
+    return inner_is_host_ ? host_margin(total) : std::max<uint64_t>(total / 10, 512u << 20);
 }
 
 // Memory that slots may take besides what they have.

@@ -82,11 +82,10 @@ void pool::choose_store() {
     if (config.store == ROTARY_STORE_MMAP) {
         return;
     }
-    uint64_t                      expert_bytes = 0;
+    const uint64_t                expert_bytes = totals_.expert_bytes;
     uint64_t                      file_bytes   = 0;
     std::set<const weight_file *> files;
     for (const auto & tensor : tensors_) {
-        expert_bytes += tensor->expert_bytes * tensor->ne[2];
         if (tensor->file && files.insert(tensor->file.get()).second) {
             file_bytes += tensor->file->size();
         }
@@ -136,17 +135,17 @@ static uint64_t staging_bytes(uint64_t wanted, uint64_t available, uint64_t larg
 bool pool::open_direct() {
     // Take the mapping over, each owner's stretch of it once; what fails leaves the mapping usable.
     std::set<const void *> owners;
-    uint64_t               largest = 0, one_token = 0, all_bytes = 0;
+    uint64_t               largest = 0, one_token = 0;
     for (const auto & tensor : tensors_) {
         owners.insert(tensor->owner);
-        all_bytes += tensor->expert_bytes * tensor->ne[2];
         largest = std::max<uint64_t>(largest, tensor->expert_bytes);
     }
     for (const auto & layer : layers_) {
         one_token = std::max(one_token, layer->expert_bytes * layer->n_expert_used);
     }
     auto store = std::make_unique<direct_store>(
-        reader_new(), staging_bytes(config.staging_bytes, host_memory_now().available, largest, one_token, all_bytes),
+        reader_new(),
+        staging_bytes(config.staging_bytes, host_memory_now().available, largest, one_token, totals_.expert_bytes),
         [this](const paged_tensor & tensor, int32_t expert) { return place_for(tensor, expert); });
     if (!store->ok()) {
         fail(ROTARY_ERR_MEMORY, format("%s: no memory for staging; lower it", config.model.c_str()));
