@@ -342,6 +342,7 @@ def variants(budgets: list[str], least: float, inner: str | None) -> dict[str, d
         config = {"budget": budget, "pin": "on", "verbose": False, **({"inner": inner} if inner else {})}
         host = {"ROTARY_DEVICE_LOOKUPS": "0"}
         found[f"rotary, host, {budget}"] = {**plain, "config": config, "environment": host}
+        found[f"rotary, no prefetch, {budget}"] = {**plain, "config": {**config, "prefetch": False}}
         found[f"rotary, device, {budget}"] = {**plain, "config": config}
     return found
 

@@ -6,7 +6,10 @@
 // wrong logit.
 //
 //   LATE_DEVICES=2 so many devices, LATE0 and LATE1; one by default
+//   LATE_MEMORY=n  all devices together have so many bytes instead of 4 GiB
+//   LATE_LOST=n    so many of them are free, but in pieces too small for anything
 //   LATE_US=300    the longest delay before each thing a stream does, in microseconds
+//   LATE_PIECE_US=50 the delay after each piece that is copied ahead
 //   LATE_LOCK      none: no host memory can be page-locked; new: not where it is; default: not read-only
 //   LATE_FAIL=n    the n-th thing asked of the link since this was set fails
 
@@ -17,6 +20,8 @@
 #include "ggml-impl.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -130,8 +135,19 @@ ggml_backend_dev_t cpu() {
     return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
+std::atomic<size_t> taken{ 0 }; // of that memory
+
+size_t memory_of_all() {
+    const long given = knob("LATE_MEMORY");
+    return given > 0 ? (size_t) given : (size_t) 4 << 30;
+}
+
 const ggml_backend_buffer_i buffer_i = {
-    /* .free_buffer   = */ [](ggml_backend_buffer_t buffer) { free(buffer->context); },
+    /* .free_buffer   = */
+    [](ggml_backend_buffer_t buffer) {
+        taken -= buffer->size;
+        free(buffer->context);
+    },
     /* .get_base      = */ [](ggml_backend_buffer_t buffer) { return buffer->context; },
     /* .init_tensor   = */ nullptr,
     /* .memset_tensor = */
@@ -157,7 +173,11 @@ const ggml_backend_buffer_i buffer_i = {
 const ggml_backend_buffer_type_i buft_i = {
     /* .get_name       = */ [](ggml_backend_buffer_type_t its) { return late_of(its).name; },
     /* .alloc_buffer   = */
-    [](ggml_backend_buffer_type_t its, size_t size) {
+    [](ggml_backend_buffer_type_t its, size_t size) -> ggml_backend_buffer_t {
+        if (taken + size + knob("LATE_LOST") > memory_of_all()) {
+            return nullptr;
+        }
+        taken += size;
         void * memory = aligned_alloc(128, (size + 127) / 128 * 128 + 128);
         memset(memory, 0xff, size); // NaN: what is read before it is written shows
         return ggml_backend_buffer_init(its, buffer_i, memory, size);
@@ -270,7 +290,10 @@ const ggml_backend_device_i device_i = {
     /* .get_name             = */ [](ggml_backend_dev_t dev) { return late_of(dev).name; },
     /* .get_description      = */ [](ggml_backend_dev_t) { return "a late CPU"; },
     /* .get_memory           = */
-    [](ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = 4ull << 30; },
+    [](ggml_backend_dev_t, size_t * free, size_t * total) {
+        *total = memory_of_all();
+        *free  = *total - std::min<size_t>(taken, *total);
+    },
     /* .get_type             = */ [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; },
     /* .get_props            = */
     [](ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
@@ -340,6 +363,8 @@ ggml_backend_dev_t device_at(size_t index) {
 
 struct rotary_link {
     stream           queue{ 2 };
+    stream           beside{ 4 }; // for what is foretold
+    event            wanted, foretold;
     std::minstd_rand chance{ 3 };
     std::string      text;
     long             n_asked = 0;
@@ -375,19 +400,66 @@ static void * link_host_new(rotary_link * link, size_t bytes, void ** on_device)
     return *on_device = malloc(bytes);
 }
 
-static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup) {
-    return link->ask([link, its = *lookup] {
-        rotary_page_resolve(rotary_page_alone{}, its.table, its.ids, its.slot_ids);
-        std::vector<rotary_page> pages(its.table.pages, its.table.pages + its.table.state->n_pages);
+static void copy_piece(const rotary_link_layer & layer, const rotary_page & page, int32_t index) {
+    const rotary_link_piece piece = rotary_link_piece_of(layer, page, index);
+    memcpy(piece.to, piece.from, piece.bytes);
+}
+
+static void score(const rotary_link_foretelling & its) {
+    const int32_t n = its.layer.table.n_expert;
+    for (int32_t index = 0; index < n * its.n_tokens; index++) {
+        const float * state = its.copy + index / n * its.n_embd;
+        float         sum   = its.bias != nullptr ? its.bias[index % n] : 0;
+        for (int32_t i = 0; i < its.n_embd; i++) {
+            sum += its.router[index % n * its.n_embd + i] * its.scale[i] * state[i];
+        }
+        its.scores[index] = its.selection != nullptr ? 1 / (1 + expf(-sum)) + its.selection[index % n] : sum;
+    }
+}
+
+// A piece at a time, with delays between them, until the lookup they are for has come.
+static void copy_ahead(const rotary_link_layer & layer, uint64_t number) {
+    rotary_page_state & state = *layer.table.state;
+    const uint32_t      all   = layer.table.n_pieces * state.n_ahead;
+    while (state.taken < all && __atomic_load_n(&state.demanded, __ATOMIC_ACQUIRE) < number) {
+        const uint32_t index = state.taken++;
+        copy_piece(layer, layer.table.ahead[index / layer.table.n_pieces], (int32_t) index % layer.table.n_pieces);
+        std::this_thread::sleep_for(std::chrono::microseconds(knob("LATE_PIECE_US")));
+    }
+}
+
+static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, const rotary_link_foretelling * next) {
+    if (lookup->foretold) {
+        link->queue.put(
+            [its = *lookup] { __atomic_store_n(&its.layer.table.state->demanded, its.number, __ATOMIC_RELEASE); });
+        link->queue.wait(link->foretold);
+    }
+    const rotary_link_foretelling none = {};
+    const bool                    on   = link->ask([link, its = *lookup, ahead = next != nullptr ? *next : none] {
+        for (int32_t i = 0; i < ahead.n_embd * ahead.n_tokens; i++) {
+            ahead.copy[i] = ((const float *) (ahead.state + ahead.stride * (i / ahead.n_embd)))[i % ahead.n_embd];
+        }
+        const rotary_page_table & table = its.layer.table;
+        rotary_page_resolve(rotary_page_alone{}, table, its.ids, its.slot_ids);
+        std::vector<rotary_page> pages(table.pages, table.pages + table.state->n_pages);
         std::shuffle(pages.begin(), pages.end(), link->chance);
         for (const rotary_page & page : pages) {
-            for (int32_t i = 0; i < its.n_tensors; i++) {
-                const rotary_link_tensor & tensor = its.tensors[i];
-                memcpy((char *) tensor.slots + tensor.slot_bytes * page.slot,
-                       (const char *) tensor.store + tensor.store_bytes * page.expert, tensor.store_bytes);
+            for (int32_t i = page.first; i < table.n_pieces; i++) {
+                copy_piece(its.layer, page, i);
             }
         }
     });
+    if (on && next != nullptr) {
+        link->queue.record(link->wanted);
+        link->beside.wait(link->wanted);
+        link->beside.put([its = *next] {
+            score(its);
+            rotary_page_foretell(rotary_page_alone{}, its.layer.table, its.scores, its.n_tokens, its.n_used);
+            copy_ahead(its.layer, its.number);
+        });
+        link->beside.record(link->foretold);
+    }
+    return on;
 }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -421,6 +493,7 @@ EXPORT const rotary_link_api * rotary_link_get(void) {
         /* .synchronize = */
         [](rotary_link * link) {
             link->queue.synchronize();
+            link->beside.synchronize();
             return true;
         },
     };

@@ -5,6 +5,7 @@
 #include "page_table.h"
 
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -57,6 +58,14 @@ struct threads_team {
         const std::lock_guard<std::mutex> lock(at.mutex);
         *value = *value < to ? to : *value;
     }
+    void add(int32_t * value, int32_t by) const {
+        const std::lock_guard<std::mutex> lock(at.mutex);
+        *value += by;
+    }
+    void add(uint64_t * value, uint64_t by) const {
+        const std::lock_guard<std::mutex> lock(at.mutex);
+        *value += by;
+    }
     bool any(bool mine) const {
         at.meet(mine, 0, -1);
         const bool result = at.result;
@@ -81,10 +90,27 @@ struct table {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT table * table_new(int32_t n_expert, int32_t n_slots) {
+// Have each member of a team of n_threads do its part.
+template <typename What> static void as_team(int32_t n_threads, const What & what) {
+    if (n_threads == 1) {
+        what(rotary_page_alone{});
+        return;
+    }
+    meeting                  at;
+    std::vector<std::thread> team;
+    at.size = n_threads;
+    for (int32_t rank = 0; rank < n_threads; rank++) {
+        team.emplace_back([&, rank] { what(threads_team{ at, rank }); });
+    }
+    for (std::thread & each : team) {
+        each.join();
+    }
+}
+
+EXPORT table * table_new(int32_t n_expert, int32_t n_slots, int32_t n_pieces) {
     auto * made = new table;
     made->memory.resize(rotary_page_table_bytes(n_expert, n_slots) / sizeof(int64_t) + 1);
-    made->its = rotary_page_table_at(made->memory.data(), &made->state, n_expert, n_slots);
+    made->its = rotary_page_table_at(made->memory.data(), &made->state, n_expert, n_slots, n_pieces);
     for (int32_t i = 0; i < n_expert; i++) {
         made->its.slot_of[i] = -1;
     }
@@ -98,38 +124,48 @@ EXPORT void table_free(table * made) {
     delete made;
 }
 
-// ids[n_tokens, n_used] with `stride` elements from one token to the next. pages: expert, slot, expert, slot, ...
+// ids[n_tokens, n_used] with `stride` elements from one token to the next. pages: expert, slot and first piece of each.
 // Returns the number of pages, -1 if the lookup was refused.
 EXPORT int32_t table_resolve(table * made, const int32_t * ids, int32_t n_used, int32_t n_tokens, int32_t stride,
                              int32_t n_threads, int32_t * slot_ids, int32_t * pages) {
     const rotary_page_ids its     = { (const char *) ids, n_used, n_tokens, sizeof(int32_t),
                                       (int64_t) sizeof(int32_t) * stride };
     const uint64_t        refused = made->state.refused;
-    if (n_threads == 1) {
-        rotary_page_resolve(rotary_page_alone{}, made->its, its, slot_ids);
-    } else {
-        meeting                  at;
-        std::vector<std::thread> team;
-        at.size = n_threads;
-        for (int32_t rank = 0; rank < n_threads; rank++) {
-            team.emplace_back([&, rank] { rotary_page_resolve(threads_team{ at, rank }, made->its, its, slot_ids); });
-        }
-        for (std::thread & each : team) {
-            each.join();
-        }
-    }
-    for (int32_t i = 0; i < made->state.n_pages; i++) {
-        pages[2 * i]     = made->its.pages[i].expert;
-        pages[2 * i + 1] = made->its.pages[i].slot;
-    }
+    as_team(n_threads, [&](const auto & team) { rotary_page_resolve(team, made->its, its, slot_ids); });
+    memcpy(pages, made->its.pages, sizeof(rotary_page) * made->state.n_pages);
     return made->state.refused != refused ? -1 : made->state.n_pages;
+}
+
+// scores[n_tokens, n_expert] of the next lookup. ahead: as pages. Returns how many are to be copied ahead.
+EXPORT int32_t table_foretell(table * made, const float * scores, int32_t n_tokens, int32_t n_used, int32_t n_threads,
+                              int32_t * ahead) {
+    as_team(n_threads, [&](const auto & team) { rotary_page_foretell(team, made->its, scores, n_tokens, n_used); });
+    memcpy(ahead, made->its.ahead, sizeof(rotary_page) * made->state.n_ahead);
+    return made->state.n_ahead;
+}
+
+// So many pieces have been taken, and copied if there were so many.
+EXPORT void table_land(table * made, uint32_t n_pieces) {
+    made->state.taken = n_pieces;
+}
+
+EXPORT void table_settle(table * made, int32_t n_threads) {
+    as_team(n_threads, [&](const auto & team) {
+        rotary_page_settle(team, made->its, -1);
+        team.sync();
+        if (team.rank() == 0) {
+            made->state.n_ahead = made->state.n_foretold = 0;
+        }
+    });
 }
 
 EXPORT void table_counters(const table * made, int64_t * counters) {
     const rotary_page_state & state = made->state;
-    const int64_t             all[] = { (int64_t) state.lookups,   (int64_t) state.requests, (int64_t) state.misses,
-                                        (int64_t) state.evictions, (int64_t) state.refused,  state.n_resident };
-    for (int i = 0; i < 6; i++) {
-        counters[i] = all[i];
+    const uint64_t            all[] = { state.lookups,       state.requests,        state.misses,
+                                        state.evictions,     state.refused,         (uint64_t) state.n_resident,
+                                        state.predicted,     state.predicted_right, state.prefetched,
+                                        state.prefetch_used, state.late_hits,       state.pieces_unused };
+    for (int i = 0; i < 12; i++) {
+        counters[i] = (int64_t) all[i];
     }
 }

@@ -234,6 +234,14 @@ def test_nonsense_store(tiny_model, refusal, option, value):
     assert repr(value) in said and said.count("; ") == 2
 
 
+@pytest.mark.parametrize("name", ["BUDGET", "MARGIN", "STAGING", "RAM", "STORE", "PIN"])
+def test_nonsense_in_the_environment(native, tiny_model, rotary_command, monkeypatch, name):
+    monkeypatch.setenv(f"ROTARY_{name}", "plenty")
+    ran = rotary_command("run", tiny_model, "-p", "x")
+    said = ran.stderr.splitlines()[-1]
+    assert ran.returncode == 2 and f"ROTARY_{name}" in said and "plenty" in said and said.count("; ") == 2
+
+
 def test_unknown_inner_device(native, tiny_model, refusal):
     said = refusal("run", tiny_model, "-p", "x", "--inner", "NOSUCH0")
     assert "NOSUCH0" in said and "CPU" in said

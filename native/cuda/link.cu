@@ -13,8 +13,11 @@
 
 struct rotary_link {
     int          device;
-    int          n_blocks; // of a gather: enough reads in flight to fill the bus
-    cudaStream_t stream = nullptr;
+    int          n_blocks;           // of a gather: enough reads in flight to fill the bus
+    cudaStream_t stream   = nullptr;
+    cudaStream_t beside   = nullptr; // for what is foretold
+    cudaEvent_t  wanted   = nullptr; // what is wanted has been copied
+    cudaEvent_t  foretold = nullptr; // so has what is foretold, or as much as there was time for
     std::string  text;
 };
 
@@ -31,6 +34,8 @@ struct block_team {
     __device__ int32_t size() const { return (int32_t) blockDim.x; }
     __device__ void    sync() const { __syncthreads(); }
     __device__ void    raise(int64_t * value, int64_t to) const { atomicMax((long long *) value, (long long) to); }
+    __device__ void    add(int32_t * value, int32_t by) const { atomicAdd(value, by); }
+    __device__ void    add(uint64_t * value, uint64_t by) const { atomicAdd((unsigned long long *) value, by); }
     __device__ bool    any(bool mine) const { return __syncthreads_or(mine) != 0; }
 
     __device__ int32_t least(int64_t key, int32_t index) const {
@@ -58,20 +63,56 @@ struct block_team {
     }
 };
 
+// Block 0 resolves; the others, if there are any, copy the state before the computation overwrites it.
 static __global__ void __launch_bounds__(team_size)
-    resolve_kernel(rotary_page_table table, rotary_page_ids ids, int32_t * slot_ids) {
+    resolve_kernel(rotary_page_table table, rotary_page_ids ids, int32_t * slot_ids, rotary_link_foretelling next) {
     __shared__ int64_t keys[team_size / 32];
     __shared__ int32_t indices[team_size / 32];
-    rotary_page_resolve(block_team{ keys, indices }, table, ids, slot_ids);
+    if (blockIdx.x == 0) {
+        rotary_page_resolve(block_team{ keys, indices }, table, ids, slot_ids);
+        return;
+    }
+    const int32_t n = next.n_embd * next.n_tokens;
+    for (int32_t i = (blockIdx.x - 1) * team_size + threadIdx.x; i < n; i += (gridDim.x - 1) * team_size) {
+        next.copy[i] = ((const float *) (next.state + next.stride * (i / next.n_embd)))[i % next.n_embd];
+    }
 }
 
-static constexpr int    gather_threads = 256;
-static constexpr size_t gather_bytes   = 16 * 4 * gather_threads; // that a block moves at a time
+// The next lookup's number, for those who copy ahead to see.
+static __global__ void demand_kernel(rotary_page_state * state, uint64_t number) {
+    atomicExch((unsigned long long *) &state->demanded, number);
+}
 
-struct gather_tensors {
-    int32_t            n;
-    rotary_link_tensor of[ROTARY_LINK_MOST_TENSORS];
-};
+// One warp for each product of the router.
+static __global__ void __launch_bounds__(team_size) score_kernel(rotary_link_foretelling next) {
+    const int32_t index = (int32_t) (blockIdx.x * (team_size / 32) + threadIdx.x / 32);
+    const int32_t n     = next.layer.table.n_expert;
+    if (index >= n * next.n_tokens) {
+        return;
+    }
+    const float * weights = next.router + (int64_t) (index % n) * next.n_embd;
+    const float * state   = next.copy + (int64_t) (index / n) * next.n_embd;
+    float         sum     = 0;
+    for (int32_t i = threadIdx.x % 32; i < next.n_embd; i += 32) {
+        sum += weights[i] * next.scale[i] * state[i];
+    }
+    for (int step = 16; step > 0; step /= 2) {
+        sum += __shfl_down_sync(0xffffffffu, sum, step);
+    }
+    if (threadIdx.x % 32 == 0) {
+        sum += next.bias != nullptr ? next.bias[index % n] : 0;
+        next.scores[index] = next.selection != nullptr ? 1 / (1 + expf(-sum)) + next.selection[index % n] : sum;
+    }
+}
+
+static __global__ void __launch_bounds__(team_size) foretell_kernel(rotary_link_foretelling next) {
+    __shared__ int64_t keys[team_size / 32];
+    __shared__ int32_t indices[team_size / 32];
+    rotary_page_foretell(block_team{ keys, indices }, next.layer.table, next.scores, next.n_tokens, next.n_used);
+}
+
+static constexpr int gather_threads = 256;
+static constexpr int ahead_blocks   = 16; // what is foretold must not take the processors from the computation
 
 // Bytes [0, n) by a whole block. Both ends have the alignment of a GGUF file's tensors, 32 bytes at the least, where
 // an expert's size does too.
@@ -104,26 +145,40 @@ static __device__ void copy_by_block(char * to, const char * from, size_t n) {
     }
 }
 
-static __global__ void __launch_bounds__(gather_threads)
-    gather_kernel(const rotary_page_state * state, const rotary_page * pages, gather_tensors tensors) {
-    size_t pieces = 0; // of one expert
-    for (int32_t i = 0; i < tensors.n; i++) {
-        pieces += (tensors.of[i].store_bytes + gather_bytes - 1) / gather_bytes;
-    }
-    const size_t all = pieces * state->n_pages;
-    for (size_t index = blockIdx.x; index < all; index += gridDim.x) {
-        const rotary_page page  = pages[index / pieces];
-        size_t            piece = index % pieces;
-        int32_t           i     = 0;
-        for (; piece >= (tensors.of[i].store_bytes + gather_bytes - 1) / gather_bytes; i++) {
-            piece -= (tensors.of[i].store_bytes + gather_bytes - 1) / gather_bytes;
+static __global__ void __launch_bounds__(gather_threads) gather_kernel(rotary_link_layer layer) {
+    const int32_t pieces = layer.table.n_pieces;
+    const int64_t all    = (int64_t) pieces * layer.table.state->n_pages;
+    for (int64_t index = blockIdx.x; index < all; index += gridDim.x) {
+        const rotary_page page = layer.table.pages[index / pieces];
+        if (index % pieces >= page.first) {
+            const rotary_link_piece piece = rotary_link_piece_of(layer, page, (int32_t) (index % pieces));
+            copy_by_block(piece.to, piece.from, piece.bytes);
         }
-        const rotary_link_tensor & tensor = tensors.of[i];
-        const size_t               first  = piece * gather_bytes;
-        const size_t               left   = tensor.store_bytes - first;
-        copy_by_block((char *) tensor.slots + tensor.slot_bytes * page.slot + first,
-                      (const char *) tensor.store + tensor.store_bytes * page.expert + first,
-                      left < gather_bytes ? left : gather_bytes);
+    }
+}
+
+// Pieces in their order, each by the block that takes it, until the lookup they are for has come. All that are taken are
+// copied, so their number says which are there.
+static __global__ void __launch_bounds__(gather_threads) ahead_kernel(rotary_link_layer layer, uint64_t number) {
+    __shared__ uint32_t taken;
+
+    rotary_page_state & state  = *layer.table.state;
+    const uint32_t      pieces = layer.table.n_pieces;
+    const uint32_t      all    = pieces * state.n_ahead;
+    while (true) {
+        if (threadIdx.x == 0) {
+            const bool late = *(const volatile uint64_t *) &state.demanded >= number;
+            taken           = late ? all : atomicAdd(&state.taken, 1);
+        }
+        __syncthreads();
+        const uint32_t index = taken;
+        __syncthreads(); // before it changes
+        if (index >= all) {
+            return;
+        }
+        const rotary_link_piece piece =
+            rotary_link_piece_of(layer, layer.table.ahead[index / pieces], (int32_t) (index % pieces));
+        copy_by_block(piece.to, piece.from, piece.bytes);
     }
 }
 
@@ -151,9 +206,16 @@ struct current_device {
 
 static void link_close(rotary_link * link) {
     const current_device scope(link);
-    if (link->stream != nullptr) {
-        cudaStreamSynchronize(link->stream);
-        cudaStreamDestroy(link->stream);
+    for (cudaStream_t stream : { link->stream, link->beside }) {
+        if (stream != nullptr) {
+            cudaStreamSynchronize(stream);
+            cudaStreamDestroy(stream);
+        }
+    }
+    for (cudaEvent_t event : { link->wanted, link->foretold }) {
+        if (event != nullptr) {
+            cudaEventDestroy(event);
+        }
     }
     delete link;
 }
@@ -171,7 +233,10 @@ static rotary_link * link_open(const char * device_id, char * error, size_t size
     int lowest = 0, highest = 0;
     if (!ok(link, cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, link->device), "processors") ||
         !ok(link, cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange") ||
-        !ok(link, cudaStreamCreateWithPriority(&link->stream, cudaStreamNonBlocking, highest), "cudaStreamCreate")) {
+        !ok(link, cudaStreamCreateWithPriority(&link->stream, cudaStreamNonBlocking, highest), "cudaStreamCreate") ||
+        !ok(link, cudaStreamCreateWithPriority(&link->beside, cudaStreamNonBlocking, lowest), "cudaStreamCreate") ||
+        !ok(link, cudaEventCreateWithFlags(&link->wanted, cudaEventDisableTiming), "cudaEventCreate") ||
+        !ok(link, cudaEventCreateWithFlags(&link->foretold, cudaEventDisableTiming), "cudaEventCreate")) {
         snprintf(error, size, "%s", link->text.c_str());
         link_close(link);
         return nullptr;
@@ -237,21 +302,42 @@ static bool link_copy(rotary_link * link, void * to, const void * from, size_t b
     return ok(link, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, link->stream), "cudaMemcpyAsync");
 }
 
-static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup) {
-    const current_device scope(link);
-    gather_tensors       tensors = { lookup->n_tensors, {} };
-    for (int32_t i = 0; i < lookup->n_tensors; i++) {
-        tensors.of[i] = lookup->tensors[i];
+// On the stream beside, once what is wanted has been copied.
+static bool foretell(rotary_link * link, const rotary_link_foretelling * next) {
+    const int n_products = next->layer.table.n_expert * next->n_tokens;
+    const int n_blocks   = (n_products + team_size / 32 - 1) / (team_size / 32);
+    if (!ok(link, cudaEventRecord(link->wanted, link->stream), "cudaEventRecord") ||
+        !ok(link, cudaStreamWaitEvent(link->beside, link->wanted, 0), "cudaStreamWaitEvent")) {
+        return false;
     }
-    resolve_kernel<<<1, team_size, 0, link->stream>>>(lookup->table, lookup->ids, lookup->slot_ids);
-    gather_kernel<<<link->n_blocks, gather_threads, 0, link->stream>>>(lookup->table.state, lookup->table.pages,
-                                                                       tensors);
-    return ok(link, cudaGetLastError(), "lookup");
+    score_kernel<<<n_blocks, team_size, 0, link->beside>>>(*next);
+    foretell_kernel<<<1, team_size, 0, link->beside>>>(*next);
+    ahead_kernel<<<ahead_blocks, gather_threads, 0, link->beside>>>(next->layer, next->number);
+    return ok(link, cudaGetLastError(), "foretelling") &&
+           ok(link, cudaEventRecord(link->foretold, link->beside), "cudaEventRecord");
+}
+
+static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, const rotary_link_foretelling * next) {
+    static constexpr int          copy_blocks = 4;
+    const rotary_link_foretelling none        = {};
+
+    const current_device scope(link);
+    if (lookup->foretold) {
+        demand_kernel<<<1, 1, 0, link->stream>>>(lookup->layer.table.state, lookup->number);
+        if (!ok(link, cudaStreamWaitEvent(link->stream, link->foretold, 0), "cudaStreamWaitEvent")) {
+            return false;
+        }
+    }
+    resolve_kernel<<<next != nullptr ? 1 + copy_blocks : 1, team_size, 0, link->stream>>>(
+        lookup->layer.table, lookup->ids, lookup->slot_ids, next != nullptr ? *next : none);
+    gather_kernel<<<link->n_blocks, gather_threads, 0, link->stream>>>(lookup->layer);
+    return ok(link, cudaGetLastError(), "lookup") && (next == nullptr || foretell(link, next));
 }
 
 static bool link_synchronize(rotary_link * link) {
     const current_device scope(link);
-    return ok(link, cudaStreamSynchronize(link->stream), "cudaStreamSynchronize");
+    return ok(link, cudaStreamSynchronize(link->stream), "cudaStreamSynchronize") &&
+           ok(link, cudaStreamSynchronize(link->beside), "cudaStreamSynchronize");
 }
 
 const rotary_link_api * rotary_link_get(void) {

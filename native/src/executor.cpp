@@ -271,7 +271,7 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
         return GGML_STATUS_SUCCESS;
     }
     if (computed_ && paged_ && pool.resolves_on_device(layer, ggml_nelements(ids))) {
-        return look_up_on_device(pool, layer, ids);
+        return look_up_on_device(pool, layer, graph->nodes[i]);
     }
     if (!pool.table_to_host(layer)) {
         return GGML_STATUS_FAILED;
@@ -348,24 +348,34 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
 }
 
 // All of it is enqueued: the host learns neither the routing nor what was absent.
-ggml_status executor::look_up_on_device(pool & pool, paged_layer & layer, const ggml_tensor * ids) {
-    ggml_tensor * slot_ids = pool.slot_ids(layer, ids->ne[0], ids->ne[1]);
+ggml_status executor::look_up_on_device(pool & pool, paged_layer & layer, const ggml_tensor * node) {
+    const ggml_tensor * ids      = node->src[2];
+    ggml_tensor *       slot_ids = pool.slot_ids(layer, ids->ne[0], ids->ne[1]);
     if (slot_ids == nullptr) {
         fail(ROTARY_ERR_MEMORY, format("%s: no memory for %lld ids on the inner device; lower n_ubatch",
                                        pool.config.model.c_str(), (long long) ggml_nelements(ids)));
         return GGML_STATUS_ALLOC_FAILED;
     }
     pool.table_to_device(layer);
-    layer.resolved.ids = { (const char *) ids->data, (int32_t) ids->ne[0], (int32_t) ids->ne[1], (int64_t) ids->nb[0],
-                           (int64_t) ids->nb[1] };
-    layer.resolved.slot_ids = (int32_t *) slot_ids->data;
-    lookup_.how             = mode::on_device;
-    resolved_on_device_     = true;
+    rotary_link_lookup & its = layer.resolved;
+    its.ids      = { (const char *) ids->data, (int32_t) ids->ne[0], (int32_t) ids->ne[1], (int64_t) ids->nb[0],
+                     (int64_t) ids->nb[1] };
+    its.slot_ids = (int32_t *) slot_ids->data;
+    its.number++;
+    lookup_.how         = mode::on_device;
+    resolved_on_device_ = true;
+
+    rotary_link_foretelling next;
+    const bool              ahead = pool.config.prefetch && foretell_on_device(pool, layer, node, next);
 
     ggml_backend_event_record(computed_.get(), inner_);
     link & side = *pool.side();
-    if (!side.wait(computed_.get()) || !side.look_up(layer.resolved) || !side.record(paged_.get())) {
+    if (!side.wait(computed_.get()) || !side.look_up(its, ahead ? &next : nullptr) || !side.record(paged_.get())) {
         return GGML_STATUS_FAILED;
+    }
+    its.foretold = false;
+    if (ahead) {
+        layer.next->resolved.foretold = true;
     }
     ggml_backend_event_wait(inner_, paged_.get());
     return GGML_STATUS_SUCCESS;

@@ -57,7 +57,7 @@ class executor {
     ggml_status run_nodes(pool & pool, ggml_cgraph * graph);
     ggml_status run_segment(ggml_cgraph * graph, int i0, int i1);
     ggml_status look_up(pool & pool, paged_layer & layer, const ggml_cgraph * graph, int i);
-    ggml_status look_up_on_device(pool & pool, paged_layer & layer, const ggml_tensor * ids);
+    ggml_status look_up_on_device(pool & pool, paged_layer & layer, const ggml_tensor * node);
     ggml_status finish_lookup(pool & pool);
 
     static std::vector<paged_tensor *> order_of_use(const pool & pool, paged_layer & layer, const ggml_cgraph * graph,
@@ -72,7 +72,7 @@ class executor {
     void ask_store(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts, const ggml_tensor * node);
     void foretell(pool & pool, paged_layer & layer, const ggml_tensor * node);
     void look_back(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts);
-    void learn_gate(paged_layer & layer, const ggml_tensor * ids);
+    bool foretell_on_device(pool & pool, paged_layer & layer, const ggml_tensor * node, rotary_link_foretelling & its);
 
     // passes: waves.cpp
     void        plan_waves(const pool & pool, paged_layer & layer, const std::vector<int32_t> & order, size_t n_hits);

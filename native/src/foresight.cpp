@@ -38,39 +38,122 @@ static bool is_weight(const ggml_tensor * tensor, int64_t n) {
     return tensor != nullptr && tensor->op == GGML_OP_NONE && ggml_nelements(tensor) == n;
 }
 
-void executor::learn_gate(paged_layer & layer, const ggml_tensor * ids) {
+// The weights of a layer's router. NULL where there are none.
+struct gate_weights {
+    const ggml_tensor * router    = nullptr; // [n_embd, n_expert]
+    const ggml_tensor * norm      = nullptr; // [n_embd] of the norm before it
+    const ggml_tensor * bias      = nullptr; // [n_expert] added to the logits
+    const ggml_tensor * selection = nullptr; // [n_expert] added to what the logits became
+};
+
+static gate_weights find_gate(const paged_layer & layer, const ggml_tensor * ids) {
     static constexpr int most_steps = 24;
 
-    layer.gate_sought             = true;
-    const ggml_tensor * bias      = nullptr; // added to the logits
-    const ggml_tensor * selection = nullptr; // added to what the logits became
-    const ggml_tensor * at        = ids;
+    gate_weights        found;
+    const ggml_tensor * at = ids;
     for (int step = 0; at != nullptr && step < most_steps; step++, at = at->src[0]) {
         if (at->op == GGML_OP_ADD && is_weight(at->src[1], layer.n_expert)) {
-            bias = at->src[1];
-        } else if (at->op == GGML_OP_UNARY && bias != nullptr && selection == nullptr) {
-            std::swap(bias, selection);
+            found.bias = at->src[1];
+        } else if (at->op == GGML_OP_UNARY && found.bias != nullptr && found.selection == nullptr) {
+            std::swap(found.bias, found.selection);
         } else if (at->op == GGML_OP_MUL_MAT && at->src[0]->op == GGML_OP_NONE && at->src[0]->ne[1] == layer.n_expert) {
             break;
         }
     }
     if (at == nullptr || at->op != GGML_OP_MUL_MAT) {
-        return;
+        return {};
     }
-    const int64_t       n_embd = at->src[0]->ne[0];
-    const ggml_tensor * input  = at->src[1];
+    found.router              = at->src[0];
+    const ggml_tensor * input = at->src[1];
     while (input->op == GGML_OP_RESHAPE || input->op == GGML_OP_VIEW) {
         input = input->src[0];
     }
-    const ggml_tensor * norm = input->op == GGML_OP_MUL && is_weight(input->src[1], n_embd) ? input->src[1] : nullptr;
-
-    const std::vector<float> weight = read_weight(at->src[0]);
-    if (weight.size() == (size_t) (n_embd * layer.n_expert)) {
-        const auto values = [](const ggml_tensor * its) {
-            return its ? read_weight(its) : std::vector<float>();
-        };
-        layer.gate.set(weight, values(norm), values(bias), values(selection), n_embd);
+    if (input->op == GGML_OP_MUL && is_weight(input->src[1], found.router->ne[0])) {
+        found.norm = input->src[1];
     }
+    return found;
+}
+
+static std::vector<float> values_of(const ggml_tensor * weight) {
+    return weight != nullptr ? read_weight(weight) : std::vector<float>();
+}
+
+static void learn_gate(paged_layer & layer, const ggml_tensor * ids) {
+    layer.gate_sought        = true;
+    const gate_weights found = find_gate(layer, ids);
+    if (found.router == nullptr) {
+        return;
+    }
+    const std::vector<float> weight = read_weight(found.router);
+    if ((int64_t) weight.size() == found.router->ne[0] * layer.n_expert) {
+        layer.gate.set(weight, values_of(found.norm), values_of(found.bias), values_of(found.selection),
+                       found.router->ne[0]);
+    }
+}
+
+// ---- on the device
+
+// Floats that the inner device can read where they are.
+static bool is_on_device(const ggml_tensor * weight, ggml_backend_t inner) {
+    const ggml_backend_buffer_t buffer = weight->view_src != nullptr ? weight->view_src->buffer : weight->buffer;
+    return buffer != nullptr && weight->type == GGML_TYPE_F32 && ggml_is_contiguous(weight) &&
+           ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer)) == ggml_backend_get_device(inner);
+}
+
+static void learn_gate_on_device(paged_layer & layer, const ggml_tensor * ids, ggml_backend_t inner) {
+    layer.gate_sought        = true;
+    const gate_weights found = find_gate(layer, ids);
+    bool               there = found.router != nullptr;
+    for (const ggml_tensor * each : { found.router, found.bias, found.selection }) {
+        there = there && (each == nullptr || is_on_device(each, inner));
+    }
+    if (!there) {
+        return;
+    }
+    const auto data = [](const ggml_tensor * its) {
+        return its != nullptr ? (const float *) its->data : nullptr;
+    };
+    layer.ahead.n_embd    = (int32_t) found.router->ne[0];
+    layer.ahead.router    = data(found.router);
+    layer.ahead.bias      = data(found.bias);
+    layer.ahead.selection = data(found.selection);
+    layer.norm            = values_of(found.norm);
+    layer.norm.resize(layer.ahead.n_embd, 1.0f);
+}
+
+// What the link needs to foretell the next layer's lookup at this one; false if it cannot.
+bool executor::foretell_on_device(pool & pool, paged_layer & layer, const ggml_tensor * node,
+                                  rotary_link_foretelling & its) {
+    const ggml_tensor * state = node->src[1]; // [n_embd, 1, n_tokens]: what the experts get, as the router did
+    const ggml_tensor * ids   = node->src[2];
+    paged_layer *       next  = layer.next;
+    if (!layer.gate_sought) {
+        learn_gate_on_device(layer, ids, inner_);
+    }
+    if (next == nullptr || layer.ahead.router == nullptr || next->ahead.router == nullptr ||
+        next->ahead.n_embd != layer.ahead.n_embd || state->type != GGML_TYPE_F32 ||
+        state->ne[0] != layer.ahead.n_embd || state->nb[0] != sizeof(float) || state->ne[1] != 1 ||
+        ids->ne[1] > ROTARY_PAGE_MOST_TOKENS || !pool.resolves_on_device(*next, ggml_nelements(ids))) {
+        return false;
+    }
+    if (next->ahead.scale == nullptr) {
+        // Each router gets a normed state with its own norm's weights: this one's are divided out.
+        std::vector<float> scale(layer.norm.size());
+        for (size_t i = 0; i < scale.size(); i++) {
+            scale[i] = layer.norm[i] != 0.0f ? next->norm[i] / layer.norm[i] : 0.0f;
+        }
+        if (!pool.set_scale(*next, scale)) {
+            return false;
+        }
+    }
+    pool.table_to_device(*next);
+    its          = next->ahead;
+    its.number   = next->resolved.number + 1;
+    its.state    = (const char *) state->data;
+    its.stride   = (int64_t) state->nb[2];
+    its.n_tokens = (int32_t) ids->ne[1];
+    its.n_used   = (int32_t) ids->ne[0];
+    return true;
 }
 
 // How right the guesses at this lookup were, and what following them is worth.

@@ -108,9 +108,9 @@ bool link::copy(void * to, const void * from, size_t bytes) {
     return ok(api_->copy(handle_, to, from, bytes));
 }
 
-bool link::look_up(const rotary_link_lookup & lookup) {
+bool link::look_up(const rotary_link_lookup & lookup, const rotary_link_foretelling * next) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return ok(api_->look_up(handle_, &lookup));
+    return ok(api_->look_up(handle_, &lookup, next));
 }
 
 bool link::synchronize() { // without the mutex: others may enqueue while this one waits

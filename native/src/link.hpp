@@ -38,7 +38,7 @@ class link {
     bool wait(ggml_backend_event_t event);
     bool record(ggml_backend_event_t event);
     bool copy(void * to, const void * from, size_t bytes);
-    bool look_up(const rotary_link_lookup & lookup);
+    bool look_up(const rotary_link_lookup & lookup, const rotary_link_foretelling * next);
     bool synchronize();
 
   private:

@@ -2,12 +2,15 @@
 //
 // Page table of one layer as plain arrays, so that a GPU can hold it and resolve a lookup without asking the host.
 // Same contract as rotary_slots_resolve() in rotary.h, request by request: least recently used eviction, free slots
-// first, what a lookup wants is never its victim. One team of threads resolves one lookup; on the host a team is one.
+// first, what a lookup wants is never its victim. Between two lookups, slots can be reserved for experts that the next
+// one will probably want, as rotary_slots_reserve() does; they are copied piece by piece until that lookup comes.
+// One team of threads works on a table at a time; on the host a team is one.
 
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #ifdef __CUDACC__
 #define ROTARY_BOTH __host__ __device__ inline
@@ -15,49 +18,67 @@
 #define ROTARY_BOTH inline
 #endif
 
+#define ROTARY_PAGE_MOST_TOKENS 4 // that a lookup is foretold for
+
 struct rotary_page {
     int32_t expert; // to be paged in
     int32_t slot;   // into this slot
+    int32_t first;  // from this piece on: those before it are there
 };
 
 // What changes with every lookup, besides the arrays.
 struct rotary_page_state {
-    int64_t clock;
-    int64_t call;
-    int32_t n_pages; // pages[] of the last lookup
-    int32_t n_resident;
+    int64_t  clock;
+    int64_t  unused;     // counts down: the last uses of experts that came ahead and were not wanted
+    int64_t  call;
+    int32_t  n_pages;    // pages[] of the last lookup
+    int32_t  n_resident;
+    int32_t  n_foretold; // foretold[] for the next lookup
+    int32_t  n_ahead;    // ahead[]: slots reserved for some of them, in the order in which they are copied
+    uint32_t taken;      // pieces of ahead[] that are copied, or would be if there were more
+    uint64_t demanded;   // the lookup of this number has come: no more pieces are taken for it
     // counters since they were last cleared
     uint64_t lookups, requests, misses, evictions;
-    uint64_t refused; // lookups that named an expert out of range, or more experts than there are slots
+    uint64_t refused;                    // lookups that named an expert out of range, or more experts than slots
+    uint64_t predicted, predicted_right; // as in rotary_stats
+    uint64_t prefetched, prefetch_used, late_hits;
+    uint64_t pieces_unused;              // copied ahead for nothing
 };
 
 struct rotary_page_table {
     int32_t             n_expert;
     int32_t             n_slots;
+    int32_t             n_pieces;  // of an expert
     rotary_page_state * state;
     int64_t *           last_use;  // [n_slots] value of the clock at the last use
     int64_t *           wanted_by; // [n_expert] the last call that wanted this expert
-    int32_t *           slot_of;   // [n_expert] -1 absent
+    int32_t *           slot_of;   // [n_expert] -1 absent, or not yet there
     int32_t *           expert_of; // [n_slots] -1 free
     rotary_page *       pages;     // [n_slots]
+    rotary_page *       ahead;     // [n_slots]
+    int32_t *           foretold;  // [n_expert]
 };
 
 // Bytes of a table's arrays in one piece, and the table over such a piece, its state elsewhere.
 ROTARY_BOTH size_t rotary_page_table_bytes(int32_t n_expert, int32_t n_slots) {
-    return (sizeof(int64_t) + sizeof(int32_t)) * (n_expert + n_slots) + sizeof(rotary_page) * n_slots;
+    return (sizeof(int64_t) + sizeof(int32_t)) * (n_expert + n_slots) + sizeof(int32_t) * n_expert +
+           sizeof(rotary_page) * 2 * n_slots;
 }
 
 ROTARY_BOTH rotary_page_table rotary_page_table_at(void * memory, rotary_page_state * state, int32_t n_expert,
-                                                   int32_t n_slots) {
+                                                   int32_t n_slots, int32_t n_pieces) {
     rotary_page_table table;
     table.n_expert  = n_expert;
     table.n_slots   = n_slots;
+    table.n_pieces  = n_pieces;
     table.state     = state;
     table.last_use  = (int64_t *) memory;
     table.wanted_by = table.last_use + n_slots;
     table.pages     = (rotary_page *) (table.wanted_by + n_expert);
-    table.slot_of   = (int32_t *) (table.pages + n_slots);
+    table.ahead     = table.pages + n_slots;
+    table.slot_of   = (int32_t *) (table.ahead + n_slots);
     table.expert_of = table.slot_of + n_expert;
+    table.foretold  = table.expert_of + n_slots;
     return table;
 }
 
@@ -80,13 +101,74 @@ struct rotary_page_alone {
     int32_t size() const { return 1; }
     void    sync() const {}
     void    raise(int64_t * value, int64_t to) const { *value = *value < to ? to : *value; }
+    void    add(int32_t * value, int32_t by) const { *value += by; }
+    void    add(uint64_t * value, uint64_t by) const { *value += by; }
     bool    any(bool mine) const { return mine; }
     int32_t least(int64_t key, int32_t index) const { return key == INT64_MAX ? -1 : index; }
 };
 
+// Pieces of ahead[index] that are there, once nobody copies any more.
+ROTARY_BOTH int32_t rotary_page_landed(const rotary_page_table & table, int32_t index) {
+    const int64_t landed = (int64_t) table.state->taken - (int64_t) index * table.n_pieces;
+    return landed < 0 ? 0 : landed < table.n_pieces ? (int32_t) landed : table.n_pieces;
+}
+
+// The slot that an expert is paged into: a free one, else the one used longest ago whose expert is neither wanted by
+// `call` nor on its way; -1 if there is none. The same for the whole team.
+template <class Team>
+ROTARY_BOTH int32_t rotary_page_victim(const Team & team, const rotary_page_table & table, int64_t call) {
+    int64_t best_key  = INT64_MAX;
+    int32_t best_slot = -1;
+    for (int32_t slot = team.rank(); slot < table.n_slots; slot += team.size()) {
+        const int32_t there = table.expert_of[slot];
+        const int64_t key   = there < 0                                                        ? INT64_MIN
+                              : table.wanted_by[there] == call || table.slot_of[there] != slot ? INT64_MAX
+                                                                                               : table.last_use[slot];
+        if (key < best_key) { // the lowest slot of equal ones
+            best_key  = key;
+            best_slot = slot;
+        }
+    }
+    return team.least(best_key, best_slot);
+}
+
+// Give `slot` to `expert`, its bytes still to come, by one member of the team.
+ROTARY_BOTH void rotary_page_take(const rotary_page_table & table, int32_t slot, int32_t expert) {
+    rotary_page_state & state   = *table.state;
+    const int32_t       evicted = table.expert_of[slot];
+    if (evicted >= 0) {
+        table.slot_of[evicted] = -1;
+        state.n_resident--;
+        state.evictions++;
+    }
+    table.expert_of[slot] = expert;
+}
+
+// End the reservations of experts that `call` does not want, -1: of all. What has come whole stays, as the first to
+// leave; the slot of what has not is free.
+template <class Team>
+ROTARY_BOTH void rotary_page_settle(const Team & team, const rotary_page_table & table, int64_t call) {
+    rotary_page_state & state = *table.state;
+    for (int32_t i = team.rank(); i < state.n_ahead; i += team.size()) {
+        const rotary_page page   = table.ahead[i];
+        const int32_t     landed = rotary_page_landed(table, i);
+        if (table.wanted_by[page.expert] != call) {
+            table.slot_of[page.expert] = landed == table.n_pieces ? page.slot : -1;
+            table.expert_of[page.slot] = landed == table.n_pieces ? page.expert : -1;
+            table.last_use[page.slot]  = state.unused - 1 - i;
+            team.add(&state.n_resident, landed == table.n_pieces ? 1 : 0);
+            team.add(&state.pieces_unused, landed);
+        }
+    }
+    team.sync();
+    if (team.rank() == 0) {
+        state.unused -= state.n_ahead;
+    }
+}
+
 // Make every expert of `ids` resident: slot_ids[n_used * n_tokens] receives their slots, table.pages what has to be
-// paged in. Called by every member of the team. A refused lookup changes nothing, pages nothing in, and sends every row
-// to slot 0: the host finds it counted, and its output is thrown away.
+// paged in. Called by every member of the team, when nobody copies ahead any more. A refused lookup pages nothing in and
+// sends every row to slot 0: the host finds it counted, and its output is thrown away.
 template <class Team>
 ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table & table, const rotary_page_ids & ids,
                                      int32_t * slot_ids) {
@@ -122,35 +204,33 @@ ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table 
     }
     team.sync();
 
+    for (int32_t i = team.rank(); i < state.n_foretold && !bad; i += team.size()) {
+        team.add(&state.predicted_right, table.wanted_by[table.foretold[i]] == call);
+    }
+    rotary_page_settle(team, table, bad ? -1 : call);
     for (int32_t i = 0; i < n && !bad; i++) {
         const int32_t expert = rotary_page_id(ids, i);
         if (table.slot_of[expert] >= 0) {
             continue; // the same for the whole team: everything is written before a sync
         }
-        int64_t best_key  = INT64_MAX;
-        int32_t best_slot = -1;
-        for (int32_t slot = team.rank(); slot < table.n_slots; slot += team.size()) {
-            const int32_t there = table.expert_of[slot];
-            const int64_t key   = there < 0                        ? INT64_MIN
-                                  : table.wanted_by[there] == call ? INT64_MAX
-                                                                   : table.last_use[slot];
-            if (key < best_key) { // the lowest slot of equal ones
-                best_key  = key;
-                best_slot = slot;
-            }
+        int32_t ahead = 0;
+        while (ahead < state.n_ahead && table.ahead[ahead].expert != expert) {
+            ahead++;
         }
-        const int32_t slot = team.least(best_key, best_slot);
+        const bool    foreseen = ahead < state.n_ahead;
+        const int32_t slot     = foreseen ? table.ahead[ahead].slot : rotary_page_victim(team, table, call);
+        team.sync(); // all have seen that it is absent
         if (team.rank() == 0) {
-            const int32_t evicted = table.expert_of[slot];
-            if (evicted >= 0) {
-                table.slot_of[evicted] = -1;
-                state.evictions++;
+            const int32_t first = foreseen ? rotary_page_landed(table, ahead) : 0;
+            if (foreseen) {
+                state.prefetch_used++;
+                state.late_hits += first < table.n_pieces;
             } else {
-                state.n_resident++;
+                rotary_page_take(table, slot, expert);
             }
             table.slot_of[expert]        = slot;
-            table.expert_of[slot]        = expert;
-            table.pages[state.n_pages++] = { expert, slot };
+            table.pages[state.n_pages++] = { expert, slot, first };
+            state.n_resident++;
             state.misses++;
         }
         team.sync();
@@ -162,7 +242,83 @@ ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table 
         }
     }
     team.sync();
-    if (team.rank() == 0 && !bad) {
-        state.clock = clock + n;
+    if (team.rank() == 0) {
+        state.clock += bad ? 0 : n;
+        state.n_foretold = state.n_ahead = 0;
+    }
+}
+
+// Higher is better; any bits have an order.
+ROTARY_BOTH int64_t rotary_page_rank(float score) {
+    int32_t bits = 0;
+    memcpy(&bits, &score, sizeof(bits));
+    return bits < 0 ? -(int64_t) (bits & 0x7fffffff) : bits;
+}
+
+// Reserve slots for the experts that the next lookup will probably want: the n_used with the highest of
+// scores[n_expert, n_tokens] for each token, the likeliest of all tokens first. Those that are there stay.
+template <class Team>
+ROTARY_BOTH void rotary_page_foretell(const Team & team, const rotary_page_table & table, const float * scores,
+                                      int32_t n_tokens, int32_t n_used) {
+    rotary_page_state & state = *table.state;
+    const int64_t       call  = state.call + 1;
+    int64_t             last_key[ROTARY_PAGE_MOST_TOKENS];
+    int32_t             last[ROTARY_PAGE_MOST_TOKENS];
+    int32_t             n_foretold = 0;
+
+    team.sync();
+    for (int32_t rank = 0; rank < n_used; rank++) {
+        for (int32_t t = 0; t < n_tokens; t++) {
+            int64_t best_key = INT64_MAX;
+            int32_t best     = -1;
+            for (int32_t expert = team.rank(); expert < table.n_expert; expert += team.size()) {
+                const int64_t key  = -rotary_page_rank(scores[t * table.n_expert + expert]);
+                const bool    past = rank > 0 && (key < last_key[t] || (key == last_key[t] && expert <= last[t]));
+                if (!past && key < best_key) {
+                    best_key = key;
+                    best     = expert;
+                }
+            }
+            best = team.least(best_key, best);
+            if (best < 0) {
+                continue; // fewer experts than are used
+            }
+            last[t]     = best;
+            last_key[t] = -rotary_page_rank(scores[t * table.n_expert + best]);
+            if (table.wanted_by[best] != call) {
+                team.sync();
+                if (team.rank() == 0) {
+                    table.wanted_by[best]      = call;
+                    table.foretold[n_foretold] = best;
+                }
+                n_foretold++;
+            }
+            team.sync();
+        }
+    }
+    int32_t n_ahead = 0;
+    for (int32_t i = 0; i < n_foretold; i++) {
+        const int32_t expert = table.foretold[i];
+        if (table.slot_of[expert] >= 0) {
+            continue;
+        }
+        const int32_t slot = rotary_page_victim(team, table, call);
+        if (slot < 0) {
+            break;
+        }
+        if (team.rank() == 0) {
+            rotary_page_take(table, slot, expert);
+            table.ahead[n_ahead] = { expert, slot, 0 };
+        }
+        n_ahead++;
+        team.sync();
+    }
+    if (team.rank() == 0) {
+        state.call       = call;
+        state.n_foretold = n_foretold;
+        state.n_ahead    = n_ahead;
+        state.taken      = 0;
+        state.predicted += n_foretold;
+        state.prefetched += n_ahead;
     }
 }

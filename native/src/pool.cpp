@@ -235,7 +235,8 @@ void pool::forget_slots() {
     for (const auto & layer : layers_) {
         if (layer->table) {
             layer->table->clear();
-            layer->table_on_device = false;
+            layer->table_on_device   = false;
+            layer->resolved.foretold = false;
         }
         if (layer->ram) {
             layer->ram->clear();

@@ -91,10 +91,13 @@ struct paged_layer {
     std::vector<paged_tensor *> order;                             // the tensors as the last graph used them
 
     // Lookups resolved by the inner device: pool_link.cpp.
-    rotary_link_lookup resolved = {}; // all of it but the ids
-    size_t             table_at = 0;  // offset of the layer's page table in that device's memory; 0 if it has none
-    bool               table_on_device = false; // the truth is there, not in `table`
-    rotary_page_state  state           = {};    // what the device had counted when it was last asked
+    rotary_link_lookup      resolved  = {}; // all of it but the ids
+    rotary_link_foretelling ahead     = {}; // of these: all of it but the state; no router until it is known
+    int64_t                 most_embd = 0;  // elements of a state there is room for
+    std::vector<float>      norm;           // [n_embd] weights of the norm before the router
+    size_t                  table_at = 0; // offset of the layer's page table in that device's memory; 0 if it has none
+    bool                    table_on_device = false; // the truth is there, not in `table`
+    rotary_page_state       state           = {};    // what the device had counted when it was last asked
 
     // The rewritten ids, on the inner device: a fixed place for each layer, so that a captured graph stays valid.
     ggml_tensor *        slot_ids = nullptr;
@@ -190,9 +193,10 @@ class pool {
     bool           resolves_on_device(const paged_layer & layer, int64_t n_ids) const;
     void           table_to_device(paged_layer & layer);
     bool           table_to_host(paged_layer & layer); // waits; false with this thread's error
-    bool           send_states();                      // what the device has counted, to the host; enqueues
-    bool           none_refused() const;               // of the lookups known of; else with this thread's error
-    void           forget_refusals();                  // after that; with nothing enqueued
+    bool           set_scale(paged_layer & layer, const std::vector<float> & scale); // of `ahead`; false: no room
+    bool           send_states();        // what the device has counted, to the host; enqueues
+    bool           none_refused() const; // of the lookups known of; else with this thread's error
+    void           forget_refusals();    // after that; with nothing enqueued
 
     // ---- figures
     void         count(paged_layer & layer, const rotary_layer_stats & delta);

@@ -111,15 +111,18 @@ void pool::allocate_ram_tier() {
         }
         return at - begin;
     };
+    const auto none = [&](const std::string & reason) {
+        notice(format("%s: no slots in RAM, so what %s does not hold is read from the disk each time: %s",
+                      config.model.c_str(), ggml_backend_dev_name(inner_), reason.c_str()));
+    };
     const size_t size = lay_out(0, false);
     const bool   wanted =
         std::any_of(layers_.begin(), layers_.end(), [](const auto & layer) { return layer->table != nullptr; });
     if (size == 0) {
-        if (wanted && asked == nullptr) {
-            notice(format("%s: no slots in RAM, so what %s does not hold is read from the disk each time: %s",
-                          config.model.c_str(), ggml_backend_dev_name(inner_),
-                          n_slots.empty() ? "one token's experts do not fit into the memory that is available"
-                                          : "experts are no whole sectors of the file"));
+        if (wanted && n_slots.empty()) {
+            none(format("one token's experts do not fit into %s", mib(bytes).c_str()));
+        } else if (wanted) {
+            none("experts are no whole sectors of the file");
         }
         return;
     }
@@ -134,6 +137,7 @@ void pool::allocate_ram_tier() {
         void * plain =
             mmap(nullptr, size + staging_area::unit, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (plain == MAP_FAILED) {
+            none(format("the system refuses %s: %s", mib(size).c_str(), strerror(errno)));
             return;
         }
         ram_.reset((char *) plain, [size](char * it) { munmap(it, size + staging_area::unit); });

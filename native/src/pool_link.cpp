@@ -179,18 +179,31 @@ bool pool::allocate_tables() {
     if (!link_ || (asked != nullptr && strcmp(asked, "0") == 0)) {
         return true;
     }
-    size_t bytes = padded(sizeof(rotary_page_state) * layers_.size());
+    size_t  bytes       = padded(sizeof(rotary_page_state) * layers_.size());
+    int64_t most_embd   = 0;
+    int32_t most_expert = 0;
     for (const auto & layer : layers_) {
         layer->resolved     = {};
         layer->table_at     = 0;
+        layer->ahead        = {};
+        layer->most_embd    = 0;
         const bool readable = std::all_of(layer->tensors.begin(), layer->tensors.end(),
                                           [](const paged_tensor * tensor) { return tensor->on_device != nullptr; });
         if (layer->table && readable && layer->tensors.size() <= ROTARY_LINK_MOST_TENSORS) {
             layer->table_at = bytes;
+            for (const paged_tensor * tensor : layer->tensors) {
+                layer->most_embd = std::max(layer->most_embd, tensor->ne[0]); // that of the first, whichever that is
+            }
             bytes += padded(rotary_page_table_bytes(layer->n_expert, layer->table->n_slots()));
+            bytes += padded(sizeof(float) * layer->most_embd);
+            most_embd   = std::max(most_embd, layer->most_embd);
+            most_expert = std::max(most_expert, layer->n_expert);
             n_states_++;
         }
     }
+    const size_t copy_at   = bytes;
+    const size_t scores_at = copy_at + padded(sizeof(float) * most_embd * ROTARY_PAGE_MOST_TOKENS);
+    bytes                  = scores_at + padded(sizeof(float) * most_expert * ROTARY_PAGE_MOST_TOKENS);
     if (n_states_ == 0) {
         return true;
     }
@@ -211,15 +224,30 @@ bool pool::allocate_tables() {
         if (layer.table_at == 0) {
             continue;
         }
-        layer.resolved.table     = rotary_page_table_at(base + layer.table_at, (rotary_page_state *) (void *) base + i,
-                                                        layer.n_expert, layer.table->n_slots());
-        layer.resolved.n_tensors = (int32_t) layer.tensors.size();
+        rotary_link_layer & its      = layer.resolved.layer;
+        int32_t             n_pieces = 0;
+        its.n_tensors                = (int32_t) layer.tensors.size();
         for (size_t t = 0; t < layer.tensors.size(); t++) {
             const paged_tensor & tensor = *layer.tensors[t];
-            layer.resolved.tensors[t]   = { tensor.on_device, tensor.slots->data, tensor.expert_bytes,
-                                            tensor.slots->nb[2] };
+            its.tensors[t] = { tensor.on_device, tensor.slots->data, tensor.expert_bytes, tensor.slots->nb[2] };
+            n_pieces += rotary_link_n_pieces(its.tensors[t]);
         }
+        its.table = rotary_page_table_at(base + layer.table_at, (rotary_page_state *) (void *) base + i, layer.n_expert,
+                                         layer.table->n_slots(), n_pieces);
+        layer.ahead.layer  = its;
+        layer.ahead.copy   = (float *) (void *) (base + copy_at);
+        layer.ahead.scores = (float *) (void *) (base + scores_at);
     }
+    return true;
+}
+
+bool pool::set_scale(paged_layer & layer, const std::vector<float> & scale) {
+    if ((int64_t) scale.size() > layer.most_embd) {
+        return false;
+    }
+    const size_t at = layer.table_at + padded(rotary_page_table_bytes(layer.n_expert, layer.table->n_slots()));
+    ggml_backend_tensor_set(tables_, scale.data(), at, sizeof(float) * scale.size());
+    layer.ahead.scale = (const float *) (const void *) ((const char *) tables_->data + at);
     return true;
 }
 
@@ -231,7 +259,7 @@ bool pool::resolves_on_device(const paged_layer & layer, int64_t n_ids) const {
 static rotary_page_table image_of(std::vector<char> & image, const rotary_page_table & like) {
     image.resize(sizeof(rotary_page_state) + rotary_page_table_bytes(like.n_expert, like.n_slots));
     return rotary_page_table_at(image.data() + sizeof(rotary_page_state), (rotary_page_state *) (void *) image.data(),
-                                like.n_expert, like.n_slots);
+                                like.n_expert, like.n_slots, like.n_pieces);
 }
 
 void pool::table_to_device(paged_layer & layer) {
@@ -239,12 +267,12 @@ void pool::table_to_device(paged_layer & layer) {
         return;
     }
     std::vector<char>       image;
-    const rotary_page_table table = image_of(image, layer.resolved.table);
+    const rotary_page_table table = image_of(image, layer.resolved.layer.table);
     *table.state                  = layer.state;
     layer.table->save(table);
     ggml_backend_tensor_set(tables_, image.data() + sizeof(rotary_page_state), layer.table_at,
                             image.size() - sizeof(rotary_page_state));
-    ggml_backend_tensor_set(tables_, image.data(), (char *) layer.resolved.table.state - (char *) tables_->data,
+    ggml_backend_tensor_set(tables_, image.data(), (char *) layer.resolved.layer.table.state - (char *) tables_->data,
                             sizeof(rotary_page_state));
     layer.table_on_device = true;
 }
@@ -257,14 +285,16 @@ bool pool::table_to_host(paged_layer & layer) {
         return false;
     }
     std::vector<char>       image;
-    const rotary_page_table table = image_of(image, layer.resolved.table);
+    const rotary_page_table table = image_of(image, layer.resolved.layer.table);
     ggml_backend_tensor_get(tables_, image.data() + sizeof(rotary_page_state), layer.table_at,
                             image.size() - sizeof(rotary_page_state));
-    ggml_backend_tensor_get(tables_, image.data(), (char *) layer.resolved.table.state - (char *) tables_->data,
+    ggml_backend_tensor_get(tables_, image.data(), (char *) layer.resolved.layer.table.state - (char *) tables_->data,
                             sizeof(rotary_page_state));
+    rotary_page_settle(rotary_page_alone{}, table, -1);
     take_over(layer, *table.state);
     layer.table->load(table);
-    layer.table_on_device = false;
+    layer.table_on_device   = false;
+    layer.resolved.foretold = false;
     return true;
 }
 
@@ -280,7 +310,14 @@ void pool::take_over(paged_layer & layer, const rotary_page_state & state) {
     stats.misses += misses;
     stats.hits += state.requests - layer.state.requests - misses;
     stats.evictions += state.evictions - layer.state.evictions;
-    stats.bytes_paged += misses * layer.expert_bytes;
+    const rotary_page_table & table  = layer.resolved.layer.table;
+    const uint64_t            unused = state.pieces_unused - layer.state.pieces_unused;
+    stats.bytes_paged += misses * layer.expert_bytes + unused * layer.expert_bytes / table.n_pieces;
+    totals_.predicted += state.predicted - layer.state.predicted;
+    totals_.predicted_right += state.predicted_right - layer.state.predicted_right;
+    totals_.prefetched += state.prefetched - layer.state.prefetched;
+    totals_.prefetch_used += state.prefetch_used - layer.state.prefetch_used;
+    totals_.late_hits += state.late_hits - layer.state.late_hits;
     stats.n_resident = state.n_resident;
     layer.state      = state;
 }

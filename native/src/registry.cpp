@@ -107,10 +107,23 @@ static bool environment_is_valid() {
         fail(ROTARY_ERR_ARG, "ROTARY_BUDGET: " + budget_not_understood(budget_text));
         return false;
     }
-    const char * margin = getenv("ROTARY_MARGIN");
-    if (margin != nullptr && *margin != '\0' && !(budget_parse(margin, parsed) && parsed.what == budget::kind::bytes)) {
-        fail(ROTARY_ERR_ARG,
-             format("ROTARY_MARGIN=%s: not a size; more than 0 bytes; write for example 512MiB", margin));
+    for (const char * name : { "ROTARY_MARGIN", "ROTARY_STAGING", "ROTARY_RAM" }) {
+        const char * text = getenv(name);
+        if (text != nullptr && *text != '\0' && !(budget_parse(text, parsed) && parsed.what == budget::kind::bytes)) {
+            fail(ROTARY_ERR_ARG, format("%s=%s: not a size; more than 0 bytes; write for example 512MiB", name, text));
+            return false;
+        }
+    }
+    rotary_store store = ROTARY_STORE_AUTO;
+    pin_policy   pin   = pin_policy::automatic;
+    const char * text  = getenv("ROTARY_STORE");
+    if (text != nullptr && *text != '\0' && !store_parse(text, store)) {
+        fail(ROTARY_ERR_ARG, format("ROTARY_STORE=%s: no such store; auto, mmap or direct; choose one of them", text));
+        return false;
+    }
+    text = getenv("ROTARY_PIN");
+    if (text != nullptr && *text != '\0' && !pin_parse(text, pin)) {
+        fail(ROTARY_ERR_ARG, format("ROTARY_PIN=%s: not understood; auto, on or off; choose one of them", text));
         return false;
     }
     return true;

@@ -139,9 +139,10 @@ void slot_table::save(const rotary_page_table & to) const {
     std::copy(last_use_.begin(), last_use_.end(), to.last_use);
     std::copy(wanted_by_.begin(), wanted_by_.end(), to.wanted_by);
     to.state->clock      = clock_;
+    to.state->unused     = unused_;
     to.state->call       = call_;
     to.state->n_resident = n_resident_;
-    to.state->n_pages    = 0;
+    to.state->n_pages = to.state->n_foretold = to.state->n_ahead = 0;
 }
 
 void slot_table::load(const rotary_page_table & from) {
@@ -150,6 +151,7 @@ void slot_table::load(const rotary_page_table & from) {
     std::copy_n(from.last_use, n_slots(), last_use_.begin());
     std::copy_n(from.wanted_by, n_expert(), wanted_by_.begin());
     clock_      = from.state->clock;
+    unused_     = from.state->unused;
     call_       = from.state->call;
     n_resident_ = from.state->n_resident;
 }

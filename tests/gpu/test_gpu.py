@@ -68,20 +68,25 @@ def nmse(found, expected):
 def test_decode_is_equal_to_resident(native, synthetic, kind):
     model = synthetic("test", **{**MODEL, "type": kind})
     budgets = [{"budget": budget} for budget in ("min", "50%", "100%")]
-    host = {"budget": "50%", "environment": {"ROTARY_DEVICE_LOOKUPS": "0"}}
-    (resident, _), *paged = apart(
-        run, model, [None, *budgets, host, {"budget": "50%", "pin": "off"}], True, {}, environment=HERE
-    )
+    ways = {
+        **dict(zip(("min", "50%", "100%"), budgets, strict=True)),
+        "host": {"budget": "50%", "environment": {"ROTARY_DEVICE_LOOKUPS": "0"}},
+        "ring": {"budget": "50%", "pin": "off"},
+        "no prefetch": {"budget": "50%", "prefetch": False},
+    }
+    (resident, _), *paged = apart(run, model, [None, *ways.values()], True, {}, environment=HERE)
     assert np.isfinite(resident).all() and resident.std() > 0.1
-    for (logits, stats), way in zip(paged, ["min", "50%", "100%", "host", "ring"], strict=True):
+    found = dict(zip(ways, paged, strict=True))
+    for way, (logits, stats) in found.items():
         assert stats["inner_device"].startswith("CUDA"), way
         assert (logits == resident).all(), (way, np.abs(logits - resident).max())
-        on_device = way in ("min", "50%")
+        on_device = way in ("min", "50%", "no prefetch")
+        assert (stats["prefetched"] > 0 < stats["predicted_right"]) == (way in ("min", "50%")), way
         assert (stats["device_lookups"] == stats["lookups"] > 0) == on_device, way
         if way != "100%":
             assert stats["misses"] > 0 and stats["hits"] + stats["misses"] == stats["requests"]
     same = ("lookups", "requests", "hits", "misses", "evictions", "bytes_paged")
-    device, by_host = paged[1][1], paged[3][1]
+    device, by_host = found["no prefetch"][1], found["host"][1]
     assert {name: device[name] for name in same} == {name: by_host[name] for name in same}
 
 
