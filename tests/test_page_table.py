@@ -83,14 +83,22 @@ class PageTable:
         return dict(zip(COUNTERS, values, strict=True))
 
 
-@pytest.mark.parametrize("n_threads", [1, 3])
-@pytest.mark.parametrize("seed", range(6))
-def test_agrees_with_the_slot_table(native, host, seed, n_threads):
+def some_tables(native, host, seed):
+    """A generator, both kinds of table of one size, and what is expected to be counted so far."""
     rng = np.random.default_rng(seed)
     n_expert = int(rng.integers(2, 40))
     n_slots = int(rng.integers(1, n_expert + 1))
-    pages, table = PageTable(host, n_expert, n_slots), Table(native, n_expert, n_slots)
-    expected = dict.fromkeys(COUNTERS, 0)
+    return (
+        rng, PageTable(host, n_expert, n_slots), Table(native, n_expert, n_slots),
+        dict.fromkeys(COUNTERS, 0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_agrees_with_the_slot_table(native, host, seed, n_threads):
+    rng, pages, table, expected = some_tables(native, host, seed)
+    n_expert = table.n_expert
     for request in range(400 if n_threads == 1 else 60):
         n_used = int(rng.integers(1, n_expert + 1))
         n_tokens = int(rng.integers(1, 4))
@@ -123,11 +131,8 @@ def best_first(scores, n_used):
 @pytest.mark.parametrize("n_threads", [1, 3])
 @pytest.mark.parametrize("seed", range(6))
 def test_foretelling_agrees_with_reservations(native, host, seed, n_threads):
-    rng = np.random.default_rng(seed)
-    n_expert = int(rng.integers(2, 40))
-    n_slots = int(rng.integers(1, n_expert + 1))
-    pages, table = PageTable(host, n_expert, n_slots), Table(native, n_expert, n_slots)
-    expected = dict.fromkeys(COUNTERS, 0)
+    rng, pages, table, expected = some_tables(native, host, seed)
+    n_expert, n_slots = table.n_expert, table.n_slots
     for request in range(400 if n_threads == 1 else 60):
         # What is foretold: reserved one after the other, as long as there is a slot for it.
         n_used, n_tokens = int(rng.integers(1, n_expert + 1)), int(rng.integers(1, 5))

@@ -12,7 +12,7 @@ class Table:
     """The native slot table."""
 
     def __init__(self, native, n_expert, n_slots):
-        self.c, self.ffi, self.n_slots = native.c, native.ffi, n_slots
+        self.c, self.ffi, self.n_expert, self.n_slots = native.c, native.ffi, n_expert, n_slots
         pointer = native.c.rotary_slots_new(n_expert, n_slots)
         assert pointer, "NULL"
         self.slots = native.ffi.gc(pointer, native.c.rotary_slots_free)
