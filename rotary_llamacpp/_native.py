@@ -17,17 +17,21 @@ import importlib.metadata
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import machine, pinned
 from .errors import BudgetError, DeviceError, LibraryError, ReadError, RotaryError, VersionError
+from .policies import EvictionPolicy, Factory
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _HERE = Path(__file__).resolve().parent
-_STRUCTS = ("rotary_config", "rotary_stats", "rotary_layer_stats", "rotary_layer_size", "rotary_load")
+_STRUCTS = (
+    "rotary_config", "rotary_stats", "rotary_layer_stats", "rotary_layer_size", "rotary_load",
+    "rotary_policy",
+)  # fmt: skip
 _ERRORS: dict[str, type[RotaryError]] = {  # by name in enum rotary_status
     "ROTARY_ERR_ARG": RotaryError,
     "ROTARY_ERR_VERSION": VersionError,
@@ -314,15 +318,19 @@ class Pool:
         prefetch: bool,
         staging_bytes: int,
         pin: str,
+        policy: OwnPolicy | str,
     ) -> None:
         self.lib = lib
         self.device = device
+        self.policy = policy
         # The texts must outlive the call only; the library copies them.
-        texts = [lib.ffi.new("char[]", text.encode()) for text in (budget, model, store, pin)]
+        named, own = _policy(lib, policy)
+        texts = [lib.ffi.new("char[]", text.encode()) for text in (budget, model, store, pin, named)]
         config = lib.ffi.new("rotary_config *", {
             "struct_size": lib.ffi.sizeof("rotary_config"), "budget": texts[0], "model": texts[1],
             "margin_bytes": margin_bytes, "repack": repack, "direct": direct, "store": texts[2],
             "prefetch": prefetch, "staging_bytes": staging_bytes, "pin": texts[3],
+            "policy": texts[4], "own_policy": own,
         })  # fmt: skip
         with _native_log_muted():
             self._pool = lib.c.rotary_pool_open(device, config)
@@ -360,6 +368,18 @@ class Pool:
             fields[name] = constant.removeprefix(f"ROTARY_{name.upper()}_").lower()
         return fields
 
+    def trace(self, on: bool) -> None:
+        """Record routings from now on, or stop."""
+        self.lib.c.rotary_pool_trace(self._pool, on)
+
+    def read_trace(self) -> tuple[list[int], int]:
+        """Take what has been recorded, as numbers (rotary.h), and how many lookups were dropped so far."""
+        ffi, dropped = self.lib.ffi, self.lib.ffi.new("uint64_t *")
+        n = self.lib.c.rotary_pool_trace_read(self._pool, ffi.NULL, -1, dropped)
+        records = ffi.new("int32_t[]", max(n, 1))
+        n = self.lib.c.rotary_pool_trace_read(self._pool, records, n, dropped)
+        return ffi.unpack(records, n) if n else [], dropped[0]
+
     def notices(self) -> list[str]:
         """Fallbacks and choices worth saying, in the order they were made."""
         texts: list[str] = []
@@ -376,3 +396,116 @@ class Pool:
         if self._pool:
             pool, self._pool = self._pool, None
             self.lib.c.rotary_pool_close(pool)
+
+
+class OwnPolicy:
+    """An eviction policy that is written in Python, as the library calls it; `error`: the first it raised."""
+
+    def __init__(self, lib: Library, factory: Factory, shape: Callable[[int], tuple[int, int]]) -> None:
+        """`shape` gives n_expert and n_slots of a layer."""
+        ffi = lib.ffi
+        self.error: BaseException | None = None
+        self.restart()
+
+        def of(layer: int) -> EvictionPolicy:
+            if layer not in self._layers:
+                self._layers[layer] = factory(layer, *shape(layer), self._shared)
+            return self._layers[layer]
+
+        def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(_: Any, layer: int, *args: Any) -> Any:
+                try:
+                    if self.error is None:
+                        return function(of(layer), *args)
+                except BaseException as error:
+                    self.error = error
+                return None
+
+            return call
+
+        def note(policy: EvictionPolicy, ids: Any, weights: Any, n_used: int, n_tokens: int) -> None:
+            def rows(array: Any) -> list[list[Any]]:
+                flat = ffi.unpack(array, n_used * n_tokens)
+                return [flat[i : i + n_used] for i in range(0, len(flat), n_used)]
+
+            policy.note(rows(ids), rows(weights) if weights else None)
+
+        def choose(policy: EvictionPolicy, candidates: Any, n: int) -> int:
+            return policy.choose(ffi.unpack(candidates, n))
+
+        def enter(policy: EvictionPolicy, expert: int, wanted: int) -> None:
+            policy.enter(expert, bool(wanted))
+
+        def leave(policy: EvictionPolicy, expert: int) -> None:
+            policy.leave(expert)
+
+        chosen = guarded(choose)
+        functions = {
+            "note": guarded(note), "enter": guarded(enter), "leave": guarded(leave),
+            "choose": lambda *args: -1 if (expert := chosen(*args)) is None else expert,
+        }  # fmt: skip
+        types = dict(ffi.typeof("rotary_policy").fields)
+        self._callbacks = {name: ffi.callback(types[name].type, each) for name, each in functions.items()}
+        self.calls = ffi.new("rotary_policy *", self._callbacks)
+
+    def restart(self) -> None:
+        """The slots are allocated anew, and empty."""
+        self._shared: dict[str, Any] = {}
+        self._layers: dict[int, EvictionPolicy] = {}
+
+
+def _policy(lib: Library, policy: OwnPolicy | str) -> tuple[str, Any]:
+    """A policy as the library takes it: its name, and its calls if it is a Python one."""
+    return ("lru", policy.calls) if isinstance(policy, OwnPolicy) else (policy, lib.ffi.NULL)
+
+
+class Cache:
+    """Slot tables of all layers of a model with one policy, without a model: to replay traces on.
+
+    `policy` is a name, or a class as in `rotary_llamacpp.policies`; `n_slots` those of each layer.
+    """
+
+    def __init__(self, lib: Library, policy: Factory | str, n_expert: int, n_slots: list[int]) -> None:
+        self.lib, self.n_slots = lib, n_slots
+        self._own = (
+            policy
+            if isinstance(policy, str)
+            else OwnPolicy(lib, policy, lambda layer: (n_expert, n_slots[layer]))
+        )
+        named, own = _policy(lib, self._own)
+        pointer = lib.c.rotary_cache_new(named.encode(), own, len(n_slots), n_expert, n_slots)
+        if not pointer:
+            lib.check(lib.c.rotary_last_status())
+        self._cache = lib.ffi.gc(pointer, lib.c.rotary_cache_free)
+        self._slots = [lib.c.rotary_cache_layer(self._cache, layer) for layer in range(len(n_slots))]
+        self._loads = lib.ffi.new("rotary_load[]", max(n_slots))
+
+    def resolve(self, layer: int, ids: Any, weights: Any = None) -> list[tuple[int, int, int]]:
+        """Route int32 ids [n_tokens, n_used] with float32 weights: the loads (expert, slot, evicted)."""
+        ffi = self.lib.ffi
+        slot_ids = ffi.new("int32_t[]", ids.size)
+        n = self.lib.c.rotary_cache_resolve(
+            self._cache, layer, ffi.from_buffer("int32_t[]", ids),
+            ffi.NULL if weights is None else ffi.from_buffer("float[]", weights),
+            ids.shape[1], ids.shape[0], slot_ids, self._loads,
+        )  # fmt: skip
+        if isinstance(self._own, OwnPolicy) and self._own.error is not None:
+            raise self._own.error
+        if n < 0:
+            raise RotaryError(
+                f"layer {layer}: {len(ids)} tokens want more experts than its {self.n_slots[layer]} slots, or "
+                "others than it has; a lookup must fit; replay fewer tokens at a time"
+            )
+        return [(load.expert, load.slot, load.evicted) for load in self._loads[0:n]]
+
+    def is_resident(self, layer: int, expert: int) -> bool:
+        """Whether it is there."""
+        return bool(self.lib.c.rotary_slots_slot_of(self._slots[layer], expert) >= 0)
+
+    def reserve(self, layer: int, expert: int, keep: list[int]) -> bool:
+        """Have an expert on its way, another not in `keep` evicted; False if there is no slot for it."""
+        return bool(self.lib.c.rotary_slots_reserve(self._slots[layer], expert, keep, len(keep)) >= 0)
+
+    def end_reservation(self, layer: int, expert: int, resident: bool) -> None:
+        """It is there, or will not come."""
+        self.lib.check(self.lib.c.rotary_slots_end_reservation(self._slots[layer], expert, resident))

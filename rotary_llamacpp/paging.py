@@ -30,7 +30,7 @@ from .pools import Pools
 
 _construction = threading.RLock()
 _NOT_PAGED: dict[str, Any] = {
-    "active": False, "reason": None, "inner_device": None, "path": "none", "repacked": False,
+    "active": False, "reason": None, "inner_device": None, "policy": None, "path": "none", "repacked": False,
     "hit_rate": None, "budget_bytes": 0, "slot_bytes": 0, "expert_bytes": 0, "min_budget_bytes": 0,
     "staging_bytes": 0, "resident_bytes": 0, "locked_bytes": 0, "ram_bytes": 0, "store": "none", "io": "none",
     "n_layers": 0, "n_expert": 0, "n_expert_used": 0, "n_slots": 0,
@@ -69,6 +69,7 @@ class Paging:
         self.info: ModelInfo | None = None  # of a paged model
         self.devices: ctypes.Array[ctypes.c_void_p] | None = None  # kept: model_params points at it
         self.no_repack = False
+        self.policy: str | None = None
         self.notices: list[str] = []
         self._closing = False
         self._lock = threading.RLock()  # figures may be read by another thread than the one that closes
@@ -97,6 +98,7 @@ class Paging:
         self.info = info
         self.devices = lib.device_list(devices)
         self.no_repack = not config.repack
+        self.policy = config.policy_name
         if kwargs.get("use_mlock"):
             self.notice(
                 f"{info.path.name}: use_mlock locks the whole model in memory; paging then saves none; "
@@ -126,7 +128,7 @@ class Paging:
         if self.pools is None:
             return
         self.pools.prepare()
-        _raise_our_errors(llama._ctx, self.pools.lib)
+        _raise_our_errors(llama._ctx, self.pools)
         llama._stack.callback(self.keep_last_figures)  # last on the stack, so first to run
         stats = self.stats()
         logger.log(
@@ -166,6 +168,7 @@ class Paging:
             **_NOT_PAGED,
             **figures,
             "active": True,
+            "policy": self.policy,
             "inner_device": self.pools.inner_device,
             **_rates(figures),
             "repacked": bool(figures["repacked"]),
@@ -232,8 +235,9 @@ def _rates(figures: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _raise_our_errors(context: Any, lib: _native.Library) -> None:
+def _raise_our_errors(context: Any, pools: Pools) -> None:
     """Have a llama.cpp context raise what the library says of a graph that fails, not stock's bare number."""
+    lib = pools.lib
     stock_decode = type(context).decode
     reference = weakref.proxy(context)  # not a cycle: a dropped model is freed at once
 
@@ -245,6 +249,7 @@ def _raise_our_errors(context: Any, lib: _native.Library) -> None:
             if lib.last_error():
                 lib.check(lib.c.rotary_last_status())
             raise  # the failure is llama.cpp's or the inner device's
+        pools.check_policy()
 
     context.decode = decode
 

@@ -33,6 +33,9 @@ class Pools:
         self.lib = lib
         self.inner_device = ", ".join(lib.inner(device) for device in devices)
         self._budget = Budget.parse(config.budget)
+        self._own = (
+            None if isinstance(config.policy, str) else _native.OwnPolicy(lib, config.policy, self._shape)
+        )
         self._pools: list[_native.Pool] = []
         try:
             for device in devices:
@@ -49,6 +52,7 @@ class Pools:
                         prefetch=config.prefetch,
                         staging_bytes=config.staging_bytes,
                         pin=config.pin,
+                        policy=self._own or str(config.policy),
                     )
                 )
         except BaseException:
@@ -65,9 +69,35 @@ class Pools:
     def set_budget(self, budget: Budget) -> None:
         """Change the budget and allocate anew."""
         self._budget = budget
+        if self._own is not None:
+            self._own.restart()
         for pool in self._pools:
             pool.set_budget(budget.text)
         self.prepare()
+
+    def _shape(self, il: int) -> tuple[int, int]:
+        layer = next(layer for layer in self.layer_stats() if layer["il"] == il)
+        return layer["n_expert"], layer["n_slots"]
+
+    def check_policy(self) -> None:
+        """Raise what a policy written in Python has raised; the run went on as if it were not there."""
+        if self._own is not None and self._own.error is not None:
+            raise self._own.error
+
+    def trace(self, on: bool) -> None:
+        """Record routings from now on, or stop."""
+        for pool in self._pools:
+            pool.trace(on)
+
+    def read_trace(self) -> tuple[list[int], int]:
+        """As `_native.Pool.read_trace`, device by device."""
+        numbers: list[int] = []
+        n_dropped = 0
+        for pool in self._pools:
+            its, dropped = pool.read_trace()
+            numbers += its
+            n_dropped += dropped
+        return numbers, n_dropped
 
     def _divide(self) -> None:
         n_bytes = [pool.stats()["expert_bytes"] for pool in self._pools]

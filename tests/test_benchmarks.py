@@ -224,7 +224,8 @@ def test_gpu_without_a_gpu(native, tmp_path):
     result = script("gpu.py", "measure", "--dry-run", "--budgets", "25%", "--json", tmp_path / "figures.json")
     assert result.returncode == 0, result.stderr
     [results] = json.loads((tmp_path / "figures.json").read_text())["models"].values()
-    names = ["resident", "ncmoe all", "op-offload", "rotary, host, 25%", "rotary, device, 25%"]
+    ways = ("host", "no prefetch", "device")
+    names = ["resident", "ncmoe all", "op-offload", *(f"rotary, {way}, 25%" for way in ways)]
     assert list(results) == names and not any("failed" in each for each in results.values()), results
     assert len({each["logits"] for each in results.values()}) == 1, "the same logits whatever the variant"
     assert all(f"| {name} |" in result.stdout for name in names)

@@ -93,6 +93,24 @@ const char * rotary_device_inner(int32_t device);      // as it was named: "CPU"
 // Make `device` wrap another inner device. ROTARY_ERR_STATE while a model or a backend uses it.
 int32_t rotary_device_set_inner(int32_t device, const char * inner);
 
+// ---- eviction policies ---------------------------------------------------------------------------------------------
+
+// Who leaves when a slot is wanted. Known by name: rotary_policy_names(), comma separated, static.
+const char * rotary_policy_names(void);
+
+// One of the caller's own. `layer` is the model's layer number. Called while a graph runs, from its thread.
+typedef struct rotary_policy {
+    void * user;
+    // A routing, ids[n_tokens][n_used] with the router's weights, or NULL where they are not known, before any of it
+    // enters.
+    void (*note)(void * user, int32_t layer, const int32_t * ids, const float * weights, int32_t n_used,
+                 int32_t n_tokens);
+    void (*enter)(void * user, int32_t layer, int32_t expert, int32_t wanted); // wanted 0: it came ahead, for nothing
+    void (*leave)(void * user, int32_t layer, int32_t expert);
+    // Who leaves, of these residents, in the order of their slots; anything else stands for the first of them.
+    int32_t (*choose)(void * user, int32_t layer, const int32_t * candidates, int32_t n);
+} rotary_policy;
+
 // ---- pools --------------------------------------------------------------------------------------------------------
 
 // A pool is the slots of one model on one device, with its budget and its counters.
@@ -114,6 +132,8 @@ typedef struct rotary_config {
     uint64_t     staging_bytes; // direct: memory for reads in flight; 0 for the default
     const char * pin;           // "auto", "on" or "off": whether experts may be page-locked where they lie, for a GPU to
                                 // read; NULL is "auto": if they take no more than 3/4 of the available memory
+    const char * policy;        // by name; NULL is the default
+    const rotary_policy * own_policy; // instead of that; must outlive the pool
 } rotary_config;
 
 typedef struct rotary_stats {
@@ -222,6 +242,14 @@ typedef struct rotary_layer_size {
 int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * layers, int32_t n_layers,
                              uint64_t free_bytes, int32_t * n_slots, uint64_t * bytes);
 
+// Record routings from now on. While it is on, the host learns each, also where a GPU would resolve it itself.
+void rotary_pool_trace(rotary_pool * pool, int32_t on);
+
+// Take what has been recorded: for each lookup layer number, n_tokens, n_used, whether weights are known; ids[n_tokens]
+// [n_used]; the bits of as many floats, the router's weights; as many 0 or 1, whether the expert was there. Returns how
+// many numbers there are: if more than n, nothing is taken. n_untraced: lookups dropped since nobody took them in time.
+int64_t rotary_pool_trace_read(rotary_pool * pool, int32_t * records, int64_t n, uint64_t * n_untraced);
+
 // ---- slot table: which expert is in which slot (pure logic, exposed for tests and simulators) ----------------------
 
 typedef struct rotary_slots rotary_slots;
@@ -253,6 +281,21 @@ void    rotary_slots_clear(rotary_slots * slots);
 // the slot, ROTARY_ERR_BUDGET if there is none; 0; ROTARY_ERR_ARG if the expert is not one to reserve for, or not reserved.
 int32_t rotary_slots_reserve(rotary_slots * slots, int32_t expert, const int32_t * keep, int32_t n_keep);
 int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool resident);
+
+// Slot tables of all layers of a model, with one policy: what a pool has, for replaying traces. `policy` by name, or
+// `own`. NULL with this thread's error.
+typedef struct rotary_cache rotary_cache;
+
+rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, int32_t n_layers, int32_t n_expert,
+                                const int32_t * n_slots);
+void           rotary_cache_free(rotary_cache * cache);
+
+// As rotary_slots_resolve(), for ids[n_tokens][n_used] with the router's weights or NULL.
+int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t * ids, const float * weights,
+                             int32_t n_used, int32_t n_tokens, int32_t * slot_ids, rotary_load * loads);
+
+// The table of one layer, which stays the cache's. NULL if there is no such layer.
+rotary_slots * rotary_cache_layer(rotary_cache * cache, int32_t layer);
 
 // END API
 

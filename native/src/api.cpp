@@ -20,7 +20,7 @@ struct rotary_pool {
 // ---- library
 
 int32_t rotary_abi_version(void) {
-    return 3;
+    return 4;
 }
 
 size_t rotary_sizeof(const char * struct_name) {
@@ -33,6 +33,7 @@ size_t rotary_sizeof(const char * struct_name) {
         { "rotary_layer_stats", sizeof(rotary_layer_stats) },
         { "rotary_layer_size", sizeof(rotary_layer_size) },
         { "rotary_load", sizeof(rotary_load) },
+        { "rotary_policy", sizeof(rotary_policy) },
     };
     for (const auto & each : sizes) {
         if (strcmp(each.name, struct_name) == 0) {
@@ -138,6 +139,12 @@ rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
         fail(ROTARY_ERR_ARG, format("pin %s: not known; auto, on or off; correct it", config->pin));
         return nullptr;
     }
+    chosen.policy     = config->policy != nullptr ? config->policy : default_policy;
+    chosen.own_policy = config->own_policy;
+    if (!policy_known(chosen.policy)) {
+        fail(ROTARY_ERR_ARG, policy_not_known(chosen.policy));
+        return nullptr;
+    }
     if (!budget_parse(chosen.budget_text, chosen.wanted) || chosen.wanted.what == budget::kind::off) {
         fail(ROTARY_ERR_ARG, budget_not_understood(chosen.budget_text));
         return nullptr;
@@ -187,4 +194,12 @@ void rotary_pool_reset_counters(rotary_pool * handle) {
 
 const char * rotary_pool_notice(rotary_pool * handle, int32_t index) {
     return handle->shared->notice_text(index);
+}
+
+void rotary_pool_trace(rotary_pool * handle, int32_t on) {
+    handle->shared->trace(on != 0);
+}
+
+int64_t rotary_pool_trace_read(rotary_pool * handle, int32_t * records, int64_t n, uint64_t * n_untraced) {
+    return handle->shared->read_trace(records, n, *n_untraced);
 }

@@ -52,6 +52,9 @@ static pool_config config_from_environment() {
     if (const char * pin = getenv("ROTARY_PIN")) {
         pin_parse(pin, config.pin);
     }
+    if (const char * policy = getenv("ROTARY_POLICY"); policy != nullptr && *policy != '\0') {
+        config.policy = policy;
+    }
     if (const char * store = getenv("ROTARY_STORE")) {
         store_parse(store, config.store);
     }

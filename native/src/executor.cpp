@@ -122,7 +122,7 @@ ggml_status executor::run_nodes(rotary::pool & pool, ggml_cgraph * graph) {
         // A tensor that has been through this lookup's waves and is wanted again has to begin anew.
         if (!same || (lookup_.how == mode::waves && is_done(*tensor))) {
             ggml_status status = GGML_STATUS_SUCCESS;
-            if (layer->path == ROTARY_PATH_SLOTS) {
+            if (layer->path == ROTARY_PATH_SLOTS || pool.tracing()) {
                 status = run_segment(graph, i0, i);
                 i0     = i;
             }
@@ -231,6 +231,22 @@ void executor::read_ids(pool & pool, const ggml_tensor * ids) {
     }
 }
 
+// The router's weights of the ids of node i, as ids_; empty where they are not to be had: a GPU may compute them together
+// with something else, and not keep them.
+std::vector<float> executor::read_weights(const pool & pool, const ggml_cgraph * graph, int i) const {
+    const ggml_tensor * ids = graph->nodes[i]->src[2];
+    for (int j = i - 1; pool.inner_is_host() && j >= 0; j--) {
+        const ggml_tensor * node = graph->nodes[j];
+        if (node->op == GGML_OP_GET_ROWS && node->src[1] == ids && node->ne[0] == 1 && node->type == GGML_TYPE_F32 &&
+            ggml_nelements(node) == ggml_nelements(ids) && ggml_is_contiguous(node)) {
+            std::vector<float> weights(ggml_nelements(node));
+            ggml_backend_tensor_get(node, weights.data(), 0, ggml_nbytes(node));
+            return weights;
+        }
+    }
+    return {};
+}
+
 // The tensors that share a lookup, in the order in which the graph from node i on uses them, then those it does not use.
 std::vector<paged_tensor *> executor::order_of_use(const pool & pool, paged_layer & layer, const ggml_cgraph * graph,
                                                    int i) {
@@ -263,6 +279,10 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
     rotary_layer_stats delta = {};
     delta.lookups            = 1;
     delta.requests           = ggml_nelements(ids);
+    if (pool.tracing()) {
+        read_ids(pool, ids);
+        pool.record(layer, ids_, read_weights(pool, graph, i), ids->ne[0]);
+    }
     if (layer.path != ROTARY_PATH_SLOTS) {
         // Every expert is there: nobody needs to know which ones are wanted.
         lookup_.how = layer.path == ROTARY_PATH_MAPPED ? mode::direct : mode::resident;
@@ -270,13 +290,15 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
         pool.count(layer, delta);
         return GGML_STATUS_SUCCESS;
     }
-    if (computed_ && paged_ && pool.resolves_on_device(layer, ggml_nelements(ids))) {
+    if (computed_ && paged_ && !pool.tracing() && pool.resolves_on_device(layer, ggml_nelements(ids))) {
         return look_up_on_device(pool, layer, graph->nodes[i]);
     }
     if (!pool.table_to_host(layer)) {
         return GGML_STATUS_FAILED;
     }
-    read_ids(pool, ids);
+    if (!pool.tracing()) {
+        read_ids(pool, ids);
+    }
     lookup_.order = order_of_use(pool, layer, graph, i);
 
     // Distinct experts, those that are resident first: a wave then begins with what needs no copy. The others as they
@@ -306,6 +328,11 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
                                               [&](int32_t expert) { return layer.table->slot_of(expert) >= 0; });
     std::sort(absent, experts.end());
 
+    const std::vector<float> weights =
+        layer.table->wants_weights() ? read_weights(pool, graph, i) : std::vector<float>();
+    layer.table->note(ids_.data(), weights.empty() ? nullptr : weights.data(), (int32_t) ids->ne[0],
+                      (int32_t) ids->ne[1]);
+
     delta.misses = experts.end() - absent;
     delta.hits   = delta.requests - delta.misses;
     if ((int32_t) experts.size() <= n_slots) {
@@ -319,7 +346,7 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
         lookup_.loads.resize(n_slots);
         layer.slot_ids_host.resize(ids_.size());
         lookup_.loads.resize(
-            layer.table->resolve(ids_.data(), (int32_t) ids_.size(), layer.slot_ids_host.data(), lookup_.loads.data()));
+            layer.table->place(ids_.data(), (int32_t) ids_.size(), layer.slot_ids_host.data(), lookup_.loads.data()));
         std::sort(lookup_.loads.begin(), lookup_.loads.end(),
                   [](const rotary_load & a, const rotary_load & b) { return a.expert < b.expert; });
         lookup_.n_hits = absent - experts.begin();

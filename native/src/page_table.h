@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
 // Page table of one layer as plain arrays, so that a GPU can hold it and resolve a lookup without asking the host.
-// Same contract as rotary_slots_resolve() in rotary.h, request by request: least recently used eviction, free slots
-// first, what a lookup wants is never its victim. Between two lookups, slots can be reserved for experts that the next
-// one will probably want, as rotary_slots_reserve() does; they are copied piece by piece until that lookup comes.
-// One team of threads works on a table at a time; on the host a team is one.
+// Same contract as rotary_slots_resolve() in rotary.h, request by request: free slots first, then the expert of the lowest
+// value leaves (policies lru and lfu), what a lookup wants is never its victim. Between two lookups, slots can be reserved
+// for experts that the next one will probably want, as rotary_slots_reserve() does; they are copied piece by piece until
+// that lookup comes. One team of threads works on a table at a time; on the host a team is one.
 
 #pragma once
 
@@ -18,7 +18,8 @@
 #define ROTARY_BOTH inline
 #endif
 
-#define ROTARY_PAGE_MOST_TOKENS 4 // that a lookup is foretold for
+#define ROTARY_PAGE_MOST_TOKENS 4                          // that a lookup is foretold for
+#define ROTARY_PAGE_MOST_GAIN   1.2676506002282294e30      // 2^100: then all values are made smaller
 
 struct rotary_page {
     int32_t expert; // to be paged in
@@ -28,8 +29,9 @@ struct rotary_page {
 
 // What changes with every lookup, besides the arrays.
 struct rotary_page_state {
-    int64_t  clock;
-    int64_t  unused;     // counts down: the last uses of experts that came ahead and were not wanted
+    double   clock;      // policies/policy.hpp: those of a valued_policy
+    double   growth;     // likewise
+    double   unused;     // likewise
     int64_t  call;
     int32_t  n_pages;    // pages[] of the last lookup
     int32_t  n_resident;
@@ -50,7 +52,7 @@ struct rotary_page_table {
     int32_t             n_slots;
     int32_t             n_pieces;  // of an expert
     rotary_page_state * state;
-    int64_t *           last_use;  // [n_slots] value of the clock at the last use
+    double *            value;     // [n_expert] the lowest leaves
     int64_t *           wanted_by; // [n_expert] the last call that wanted this expert
     int32_t *           slot_of;   // [n_expert] -1 absent, or not yet there
     int32_t *           expert_of; // [n_slots] -1 free
@@ -61,8 +63,8 @@ struct rotary_page_table {
 
 // Bytes of a table's arrays in one piece, and the table over such a piece, its state elsewhere.
 ROTARY_BOTH size_t rotary_page_table_bytes(int32_t n_expert, int32_t n_slots) {
-    return (sizeof(int64_t) + sizeof(int32_t)) * (n_expert + n_slots) + sizeof(int32_t) * n_expert +
-           sizeof(rotary_page) * 2 * n_slots;
+    return (sizeof(double) + sizeof(int64_t) + 2 * sizeof(int32_t)) * n_expert +
+           (sizeof(int32_t) + 2 * sizeof(rotary_page)) * n_slots;
 }
 
 ROTARY_BOTH rotary_page_table rotary_page_table_at(void * memory, rotary_page_state * state, int32_t n_expert,
@@ -72,8 +74,8 @@ ROTARY_BOTH rotary_page_table rotary_page_table_at(void * memory, rotary_page_st
     table.n_slots   = n_slots;
     table.n_pieces  = n_pieces;
     table.state     = state;
-    table.last_use  = (int64_t *) memory;
-    table.wanted_by = table.last_use + n_slots;
+    table.value     = (double *) memory;
+    table.wanted_by = (int64_t *) (table.value + n_expert);
     table.pages     = (rotary_page *) (table.wanted_by + n_expert);
     table.ahead     = table.pages + n_slots;
     table.slot_of   = (int32_t *) (table.ahead + n_slots);
@@ -100,7 +102,6 @@ struct rotary_page_alone {
     int32_t rank() const { return 0; }
     int32_t size() const { return 1; }
     void    sync() const {}
-    void    raise(int64_t * value, int64_t to) const { *value = *value < to ? to : *value; }
     void    add(int32_t * value, int32_t by) const { *value += by; }
     void    add(uint64_t * value, uint64_t by) const { *value += by; }
     bool    any(bool mine) const { return mine; }
@@ -113,7 +114,42 @@ ROTARY_BOTH int32_t rotary_page_landed(const rotary_page_table & table, int32_t 
     return landed < 0 ? 0 : landed < table.n_pieces ? (int32_t) landed : table.n_pieces;
 }
 
-// The slot that an expert is paged into: a free one, else the one used longest ago whose expert is neither wanted by
+// Numbers in the order of doubles.
+ROTARY_BOTH int64_t rotary_page_order(double value) {
+    int64_t bits = 0;
+    memcpy(&bits, &value, sizeof(bits));
+    return bits < 0 ? INT64_MIN - bits : bits;
+}
+
+// What a use of these experts makes of their values, as policies/lru.cpp and lfu.cpp do.
+template <class Team>
+ROTARY_BOTH void rotary_page_note(const Team & team, const rotary_page_table & table, const rotary_page_ids & ids) {
+    rotary_page_state & state  = *table.state;
+    const int32_t       n      = ids.n_used * ids.n_tokens;
+    const double        growth = state.growth;
+    const double        before = state.clock;
+    double              after  = before;
+    for (int32_t t = 0; t < ids.n_tokens; t++) {
+        after = growth > 0 ? after * growth : after + ids.n_used;
+    }
+    const bool much = growth > 0 && after > ROTARY_PAGE_MOST_GAIN;
+    for (int32_t expert = team.rank(); expert < table.n_expert; expert += team.size()) {
+        double value = table.value[expert];
+        double clock = before;
+        for (int32_t i = 0; i < n; i++) {
+            clock            = growth > 0 ? (i % ids.n_used == 0 ? clock * growth : clock) : clock + 1;
+            const bool wants = rotary_page_id(ids, i) == expert;
+            value            = !wants ? value : growth > 0 ? value + clock : clock;
+        }
+        table.value[expert] = much ? value / ROTARY_PAGE_MOST_GAIN : value;
+    }
+    team.sync();
+    if (team.rank() == 0) {
+        state.clock = much ? after / ROTARY_PAGE_MOST_GAIN : after;
+    }
+}
+
+// The slot that an expert is paged into: a free one, else that of the lowest value whose expert is neither wanted by
 // `call` nor on its way; -1 if there is none. The same for the whole team.
 template <class Team>
 ROTARY_BOTH int32_t rotary_page_victim(const Team & team, const rotary_page_table & table, int64_t call) {
@@ -123,7 +159,7 @@ ROTARY_BOTH int32_t rotary_page_victim(const Team & team, const rotary_page_tabl
         const int32_t there = table.expert_of[slot];
         const int64_t key   = there < 0                                                        ? INT64_MIN
                               : table.wanted_by[there] == call || table.slot_of[there] != slot ? INT64_MAX
-                                                                                               : table.last_use[slot];
+                                                                                               : rotary_page_order(table.value[there]);
         if (key < best_key) { // the lowest slot of equal ones
             best_key  = key;
             best_slot = slot;
@@ -155,7 +191,9 @@ ROTARY_BOTH void rotary_page_settle(const Team & team, const rotary_page_table &
         if (table.wanted_by[page.expert] != call) {
             table.slot_of[page.expert] = landed == table.n_pieces ? page.slot : -1;
             table.expert_of[page.slot] = landed == table.n_pieces ? page.expert : -1;
-            table.last_use[page.slot]  = state.unused - 1 - i;
+            if (state.growth <= 0) {
+                table.value[page.expert] = state.unused - 1 - i;
+            }
             team.add(&state.n_resident, landed == table.n_pieces ? 1 : 0);
             team.add(&state.pieces_unused, landed);
         }
@@ -175,7 +213,6 @@ ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table 
     const int32_t       n     = ids.n_used * ids.n_tokens;
     rotary_page_state & state = *table.state;
     const int64_t       call  = state.call + 1;
-    const int64_t       clock = state.clock;
 
     bool bad = false;
     for (int32_t i = team.rank(); i < n; i += team.size()) {
@@ -237,13 +274,12 @@ ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table 
     }
     for (int32_t i = team.rank(); i < n; i += team.size()) {
         slot_ids[i] = bad ? 0 : table.slot_of[rotary_page_id(ids, i)];
-        if (!bad) {
-            team.raise(&table.last_use[slot_ids[i]], clock + i + 1); // the last of several uses counts
-        }
+    }
+    if (!bad) {
+        rotary_page_note(team, table, ids);
     }
     team.sync();
     if (team.rank() == 0) {
-        state.clock += bad ? 0 : n;
         state.n_foretold = state.n_ahead = 0;
     }
 }

@@ -24,6 +24,7 @@
 #include "ggml-cpp.h"
 #include "ggml.h"
 
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -123,6 +124,8 @@ struct pool_config {
     bool         prefetch      = true;
     uint64_t     staging_bytes = 0;
     pin_policy   pin           = pin_policy::automatic;
+    std::string  policy        = default_policy; // of eviction; or
+    const rotary_policy * own_policy = nullptr;
 };
 
 bool store_parse(const std::string & text, rotary_store & store); // "auto", "mmap", "direct"
@@ -205,6 +208,12 @@ class pool {
     void         count_page(uint64_t us);
     void         count_prefetch(const rotary_stats & delta);
     void         count_reads();                    // take over what the direct store has counted
+    // Routings, as rotary_pool_trace_read() in rotary.h gives them.
+    void         trace(bool on);
+    bool         tracing() const { return tracing_; }
+    void         record(const paged_layer & layer, const std::vector<int32_t> & ids, const std::vector<float> & weights,
+                        int64_t n_used);
+    int64_t      read_trace(int32_t * records, int64_t n, uint64_t & n_untraced);
     void         notice(const std::string & text); // said once: logged as a warning and kept for rotary_pool_notice
     void         refresh(); // ask the device for its counters, unless a graph is being enqueued; takes `mutex`
     void         stats(rotary_stats & out) const;
@@ -251,6 +260,10 @@ class pool {
     void read_states();
 
     std::vector<layer_size> layer_sizes() const;
+
+    // Of this layer among layers_, which all share `history`.
+    std::unique_ptr<slot_table> new_table(size_t layer, int32_t n_slots,
+                                          const std::shared_ptr<routing_history> & history) const;
     void                    print_summary() const;
 
     ggml_backend_buffer_type_t slot_buft(const paged_tensor & tensor) const;
@@ -302,6 +315,9 @@ class pool {
 
     mutable std::mutex      counter_mutex_;
     rotary_stats            totals_ = {}; // what layers do not count themselves
+    std::atomic<bool>       tracing_{ false };
+    std::vector<int32_t>    trace_;
+    uint64_t                n_untraced_ = 0;
     std::deque<std::string> notices_;     // a deque: the texts handed out must not move
     size_t                  scratch_bytes_ = 0;
     bool                    reset_direct_  = false;

@@ -9,6 +9,7 @@
 #include "ggml-impl.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace rotary {
 
@@ -66,6 +67,49 @@ void pool::count_reads() {
     totals_.read_us                    = its.read_us;
     totals_.stall_us                   = its.stall_us;
     totals_.prefetched                 = its.prefetched;
+}
+
+// ---- trace
+
+void pool::trace(bool on) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    tracing_ = on;
+    if (on) {
+        trace_.clear();
+        n_untraced_ = 0;
+    }
+}
+
+void pool::record(const paged_layer & layer, const std::vector<int32_t> & ids, const std::vector<float> & weights,
+                  int64_t n_used) {
+    static constexpr size_t most = 64u << 20; // bytes, if nobody reads them
+
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    if ((trace_.size() + 3 * ids.size() + 4) * sizeof(int32_t) > most) {
+        n_untraced_++;
+        return;
+    }
+    trace_.insert(trace_.end(), { layer.il, (int32_t) (ids.size() / n_used), (int32_t) n_used, !weights.empty() });
+    trace_.insert(trace_.end(), ids.begin(), ids.end());
+    for (size_t i = 0; i < ids.size(); i++) {
+        int32_t bits = 0;
+        memcpy(&bits, weights.empty() ? (const void *) &bits : &weights[i], sizeof(bits));
+        trace_.push_back(bits);
+    }
+    for (const int32_t expert : ids) {
+        trace_.push_back(!layer.table || layer.table->slot_of(expert) >= 0);
+    }
+}
+
+int64_t pool::read_trace(int32_t * records, int64_t n, uint64_t & n_untraced) {
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    const auto                        there = (int64_t) trace_.size();
+    n_untraced                              = n_untraced_;
+    if (n >= there) {
+        std::copy(trace_.begin(), trace_.end(), records);
+        trace_.clear();
+    }
+    return there;
 }
 
 void pool::notice(const std::string & text) {

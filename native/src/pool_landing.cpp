@@ -87,6 +87,7 @@ void pool::allocate_ram_tier() {
         bytes = std::min(bytes, (uint64_t) most.value);
     }
     const std::vector<int32_t> n_slots = budget_slots(bytes, layer_sizes());
+    const auto                 history = routing_history_new((int32_t) layers_.size());
     const auto                 lay_out = [&](uintptr_t begin, bool for_good) {
         uintptr_t at = begin;
         for (size_t i = 0; i < n_slots.size(); i++) {
@@ -105,7 +106,7 @@ void pool::allocate_ram_tier() {
                 at += stride * n_slots[i] + align;
             }
             if (for_good) {
-                layers_[i]->ram     = std::make_unique<slot_table>(layers_[i]->n_expert, n_slots[i]);
+                layers_[i]->ram     = new_table(i, n_slots[i], history);
                 layers_[i]->landing = layers_[i]->ram.get();
             }
         }
@@ -170,7 +171,7 @@ std::vector<int32_t> pool::landing_slots(paged_layer & layer, const std::vector<
         settle(layer, true);
     }
     std::vector<rotary_load> absent(layer.ram->n_slots());
-    const int32_t            n_absent = layer.ram->resolve(experts.data(), n, slots.data(), absent.data());
+    const int32_t            n_absent = layer.ram->resolve(experts.data(), nullptr, n, 1, slots.data(), absent.data());
     if (n_absent < 0) { // more than there are slots: past them
         for (int32_t i = 0; i < n; i++) {
             slots[i] = layer.ram->slot_of(experts[i]) >= 0 ? in_ram : to_staging;

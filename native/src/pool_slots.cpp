@@ -24,6 +24,7 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
     std::map<ggml_backend_buffer_type_t, ggml_context *> by_buft;
     uint64_t                                             slot_bytes = 0;
     bool                                                 repacked   = false;
+    const auto                                           history    = routing_history_new((int32_t) layers_.size());
     std::unique_lock<std::mutex>                         lock(counter_mutex_);
     for (size_t i = 0; i < layers_.size(); i++) {
         paged_layer & layer = *layers_[i];
@@ -34,7 +35,7 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
         }
         layer.host_plain    = plain && !direct_;
         layer.path          = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
-        layer.table         = all ? nullptr : std::make_unique<slot_table>(layer.n_expert, n_slots[i]);
+        layer.table         = all ? nullptr : new_table(i, n_slots[i], history);
         layer.n_allocated   = n_allocated[i];
         const bool in_place = plain && direct_ && reads_whole_sectors(layer);
         layer.landing       = in_place ? layer.table.get() : nullptr;
@@ -102,6 +103,14 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
     lock.lock();
     totals_.slot_bytes = slot_bytes;
     return ROTARY_OK;
+}
+
+std::unique_ptr<slot_table> pool::new_table(size_t layer, int32_t n_slots,
+                                            const std::shared_ptr<routing_history> & history) const {
+    const int32_t n_expert = layers_[layer]->n_expert;
+    return std::make_unique<slot_table>(n_expert, n_slots,
+                                        policy_new(config.policy, { n_expert, n_slots, (int32_t) layer,
+                                                                    layers_[layer]->il, history, config.own_policy }));
 }
 
 // Slots at their parts' offset in the file modulo its alignment, with room for a sector around each tensor's slots.

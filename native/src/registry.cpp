@@ -116,7 +116,12 @@ static bool environment_is_valid() {
     }
     rotary_store store = ROTARY_STORE_AUTO;
     pin_policy   pin   = pin_policy::automatic;
-    const char * text  = getenv("ROTARY_STORE");
+    const char * text  = getenv("ROTARY_POLICY");
+    if (text != nullptr && *text != '\0' && !policy_known(text)) {
+        fail(ROTARY_ERR_ARG, "ROTARY_POLICY: " + policy_not_known(text));
+        return false;
+    }
+    text = getenv("ROTARY_STORE");
     if (text != nullptr && *text != '\0' && !store_parse(text, store)) {
         fail(ROTARY_ERR_ARG, format("ROTARY_STORE=%s: no such store; auto, mmap or direct; choose one of them", text));
         return false;

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// Slot table with least recently used eviction, and its C API. See slots.hpp.
+// Slot table, and its C API. See slots.hpp.
 
 #include "slots.hpp"
+
+#include "error.hpp"
 
 #include <algorithm>
 #include <memory>
@@ -10,27 +12,43 @@
 
 namespace rotary {
 
-slot_table::slot_table(int32_t n_expert, int32_t n_slots) :
-    slot_of_(n_expert, -1), expert_of_(n_slots, -1), last_use_(n_slots, 0), wanted_by_(n_expert, 0) {}
+slot_table::slot_table(int32_t n_expert, int32_t n_slots, std::unique_ptr<policy> chosen) :
+    policy_(std::move(chosen)), slot_of_(n_expert, -1), expert_of_(n_slots, -1), wanted_by_(n_expert, 0) {}
 
-int32_t slot_table::resolve(const int32_t * ids, int32_t n_ids, int32_t * slot_ids, rotary_load * loads) {
+int32_t slot_table::resolve(const int32_t * ids, const float * weights, int32_t n_used, int32_t n_tokens,
+                            int32_t * slot_ids, rotary_load * loads) {
+    const int32_t n_ids = n_used * n_tokens;
+    if (std::any_of(ids, ids + n_ids, [&](int32_t id) { return id < 0 || id >= n_expert(); })) {
+        return ROTARY_ERR_ARG;
+    }
     call_++;
     int32_t n_distinct = 0;
     for (int32_t i = 0; i < n_ids; i++) {
-        if (ids[i] < 0 || ids[i] >= n_expert()) {
-            return ROTARY_ERR_ARG;
-        }
-        if (wanted_by_[ids[i]] != call_) {
-            wanted_by_[ids[i]] = call_;
-            n_distinct++;
-        }
+        n_distinct += wanted_by_[ids[i]] != call_;
+        wanted_by_[ids[i]] = call_;
     }
     const auto held =
         std::count_if(reserved_.begin(), reserved_.end(), [&](int32_t expert) { return wanted_by_[expert] != call_; });
     if (n_distinct > n_slots() - (int32_t) held) {
         return ROTARY_ERR_ARG;
     }
+    note(ids, weights, n_used, n_tokens);
+    return place(ids, n_ids, slot_ids, loads);
+}
 
+void slot_table::note(const int32_t * ids, const float * weights, int32_t n_used, int32_t n_tokens) {
+    policy_->note(ids, weights, n_used, n_tokens);
+}
+
+int32_t slot_table::place(const int32_t * ids, int32_t n_ids, int32_t * slot_ids, rotary_load * loads,
+                          const std::vector<int32_t> & keep) {
+    call_++;
+    for (int32_t i = 0; i < n_ids; i++) {
+        wanted_by_[ids[i]] = call_;
+    }
+    for (const int32_t each : keep) {
+        wanted_by_[each] = call_;
+    }
     int32_t n_loads = 0;
     for (int32_t i = 0; i < n_ids; i++) {
         const int32_t expert = ids[i];
@@ -38,39 +56,48 @@ int32_t slot_table::resolve(const int32_t * ids, int32_t n_ids, int32_t * slot_i
             int32_t slot    = reserved_for(expert);
             int32_t evicted = -1; // if ever, when the slot was reserved
             if (slot >= 0) {
-                end_reservation(expert, true);
+                reserved_.erase(std::find(reserved_.begin(), reserved_.end(), expert));
             } else {
-                slot    = take_slot();
-                evicted = expert_of_[slot];
-                if (evicted >= 0) {
-                    slot_of_[evicted] = -1;
-                } else {
-                    n_resident_++;
-                }
-                slot_of_[expert] = slot;
+                slot             = take_slot();
+                evicted          = expert_of_[slot];
                 expert_of_[slot] = expert;
             }
+            slot_of_[expert] = slot;
+            n_resident_++;
+            policy_->enter(expert, true);
             loads[n_loads++] = { expert, slot, evicted };
         }
-        slot_ids[i]            = slot_of_[expert];
-        last_use_[slot_ids[i]] = ++clock_;
+        slot_ids[i] = slot_of_[expert];
     }
     return n_loads;
 }
 
-// The caller has checked that this call wants no more experts than there are slots, so a slot is always found.
+// A slot that nobody has any more; -1 if all are reserved or hold what this call wants.
 int32_t slot_table::take_slot() {
-    int32_t best = -1;
+    std::vector<int32_t> candidates;
     for (int32_t slot = 0; slot < n_slots(); slot++) {
         const int32_t expert = expert_of_[slot];
         if (expert < 0) {
             return slot;
         }
-        if (wanted_by_[expert] != call_ && (best < 0 || last_use_[slot] < last_use_[best]) && !is_reserved(slot)) {
-            best = slot;
+        if (wanted_by_[expert] != call_ && !is_reserved(slot)) {
+            candidates.push_back(expert);
         }
     }
-    return best;
+    if (candidates.empty()) {
+        return -1;
+    }
+    const int32_t expert = policy_->choose(candidates);
+    const int32_t slot   = slot_of_[expert];
+    leave(expert);
+    return slot;
+}
+
+// Its slot still names it.
+void slot_table::leave(int32_t expert) {
+    slot_of_[expert] = -1;
+    n_resident_--;
+    policy_->leave(expert);
 }
 
 // ---- reservations
@@ -86,10 +113,6 @@ int32_t slot_table::reserve(int32_t expert, const std::vector<int32_t> & keep) {
     }
     const int32_t slot = take_slot();
     if (slot >= 0) {
-        if (expert_of_[slot] >= 0) {
-            slot_of_[expert_of_[slot]] = -1;
-            n_resident_--;
-        }
         expert_of_[slot] = expert;
         reserved_.push_back(expert);
     }
@@ -108,50 +131,57 @@ void slot_table::end_reservation(int32_t expert, bool resident) {
     reserved_.erase(std::find(reserved_.begin(), reserved_.end(), expert));
     slot_of_[expert] = resident ? slot : -1;
     expert_of_[slot] = resident ? expert : -1;
-    last_use_[slot]  = --unused_;
-    n_resident_ += resident;
+    if (resident) {
+        n_resident_++;
+        policy_->enter(expert, false);
+    }
 }
 
 void slot_table::clear() {
-    std::fill(slot_of_.begin(), slot_of_.end(), -1);
-    std::fill(expert_of_.begin(), expert_of_.end(), -1);
-    std::fill(last_use_.begin(), last_use_.end(), 0);
     reserved_.clear();
-    n_resident_ = 0;
+    resize(0, n_slots());
 }
 
 void slot_table::resize(int32_t n) {
-    for (int32_t slot = n; slot < n_slots(); slot++) {
-        if (expert_of_[slot] >= 0) {
-            slot_of_[expert_of_[slot]] = -1;
-            n_resident_--;
+    resize(n, n);
+}
+
+// Free all slots from `first` on, of which there are to be n.
+void slot_table::resize(int32_t first, int32_t n) {
+    for (int32_t slot = first; slot < n_slots(); slot++) {
+        const int32_t expert = expert_of_[slot];
+        if (expert >= 0 && slot_of_[expert] == slot) {
+            leave(expert);
         }
+        expert_of_[slot] = -1;
     }
     expert_of_.resize(n, -1);
-    last_use_.resize(n, 0);
 }
 
 // ---- the same on a device
 
 void slot_table::save(const rotary_page_table & to) const {
+    const valued_policy & its = *policy_->on_device();
     std::copy(slot_of_.begin(), slot_of_.end(), to.slot_of);
     std::copy(expert_of_.begin(), expert_of_.end(), to.expert_of);
-    std::copy(last_use_.begin(), last_use_.end(), to.last_use);
+    std::copy(its.value.begin(), its.value.end(), to.value);
     std::copy(wanted_by_.begin(), wanted_by_.end(), to.wanted_by);
-    to.state->clock      = clock_;
-    to.state->unused     = unused_;
+    to.state->clock      = its.clock;
+    to.state->growth     = its.growth;
+    to.state->unused     = its.unused;
     to.state->call       = call_;
     to.state->n_resident = n_resident_;
     to.state->n_pages = to.state->n_foretold = to.state->n_ahead = 0;
 }
 
 void slot_table::load(const rotary_page_table & from) {
+    valued_policy & its = *policy_->on_device();
     std::copy_n(from.slot_of, n_expert(), slot_of_.begin());
     std::copy_n(from.expert_of, n_slots(), expert_of_.begin());
-    std::copy_n(from.last_use, n_slots(), last_use_.begin());
+    std::copy_n(from.value, n_expert(), its.value.begin());
     std::copy_n(from.wanted_by, n_expert(), wanted_by_.begin());
-    clock_      = from.state->clock;
-    unused_     = from.state->unused;
+    its.clock   = from.state->clock;
+    its.unused  = from.state->unused;
     call_       = from.state->call;
     n_resident_ = from.state->n_resident;
 }
@@ -164,11 +194,15 @@ struct rotary_slots : rotary::slot_table {
     using slot_table::slot_table;
 };
 
+struct rotary_cache {
+    std::vector<std::unique_ptr<rotary_slots>> layers;
+};
+
 rotary_slots * rotary_slots_new(int32_t n_expert, int32_t n_slots) {
     if (n_expert < 1 || n_slots < 1 || n_slots > n_expert) {
         return nullptr;
     }
-    return new (std::nothrow) rotary_slots(n_expert, n_slots);
+    return new (std::nothrow) rotary_slots(n_expert, n_slots, rotary::lru_new({ n_expert, n_slots, 0, 0, {}, nullptr }));
 }
 
 void rotary_slots_free(rotary_slots * slots) {
@@ -177,7 +211,7 @@ void rotary_slots_free(rotary_slots * slots) {
 
 int32_t rotary_slots_resolve(rotary_slots * slots, const int32_t * ids, int32_t n_ids, int32_t * slot_ids,
                              rotary_load * loads) {
-    return slots->resolve(ids, n_ids, slot_ids, loads);
+    return slots->resolve(ids, nullptr, n_ids, 1, slot_ids, loads);
 }
 
 int32_t rotary_slots_slot_of(const rotary_slots * slots, int32_t expert) {
@@ -214,4 +248,42 @@ int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool 
     }
     slots->end_reservation(expert, resident);
     return ROTARY_OK;
+}
+
+const char * rotary_policy_names(void) {
+    return rotary::policy_names();
+}
+
+rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, int32_t n_layers, int32_t n_expert,
+                                const int32_t * n_slots) {
+    auto       cache   = std::make_unique<rotary_cache>();
+    const auto history = rotary::routing_history_new(n_layers);
+    for (int32_t layer = 0; layer < n_layers; layer++) {
+        if (n_expert < 1 || n_slots[layer] < 1 || n_slots[layer] > n_expert) {
+            rotary::fail(ROTARY_ERR_ARG, rotary::format("cache: layer %d has %d slots for %d experts; 1 to as many as "
+                                                        "there are; correct it",
+                                                        layer, n_slots[layer], n_expert));
+            return nullptr;
+        }
+        auto its = rotary::policy_new(policy, { n_expert, n_slots[layer], layer, layer, history, own });
+        if (!its) {
+            rotary::fail(ROTARY_ERR_ARG, rotary::policy_not_known(policy));
+            return nullptr;
+        }
+        cache->layers.push_back(std::make_unique<rotary_slots>(n_expert, n_slots[layer], std::move(its)));
+    }
+    return cache.release();
+}
+
+void rotary_cache_free(rotary_cache * cache) {
+    delete cache;
+}
+
+int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t * ids, const float * weights,
+                             int32_t n_used, int32_t n_tokens, int32_t * slot_ids, rotary_load * loads) {
+    return cache->layers[layer]->resolve(ids, weights, n_used, n_tokens, slot_ids, loads);
+}
+
+rotary_slots * rotary_cache_layer(rotary_cache * cache, int32_t layer) {
+    return layer < 0 || layer >= (int32_t) cache->layers.size() ? nullptr : cache->layers[layer].get();
 }

@@ -1,26 +1,33 @@
 // SPDX-License-Identifier: MIT
 //
-// Slot table of one layer: which expert is in which slot, and who leaves when a slot is wanted.
-// Pure logic: knows neither ggml nor bytes. Least recently used eviction.
+// Slot table of one layer: which expert is in which slot. Who leaves when a slot is wanted is its policy's choice.
+// Pure logic: knows neither ggml nor bytes.
 // Threading: none of its own; the owner locks.
 
 #pragma once
 
 #include "page_table.h"
+#include "policies/policy.hpp"
 #include "rotary.h"
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace rotary {
 
 class slot_table {
   public:
-    slot_table(int32_t n_expert, int32_t n_slots);
+    slot_table(int32_t n_expert, int32_t n_slots, std::unique_ptr<policy> chosen);
 
-    // Contract: rotary_slots_resolve() in rotary.h. Every appearance of an id counts as a use, in the order of ids[];
-    // a free slot is taken before any eviction, the lowest first.
-    int32_t resolve(const int32_t * ids, int32_t n_ids, int32_t * slot_ids, rotary_load * loads);
+    // Contract: rotary_slots_resolve() in rotary.h. A free slot is taken before any eviction, the lowest first.
+    // place() does it for experts whose use has been noted; `keep` are no victims either, if there are slots for all.
+    int32_t resolve(const int32_t * ids, const float * weights, int32_t n_used, int32_t n_tokens, int32_t * slot_ids,
+                    rotary_load * loads);
+    bool    wants_weights() const { return policy_->wants_weights(); }
+    void    note(const int32_t * ids, const float * weights, int32_t n_used, int32_t n_tokens);
+    int32_t place(const int32_t * ids, int32_t n_ids, int32_t * slot_ids, rotary_load * loads,
+                  const std::vector<int32_t> & keep = {});
 
     int32_t slot_of(int32_t expert) const { return slot_of_[expert]; }
     int32_t expert_of(int32_t slot) const { return expert_of_[slot]; }
@@ -36,23 +43,25 @@ class slot_table {
     int32_t                      reserve(int32_t expert, const std::vector<int32_t> & keep);
     int32_t                      reserved_for(int32_t expert) const;             // -1 if none
     const std::vector<int32_t> & reserved() const { return reserved_; }          // experts
-    void                         end_reservation(int32_t expert, bool resident); // resident: first to leave; else free
+    void                         end_reservation(int32_t expert, bool resident); // resident, though not wanted yet; else free
 
-    // The same table as a device keeps it: all but its counters, and nothing is reserved.
+    // The same table as a device keeps it, if its policy can be there: all but the counters, and nothing is reserved.
+    bool can_be_on_device() const { return policy_->on_device() != nullptr; }
     void save(const rotary_page_table & to) const;
     void load(const rotary_page_table & from);
 
   private:
     int32_t take_slot();
+    void    leave(int32_t expert);
+    void    resize(int32_t first, int32_t n);
     bool    is_reserved(int32_t slot) const;
+
+    std::unique_ptr<policy> policy_;
 
     std::vector<int32_t> slot_of_;        // [n_expert] slot, -1 absent
     std::vector<int32_t> expert_of_;      // [n_slots] expert, -1 free
-    std::vector<int64_t> last_use_;       // [n_slots] value of clock_ at the last use; below 0: never used
     std::vector<int64_t> wanted_by_;      // [n_expert] the last call_ that wanted this expert: those are held
     std::vector<int32_t> reserved_;       // experts with a reservation; their slots' expert_of_ names them already
-    int64_t              clock_      = 0;
-    int64_t              unused_     = 0; // counts down
     int64_t              call_       = 0;
     int32_t              n_resident_ = 0;
 };

@@ -41,7 +41,8 @@ void executor::plan_waves(const pool & pool, paged_layer & layer, const std::vec
         }
         most = std::clamp<size_t>(pool.direct()->staging_bytes() / 2 / largest, 1, most);
     }
-    size_t n = 0; // experts of this wave
+    std::vector<int32_t> before; // experts of the wave before, which may still be computed
+    size_t               n = 0;  // experts of this wave
     for (size_t first = 0; first < order.size(); first += n) {
         const size_t end  = at_once          ? std::min(first + n_slots, order.size())
                             : first < n_hits ? n_hits
@@ -57,7 +58,12 @@ void executor::plan_waves(const pool & pool, paged_layer & layer, const std::vec
         wave                 next;
         next.n_experts = n;
         next.loads.resize(n_slots);
-        next.loads.resize(layer.table->resolve(&order[first], (int32_t) n, slots.data(), next.loads.data()));
+        if (before.size() + n > n_slots) {
+            before.clear();
+        }
+        next.loads.resize(
+            layer.table->place(&order[first], (int32_t) n, slots.data(), next.loads.data(), before));
+        before.assign(&order[first], &order[first] + n);
         for (size_t i = 0; i < n; i++) {
             wave_of[order[first + i]] = (int32_t) lookup_.waves.size();
             slot_of[order[first + i]] = slots[i];
