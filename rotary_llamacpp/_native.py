@@ -380,6 +380,10 @@ class Pool:
         n = self.lib.c.rotary_pool_trace_read(self._pool, records, n, dropped)
         return ffi.unpack(records, n) if n else [], dropped[0]
 
+    def policy_name(self) -> str:
+        """The eviction policy that was chosen."""
+        return self.lib.text(self.lib.c.rotary_pool_policy(self._pool))
+
     def notices(self) -> list[str]:
         """Fallbacks and choices worth saying, in the order they were made."""
         texts: list[str] = []
@@ -404,6 +408,7 @@ class OwnPolicy:
     def __init__(self, lib: Library, factory: Factory, shape: Callable[[int], tuple[int, int]]) -> None:
         """`shape` gives n_expert and n_slots of a layer."""
         ffi = lib.ffi
+        self.name = getattr(factory, "__name__", "own")
         self.error: BaseException | None = None
         self.restart()
 
@@ -493,10 +498,27 @@ class Cache:
             raise self._own.error
         if n < 0:
             raise RotaryError(
-                f"layer {layer}: {len(ids)} tokens want more experts than its {self.n_slots[layer]} slots, or "
-                "others than it has; a lookup must fit; replay fewer tokens at a time"
+                f"layer {layer}: {len(ids)} tokens want more experts than its {self.n_slots[layer]} slots "
+                "hold, or others than it has; a lookup must fit; replay fewer tokens at a time"
             )
         return [(load.expert, load.slot, load.evicted) for load in self._loads[0:n]]
+
+    def replay(self, layers: Any, ids: Any, weights: Any = None) -> Any:
+        """Resolve int32 rows ids [n, n_used] of `layers` [n], one by one, -1 at a row's end: misses [n]."""
+        ffi = self.lib.ffi
+        misses = ffi.new("int32_t[]", len(ids))
+        status = self.lib.c.rotary_cache_replay(
+            self._cache, len(ids), ffi.from_buffer("int32_t[]", layers), ffi.from_buffer("int32_t[]", ids),
+            ffi.NULL if weights is None else ffi.from_buffer("float[]", weights), ids.shape[1], misses,
+        )  # fmt: skip
+        if isinstance(self._own, OwnPolicy) and self._own.error is not None:
+            raise self._own.error
+        if status < 0:
+            raise RotaryError(
+                "trace: a row wants more experts than there are slots, or others than there are; "
+                f"{min(self.n_slots)} slots; replay it with more"
+            )
+        return ffi.unpack(misses, len(ids))
 
     def is_resident(self, layer: int, expert: int) -> bool:
         """Whether it is there."""

@@ -15,6 +15,7 @@ import click
 
 from .config import PINS, STORES, RotaryConfig
 from .errors import LibraryError, RotaryError
+from .policies import AUTO, NATIVE
 
 
 @contextlib.contextmanager
@@ -88,6 +89,13 @@ def main() -> None:
     help="Page-lock the experts in host memory for a GPU; auto does if they take at most 3/4 of what is "
     "available.",
 )
+@click.option(
+    "--policy",
+    default=AUTO,
+    show_default=True,
+    metavar=f"[{'|'.join((AUTO, *NATIVE))}]",
+    help="Who leaves when a slot is wanted; auto is the best that can run where lookups are resolved.",
+)
 @click.option("--no-mmap", is_flag=True, help="Read the file into memory instead of mapping it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--no-progress", is_flag=True, help="Show no live figures on a terminal.")
@@ -108,6 +116,7 @@ def run(
     no_prefetch: bool,
     staging: str | None,
     pin: str,
+    policy: str,
     no_mmap: bool,
     as_json: bool,
     no_progress: bool,
@@ -125,6 +134,7 @@ def run(
                 "prefetch": not no_prefetch,
                 "staging": staging,
                 "pin": pin,
+                "policy": policy,
                 "verbose": not as_json,
             }
         )
@@ -177,6 +187,87 @@ def info(model: str, as_json: bool) -> None:
         click.echo(json.dumps(found.to_dict()))
         return
     click.echo(found.describe())
+
+
+@main.command(epilog=_example("rotary trace model.gguf --prompts prompts.txt -o model.trace"))
+@click.argument("model")
+@click.option("--prompts", required=True, help="Text file, one prompt a line.")
+@click.option(
+    "-o", "--output", required=True, help="Trace to write; CSV if it ends in .csv.", type=click.Path()
+)
+@click.option(
+    "-n", "--n-predict", default=128, show_default=True, type=click.IntRange(min=0), help="Tokens a prompt."
+)
+@click.option("--budget", default="auto", show_default=True, help="As for rotary run.")
+@click.option("--inner", help="ggml device that computes.  [default: first GPU, else CPU]")
+@click.option("--temp", default=0.8, show_default=True, help="Sampling temperature; 0 is greedy.")
+@click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.  [default: random]")
+@click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens.  [default: as rotary run]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as rotary run]")
+def trace(
+    model: str, prompts: str, output: str, n_predict: int, budget: str, inner: str | None, temp: float,
+    seed: int | None, ctx: int | None, threads: int | None,
+) -> None:  # fmt: skip
+    """Record which experts a model chooses while it answers prompts."""
+    with _one_line_errors():
+        config = RotaryConfig(budget=budget, inner=inner)
+        from .recording import read_prompts, record
+
+        texts = read_prompts(prompts)
+
+        def on_prompt(number: int, n_tokens: int) -> None:
+            click.echo(f"rotary: prompt {number + 1} of {len(texts)}, {n_tokens} tokens", err=True)
+
+        found = record(
+            model, texts, n_predict, config, temp=temp, seed=seed, n_ctx=ctx, n_threads=threads,
+            on_prompt=on_prompt,
+        )  # fmt: skip
+        found.save(output)
+        click.echo(
+            f"{output}: {found.tokens()} tokens in {len(found.layers)} layers, "
+            f"{found.experts.shape[1]} of {found.n_expert} experts each"
+        )
+        if found.about.get("interrupted"):
+            sys.exit(130)
+
+
+@main.command(epilog=_example("rotary simulate model.trace --budgets 12.5,25 --link pcie4x16 --compute 3"))
+@click.argument("trace_file", metavar="TRACE")
+@click.option("--policies", default="all", show_default=True, help=f"Of {', '.join(NATIVE)}, by commas.")
+@click.option(
+    "--budgets", default="5,12.5,25,50", show_default=True, help="Percent of all experts, by commas."
+)
+@click.option("--link", help="Bandwidth to the slots: 25GB/s, 500MiB/s, pcie4x16, ...  [default: no time]")
+@click.option(
+    "--compute",
+    default=3.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Milliseconds of a token whose experts are all there.",
+)
+@click.option(
+    "--latency", default=0.0, type=click.FloatRange(min=0), help="Microseconds of a lookup that waits."
+)
+@click.option("--predictors", default="none", show_default=True, help="none or what comes ahead, by commas.")
+@click.option("--depth", default=1, show_default=True, type=click.IntRange(1, 8), help="Layers ahead.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
+def simulate(
+    trace_file: str, policies: str, budgets: str, link: str | None, compute: float, latency: float,
+    predictors: str, depth: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Replay a trace under eviction policies, budgets, links and predictors."""
+    with _one_line_errors():
+        from .comparison import compare, shares, table
+
+        rows = compare(
+            trace_file, NATIVE if policies == "all" else policies.split(","), shares(budgets),
+            link=link, compute_us=1000 * compute, latency_us=latency, predictors=predictors.split(","),
+            depth=depth,
+        )  # fmt: skip
+        if as_json:
+            click.echo(json.dumps(rows))
+        else:
+            click.echo("\n".join(table(rows)))
 
 
 @main.command(epilog=_example("rotary doctor"))

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import BudgetError, RotaryError
 from .info import ModelInfo
-from .policies import DEFAULT, NATIVE, Factory
+from .policies import AUTO, NATIVE, Factory
 
 MIB = 1024 * 1024
 STORES = ("auto", "mmap", "direct")
@@ -156,8 +156,9 @@ class RotaryConfig:
         Whether experts may be page-locked in host memory, where a GPU can read them: ``"auto"``, if they take
         no more than three quarters of the available memory; ``"on"``; ``"off"``. Without, the host copies.
     policy : str or class
-        Who leaves when a slot is wanted: a name of `rotary_llamacpp.policies.NATIVE`, or a class such as
-        those in `rotary_llamacpp.policies`, called in Python, slower.
+        Who leaves when a slot is wanted: a name of `rotary_llamacpp.policies.NATIVE`; ``"auto"``, the best
+        that can run where lookups are resolved; or a class such as those in `rotary_llamacpp.policies`,
+        called in Python, slower.
     verbose : bool
         Say what was chosen in one line on the logger ``rotary_llamacpp``. Warnings are always logged.
     """
@@ -171,7 +172,7 @@ class RotaryConfig:
     prefetch: bool = True
     staging: int | str | None = None
     pin: str = "auto"
-    policy: str | Factory = DEFAULT
+    policy: str | Factory = AUTO
     verbose: bool = True
 
     def __post_init__(self) -> None:
@@ -185,9 +186,9 @@ class RotaryConfig:
             )
         if self.pin not in PINS:
             raise RotaryError(f"pin {self.pin!r}: not understood; accepted are {', '.join(PINS)}; correct it")
-        if not callable(self.policy) and self.policy not in NATIVE:
+        if not callable(self.policy) and self.policy not in (AUTO, *NATIVE):
             raise RotaryError(
-                f"policy {self.policy!r}: not known; accepted are {', '.join(NATIVE)} or a class; correct it"
+                f"policy {self.policy!r}: not known; {', '.join((AUTO, *NATIVE))} or a class; correct it"
             )
         if self.inner is not None and not (isinstance(self.inner, str) and self.inner.strip()):
             raise RotaryError(
@@ -204,11 +205,6 @@ class RotaryConfig:
     def staging_bytes(self) -> int:
         """Memory for reads in flight, 0 for the native library's default."""
         return 0 if self.staging is None else parse_bytes(self.staging)
-
-    @property
-    def policy_name(self) -> str:
-        """The policy's name, a class's own."""
-        return self.policy if isinstance(self.policy, str) else getattr(self.policy, "__name__", "own")
 
     @classmethod
     def from_any(

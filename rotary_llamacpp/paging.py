@@ -69,7 +69,6 @@ class Paging:
         self.info: ModelInfo | None = None  # of a paged model
         self.devices: ctypes.Array[ctypes.c_void_p] | None = None  # kept: model_params points at it
         self.no_repack = False
-        self.policy: str | None = None
         self.notices: list[str] = []
         self._closing = False
         self._lock = threading.RLock()  # figures may be read by another thread than the one that closes
@@ -98,7 +97,6 @@ class Paging:
         self.info = info
         self.devices = lib.device_list(devices)
         self.no_repack = not config.repack
-        self.policy = config.policy_name
         if kwargs.get("use_mlock"):
             self.notice(
                 f"{info.path.name}: use_mlock locks the whole model in memory; paging then saves none; "
@@ -168,7 +166,7 @@ class Paging:
             **_NOT_PAGED,
             **figures,
             "active": True,
-            "policy": self.policy,
+            "policy": self.pools.policy_name(),
             "inner_device": self.pools.inner_device,
             **_rates(figures),
             "repacked": bool(figures["repacked"]),

@@ -16,7 +16,7 @@ from math import sqrt
 from typing import Any
 
 NATIVE = ("lru", "lfu", "weighted", "sieve", "s3fifo", "arc", "recall")
-DEFAULT = "lfu"
+AUTO = "auto"  # the best that can run where lookups are resolved: recall on the host, lfu on a device
 
 Routing = Sequence[Sequence[int]]
 Weights = Sequence[Sequence[float]] | None
@@ -264,7 +264,6 @@ class Recall(EvictionPolicy):
         self.score: list[float] | None = None
         self.part = [0] * self.window
         self.sums: list[int] = shared.setdefault("sums", [0] * self.window)
-        shared["n_layers"] = shared.get("n_layers", 0) + 1
 
     def note(self, ids: Routing, weights: Weights) -> None:
         for row in ids:
@@ -285,7 +284,7 @@ class Recall(EvictionPolicy):
         return min(candidates, key=self.score.__getitem__)
 
     def _scores(self) -> list[float]:
-        n, every = len(self.tokens), float(len(self.tokens[-1])) * self.shared["n_layers"]
+        n, every = len(self.tokens), float(len(self.tokens[-1]))
         score, total, wave = [0.0] * self.n_expert, 1e-9, 0.0
         for i, token in enumerate(self.tokens):
             for expert in token:

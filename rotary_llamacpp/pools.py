@@ -79,6 +79,12 @@ class Pools:
         layer = next(layer for layer in self.layer_stats() if layer["il"] == il)
         return layer["n_expert"], layer["n_slots"]
 
+    def policy_name(self) -> str:
+        """The eviction policy that was chosen, or the name of the class that is one."""
+        if self._own is not None:
+            return self._own.name
+        return self._pools[0].policy_name()
+
     def check_policy(self) -> None:
         """Raise what a policy written in Python has raised; the run went on as if it were not there."""
         if self._own is not None and self._own.error is not None:

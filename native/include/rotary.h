@@ -132,7 +132,7 @@ typedef struct rotary_config {
     uint64_t     staging_bytes; // direct: memory for reads in flight; 0 for the default
     const char * pin;           // "auto", "on" or "off": whether experts may be page-locked where they lie, for a GPU to
                                 // read; NULL is "auto": if they take no more than 3/4 of the available memory
-    const char * policy;        // by name; NULL is the default
+    const char * policy;        // by name; NULL is "auto": the best that can run where lookups are resolved
     const rotary_policy * own_policy; // instead of that; must outlive the pool
 } rotary_config;
 
@@ -242,6 +242,9 @@ typedef struct rotary_layer_size {
 int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * layers, int32_t n_layers,
                              uint64_t free_bytes, int32_t * n_slots, uint64_t * bytes);
 
+// The eviction policy that was chosen: its name, "own" for the caller's. Valid as long as the pool.
+const char * rotary_pool_policy(rotary_pool * pool);
+
 // Record routings from now on. While it is on, the host learns each, also where a GPU would resolve it itself.
 void rotary_pool_trace(rotary_pool * pool, int32_t on);
 
@@ -293,6 +296,11 @@ void           rotary_cache_free(rotary_cache * cache);
 // As rotary_slots_resolve(), for ids[n_tokens][n_used] with the router's weights or NULL.
 int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t * ids, const float * weights,
                              int32_t n_used, int32_t n_tokens, int32_t * slot_ids, rotary_load * loads);
+
+// Resolve n_rows of ids[n_rows][n_used], -1 at a row's end where it has fewer, of layers[n_rows], one after the other:
+// misses[n_rows]. ROTARY_ERR_ARG where one cannot be.
+int32_t rotary_cache_replay(rotary_cache * cache, int64_t n_rows, const int32_t * layers, const int32_t * ids,
+                            const float * weights, int32_t n_used, int32_t * misses);
 
 // The table of one layer, which stays the cache's. NULL if there is no such layer.
 rotary_slots * rotary_cache_layer(rotary_cache * cache, int32_t layer);

@@ -139,7 +139,7 @@ rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
         fail(ROTARY_ERR_ARG, format("pin %s: not known; auto, on or off; correct it", config->pin));
         return nullptr;
     }
-    chosen.policy     = config->policy != nullptr ? config->policy : default_policy;
+    chosen.policy     = config->policy != nullptr ? config->policy : automatic_policy;
     chosen.own_policy = config->own_policy;
     if (!policy_known(chosen.policy)) {
         fail(ROTARY_ERR_ARG, policy_not_known(chosen.policy));
@@ -194,6 +194,11 @@ void rotary_pool_reset_counters(rotary_pool * handle) {
 
 const char * rotary_pool_notice(rotary_pool * handle, int32_t index) {
     return handle->shared->notice_text(index);
+}
+
+const char * rotary_pool_policy(rotary_pool * handle) {
+    const std::lock_guard<std::mutex> lock(handle->shared->mutex);
+    return handle->shared->policy_name();
 }
 
 void rotary_pool_trace(rotary_pool * handle, int32_t on) {

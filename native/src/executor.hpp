@@ -85,8 +85,8 @@ class executor {
     void read_ids(pool & pool, const ggml_tensor * ids);
 
     std::vector<float> read_weights(const pool & pool, const ggml_cgraph * graph, int i) const;
-    void patch(ggml_tensor * node, ggml_tensor * weight, ggml_tensor * ids);
-    void restore();
+    void               patch(ggml_tensor * node, ggml_tensor * weight, ggml_tensor * ids);
+    void               restore();
 
     struct patched {
         ggml_tensor * node;

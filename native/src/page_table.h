@@ -18,8 +18,8 @@
 #define ROTARY_BOTH inline
 #endif
 
-#define ROTARY_PAGE_MOST_TOKENS 4                          // that a lookup is foretold for
-#define ROTARY_PAGE_MOST_GAIN   1.2676506002282294e30      // 2^100: then all values are made smaller
+#define ROTARY_PAGE_MOST_TOKENS 4                   // that a lookup is foretold for
+#define ROTARY_PAGE_MOST_GAIN 1.2676506002282294e30 // 2^100: then all values are made smaller
 
 struct rotary_page {
     int32_t expert; // to be paged in
@@ -157,9 +157,10 @@ ROTARY_BOTH int32_t rotary_page_victim(const Team & team, const rotary_page_tabl
     int32_t best_slot = -1;
     for (int32_t slot = team.rank(); slot < table.n_slots; slot += team.size()) {
         const int32_t there = table.expert_of[slot];
-        const int64_t key   = there < 0                                                        ? INT64_MIN
-                              : table.wanted_by[there] == call || table.slot_of[there] != slot ? INT64_MAX
-                                                                                               : rotary_page_order(table.value[there]);
+        const int64_t key   = there < 0 ? INT64_MIN
+                              : table.wanted_by[there] == call || table.slot_of[there] != slot
+                                  ? INT64_MAX
+                                  : rotary_page_order(table.value[there]);
         if (key < best_key) { // the lowest slot of equal ones
             best_key  = key;
             best_slot = slot;

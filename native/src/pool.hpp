@@ -114,18 +114,18 @@ enum class pin_policy { automatic, on, off };               // whether experts m
 bool pin_parse(const std::string & text, pin_policy & pin); // "auto", "on", "off"
 
 struct pool_config {
-    budget       wanted;
-    std::string  budget_text   = "auto";
-    std::string  model         = "model";
-    uint64_t     margin_bytes  = 0;
-    bool         repack        = true;
-    bool         direct        = true; // may compute a batch from the mapping
-    rotary_store store         = ROTARY_STORE_AUTO;
-    bool         prefetch      = true;
-    uint64_t     staging_bytes = 0;
-    pin_policy   pin           = pin_policy::automatic;
-    std::string  policy        = default_policy; // of eviction; or
-    const rotary_policy * own_policy = nullptr;
+    budget                wanted;
+    std::string           budget_text   = "auto";
+    std::string           model         = "model";
+    uint64_t              margin_bytes  = 0;
+    bool                  repack        = true;
+    bool                  direct        = true; // may compute a batch from the mapping
+    rotary_store          store         = ROTARY_STORE_AUTO;
+    bool                  prefetch      = true;
+    uint64_t              staging_bytes = 0;
+    pin_policy            pin           = pin_policy::automatic;
+    std::string           policy        = automatic_policy; // of eviction; or
+    const rotary_policy * own_policy    = nullptr;
 };
 
 bool store_parse(const std::string & text, rotary_store & store); // "auto", "mmap", "direct"
@@ -202,12 +202,12 @@ class pool {
     void           forget_refusals();    // after that; with nothing enqueued
 
     // ---- figures
-    void         count(paged_layer & layer, const rotary_layer_stats & delta);
-    void         count_wait(uint64_t us);
-    void         count_ram_hits(uint64_t n);
-    void         count_page(uint64_t us);
-    void         count_prefetch(const rotary_stats & delta);
-    void         count_reads();                    // take over what the direct store has counted
+    void count(paged_layer & layer, const rotary_layer_stats & delta);
+    void count_wait(uint64_t us);
+    void count_ram_hits(uint64_t n);
+    void count_page(uint64_t us);
+    void count_prefetch(const rotary_stats & delta);
+    void count_reads(); // take over what the direct store has counted
     // Routings, as rotary_pool_trace_read() in rotary.h gives them.
     void         trace(bool on);
     bool         tracing() const { return tracing_; }
@@ -220,6 +220,7 @@ class pool {
     bool         layer_stats(int32_t index, rotary_layer_stats & out) const;
     void         reset_counters();
     const char * notice_text(int32_t index) const;
+    const char * policy_name() const; // that was chosen
 
     std::mutex  mutex;
     pool_config config; // the budget changes between graphs only
@@ -262,9 +263,9 @@ class pool {
     std::vector<layer_size> layer_sizes() const;
 
     // Of this layer among layers_, which all share `history`.
-    std::unique_ptr<slot_table> new_table(size_t layer, int32_t n_slots,
+    std::unique_ptr<slot_table> new_table(size_t layer, int32_t n_slots, const std::string & policy,
                                           const std::shared_ptr<routing_history> & history) const;
-    void                    print_summary() const;
+    void                        print_summary() const;
 
     ggml_backend_buffer_type_t slot_buft(const paged_tensor & tensor) const;
 
@@ -318,7 +319,7 @@ class pool {
     std::atomic<bool>       tracing_{ false };
     std::vector<int32_t>    trace_;
     uint64_t                n_untraced_ = 0;
-    std::deque<std::string> notices_;     // a deque: the texts handed out must not move
+    std::deque<std::string> notices_; // a deque: the texts handed out must not move
     size_t                  scratch_bytes_ = 0;
     bool                    reset_direct_  = false;
 };

@@ -106,7 +106,8 @@ void pool::allocate_ram_tier() {
                 at += stride * n_slots[i] + align;
             }
             if (for_good) {
-                layers_[i]->ram     = new_table(i, n_slots[i], history);
+                // It sees the other tier's misses alone, which are no whole routings.
+                layers_[i]->ram     = new_table(i, n_slots[i], best_on_device, history);
                 layers_[i]->landing = layers_[i]->ram.get();
             }
         }

@@ -35,7 +35,7 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
         }
         layer.host_plain    = plain && !direct_;
         layer.path          = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
-        layer.table         = all ? nullptr : new_table(i, n_slots[i], history);
+        layer.table         = all ? nullptr : new_table(i, n_slots[i], policy_name(), history);
         layer.n_allocated   = n_allocated[i];
         const bool in_place = plain && direct_ && reads_whole_sectors(layer);
         layer.landing       = in_place ? layer.table.get() : nullptr;
@@ -105,12 +105,21 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
     return ROTARY_OK;
 }
 
-std::unique_ptr<slot_table> pool::new_table(size_t layer, int32_t n_slots,
+const char * pool::policy_name() const {
+    if (config.own_policy != nullptr || config.policy != automatic_policy) {
+        return config.own_policy != nullptr ? "own" : config.policy.c_str();
+    }
+    const bool on_device =
+        std::any_of(tensors_.begin(), tensors_.end(), [](const auto & tensor) { return tensor->on_device != nullptr; });
+    return on_device ? best_on_device : best_policy;
+}
+
+std::unique_ptr<slot_table> pool::new_table(size_t layer, int32_t n_slots, const std::string & policy,
                                             const std::shared_ptr<routing_history> & history) const {
     const int32_t n_expert = layers_[layer]->n_expert;
-    return std::make_unique<slot_table>(n_expert, n_slots,
-                                        policy_new(config.policy, { n_expert, n_slots, (int32_t) layer,
-                                                                    layers_[layer]->il, history, config.own_policy }));
+    return std::make_unique<slot_table>(
+        n_expert, n_slots,
+        policy_new(policy, { n_expert, n_slots, (int32_t) layer, layers_[layer]->il, history, config.own_policy }));
 }
 
 // Slots at their parts' offset in the file modulo its alignment, with room for a sector around each tensor's slots.

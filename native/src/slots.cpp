@@ -7,6 +7,7 @@
 #include "error.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -202,7 +203,8 @@ rotary_slots * rotary_slots_new(int32_t n_expert, int32_t n_slots) {
     if (n_expert < 1 || n_slots < 1 || n_slots > n_expert) {
         return nullptr;
     }
-    return new (std::nothrow) rotary_slots(n_expert, n_slots, rotary::lru_new({ n_expert, n_slots, 0, 0, {}, nullptr }));
+    return new (std::nothrow)
+        rotary_slots(n_expert, n_slots, rotary::lru_new({ n_expert, n_slots, 0, 0, {}, nullptr }));
 }
 
 void rotary_slots_free(rotary_slots * slots) {
@@ -265,7 +267,9 @@ rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, 
                                                         layer, n_slots[layer], n_expert));
             return nullptr;
         }
-        auto its = rotary::policy_new(policy, { n_expert, n_slots[layer], layer, layer, history, own });
+        const bool automatic = strcmp(policy, rotary::automatic_policy) == 0;
+        auto       its       = rotary::policy_new(automatic ? rotary::best_policy : policy,
+                                                  { n_expert, n_slots[layer], layer, layer, history, own });
         if (!its) {
             rotary::fail(ROTARY_ERR_ARG, rotary::policy_not_known(policy));
             return nullptr;
@@ -282,6 +286,26 @@ void rotary_cache_free(rotary_cache * cache) {
 int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t * ids, const float * weights,
                              int32_t n_used, int32_t n_tokens, int32_t * slot_ids, rotary_load * loads) {
     return cache->layers[layer]->resolve(ids, weights, n_used, n_tokens, slot_ids, loads);
+}
+
+int32_t rotary_cache_replay(rotary_cache * cache, int64_t n_rows, const int32_t * layers, const int32_t * ids,
+                            const float * weights, int32_t n_used, int32_t * misses) {
+    std::vector<int32_t> slot_ids(n_used);
+    for (int64_t i = 0; i < n_rows; i++) {
+        rotary_slots * slots = rotary_cache_layer(cache, layers[i]);
+        if (slots == nullptr) {
+            return ROTARY_ERR_ARG;
+        }
+        const int32_t *          row = ids + i * n_used;
+        const auto               n   = (int32_t) (std::find(row, row + n_used, -1) - row);
+        std::vector<rotary_load> loads(slots->n_slots());
+        misses[i] = slots->resolve(row, weights != nullptr ? weights + i * n_used : nullptr, n, 1, slot_ids.data(),
+                                   loads.data());
+        if (misses[i] < 0) {
+            return misses[i];
+        }
+    }
+    return ROTARY_OK;
 }
 
 rotary_slots * rotary_cache_layer(rotary_cache * cache, int32_t layer) {

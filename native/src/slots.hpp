@@ -41,9 +41,9 @@ class slot_table {
     // count as resident, and no call evicts it; the call that wants it gets it as a load into that slot.
     // The slot, its expert evicted; -1 if all slots are reserved or hold experts of `keep`.
     int32_t                      reserve(int32_t expert, const std::vector<int32_t> & keep);
-    int32_t                      reserved_for(int32_t expert) const;             // -1 if none
-    const std::vector<int32_t> & reserved() const { return reserved_; }          // experts
-    void                         end_reservation(int32_t expert, bool resident); // resident, though not wanted yet; else free
+    int32_t                      reserved_for(int32_t expert) const;    // -1 if none
+    const std::vector<int32_t> & reserved() const { return reserved_; } // experts
+    void end_reservation(int32_t expert, bool resident);                // resident, though not wanted yet; else free
 
     // The same table as a device keeps it, if its policy can be there: all but the counters, and nothing is reserved.
     bool can_be_on_device() const { return policy_->on_device() != nullptr; }
@@ -58,10 +58,10 @@ class slot_table {
 
     std::unique_ptr<policy> policy_;
 
-    std::vector<int32_t> slot_of_;        // [n_expert] slot, -1 absent
-    std::vector<int32_t> expert_of_;      // [n_slots] expert, -1 free
-    std::vector<int64_t> wanted_by_;      // [n_expert] the last call_ that wanted this expert: those are held
-    std::vector<int32_t> reserved_;       // experts with a reservation; their slots' expert_of_ names them already
+    std::vector<int32_t> slot_of_;   // [n_expert] slot, -1 absent
+    std::vector<int32_t> expert_of_; // [n_slots] expert, -1 free
+    std::vector<int64_t> wanted_by_; // [n_expert] the last call_ that wanted this expert: those are held
+    std::vector<int32_t> reserved_;  // experts with a reservation; their slots' expert_of_ names them already
     int64_t              call_       = 0;
     int32_t              n_resident_ = 0;
 };

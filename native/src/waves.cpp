@@ -61,8 +61,7 @@ void executor::plan_waves(const pool & pool, paged_layer & layer, const std::vec
         if (before.size() + n > n_slots) {
             before.clear();
         }
-        next.loads.resize(
-            layer.table->place(&order[first], (int32_t) n, slots.data(), next.loads.data(), before));
+        next.loads.resize(layer.table->place(&order[first], (int32_t) n, slots.data(), next.loads.data(), before));
         before.assign(&order[first], &order[first] + n);
         for (size_t i = 0; i < n; i++) {
             wave_of[order[first + i]] = (int32_t) lookup_.waves.size();

@@ -37,7 +37,7 @@ class arc : public policy {
         }
     }
     void leave(int32_t expert) override {
-        const bool             once = take(once_, expert);
+        const bool            once = take(once_, expert);
         std::deque<int32_t> & gone = once ? once_gone_ : again_gone_;
         if (!once) {
             take(again_, expert);

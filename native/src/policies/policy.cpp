@@ -42,11 +42,12 @@ const char * policy_names() {
 }
 
 bool policy_known(const std::string & name) {
-    return std::any_of(std::begin(known), std::end(known), [&](const auto & each) { return name == each.name; });
+    return name == automatic_policy ||
+           std::any_of(std::begin(known), std::end(known), [&](const auto & each) { return name == each.name; });
 }
 
 std::string policy_not_known(const std::string & name) {
-    return "policy " + name + ": not known; " + policy_names() + "; choose one of them";
+    return "policy " + name + ": not known; " + automatic_policy + "," + policy_names() + "; choose one of them";
 }
 
 int32_t valued_policy::choose(const std::vector<int32_t> & candidates) {

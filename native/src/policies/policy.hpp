@@ -56,7 +56,7 @@ struct policy_setting {
     int32_t                          layer; // from 0, of those that are paged
     int32_t                          il;    // of the model
     std::shared_ptr<routing_history> history;
-    const rotary_policy *            own; // or NULL
+    const rotary_policy *            own;   // or NULL
 };
 
 // One a file.
@@ -71,11 +71,14 @@ std::unique_ptr<policy> own_new(const policy_setting & setting); // the caller's
 
 // The caller's own if the setting has one, else by name; NULL if there is none of this name.
 std::unique_ptr<policy>          policy_new(const std::string & name, const policy_setting & setting);
-const char *                     policy_names();                        // "lru,lfu,..."
+const char *                     policy_names(); // "lru,lfu,..."
 bool                             policy_known(const std::string & name);
 std::string                      policy_not_known(const std::string & name);
 std::shared_ptr<routing_history> routing_history_new(int32_t n_layers); // for all policies of one model
 
-static constexpr const char * default_policy = "lfu";
+// Not one by itself: the best that can run where lookups are resolved. recall wants to see all routings, on the host.
+static constexpr const char * automatic_policy = "auto";
+static constexpr const char * best_policy      = "recall";
+static constexpr const char * best_on_device   = "lfu";
 
 } // namespace rotary

@@ -29,7 +29,6 @@ class routing_history {
             part[i] = shared[i];
         }
     }
-    int32_t n_layers() const { return (int32_t) part_.size(); }
     int32_t sum(int32_t distance) const { return sum_[distance]; }
 
   private:
@@ -85,7 +84,7 @@ class recall : public policy {
     // What followed a token counts by the fourth power of its likeness.
     void score() {
         const int32_t n    = (int32_t) tokens_.size();
-        const double  all  = (double) tokens_.back().size() * history_->n_layers();
+        const auto    all  = (double) tokens_.back().size();
         double        sum  = 1e-9;
         double        wave = 0; // that what is said by the tokens before this one makes
         score_.assign(score_.size(), 0);
@@ -104,14 +103,14 @@ class recall : public policy {
         scored_ = true;
     }
 
-    int32_t                           layer_;
-    std::shared_ptr<routing_history>  history_;
-    std::deque<std::vector<int32_t>>  tokens_; // the window and the last one: the experts of each
-    std::vector<double>               frequency_, score_; // [n_expert]
-    std::vector<int64_t>              told_;              // [n_expert] the last note() that named it
-    std::vector<int32_t>              shared_;            // [window]
-    int64_t                           n_noted_ = 0;
-    bool                              scored_  = false;
+    int32_t                          layer_;
+    std::shared_ptr<routing_history> history_;
+    std::deque<std::vector<int32_t>> tokens_;            // the window and the last one: the experts of each
+    std::vector<double>              frequency_, score_; // [n_expert]
+    std::vector<int64_t>             told_;              // [n_expert] the last note() that named it
+    std::vector<int32_t>             shared_;            // [window]
+    int64_t                          n_noted_ = 0;
+    bool                             scored_  = false;
 };
 
 } // namespace

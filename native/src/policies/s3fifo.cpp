@@ -83,8 +83,8 @@ class s3fifo : public policy {
         return std::find(queue.begin(), queue.end(), expert) != queue.end();
     }
 
-    std::deque<int32_t> small_, main_, ghosts_; // oldest first
-    std::vector<int32_t> uses_;                 // [n_expert] since it entered or was spared, 3 at the most
+    std::deque<int32_t>  small_, main_, ghosts_; // oldest first
+    std::vector<int32_t> uses_;                  // [n_expert] since it entered or was spared, 3 at the most
     size_t               most_small_, most_ghosts_;
 };
 

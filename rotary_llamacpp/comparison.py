@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""Many replays of one trace side by side, for ``rotary simulate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .errors import RotaryError
+from .policies import NATIVE
+from .predictors import PREDICTORS
+from .simulation import Link, belady, parse_rate, replay, slots_for
+from .traces import load
+
+
+def shares(text: str) -> list[float]:
+    """ "5,12.5" as shares of 1.
+
+    Raises
+    ------
+    RotaryError
+        Not numbers, or not above 0 and up to 100.
+    """
+    try:
+        found = [float(each.strip().removesuffix("%")) / 100 for each in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise RotaryError(f"budgets {text!r}: not percentages; above 0, up to 100; such as 12.5,25")
+    return found
+
+
+def compare(
+    trace_file: str,
+    policies: Iterable[str],
+    budgets: Sequence[float],
+    *,
+    link: str | None = None,
+    compute_us: float = 3000.0,
+    latency_us: float = 0.0,
+    predictors: Iterable[str] = ("none",),
+    depth: int = 1,
+) -> list[dict[str, Any]]:
+    """One row for each budget, policy and predictor, and one for Belady's optimum.
+
+    Raises
+    ------
+    RotaryError
+        A name that is not known, or a trace that cannot be read.
+    """
+    policies, predictors = list(policies), list(predictors)
+    for kind, names, known in (
+        ("policy", policies, NATIVE),
+        ("predictor", predictors, ("none", *PREDICTORS)),
+    ):
+        for name in names:
+            if name not in known:
+                raise RotaryError(f"{kind} {name!r}: not known; {', '.join(known)}; choose one of them")
+    if link is None and predictors != ["none"]:
+        raise RotaryError("predictors: nothing comes ahead without a link; give --link, such as pcie4x16")
+    medium = Link(parse_rate(link), compute_us, latency_us) if link is not None else None
+    trace = load(trace_file)
+    rows: list[dict[str, Any]] = []
+    for share in budgets:
+        n_slots = slots_for(trace, share)
+        for policy in policies:
+            for name in predictors:
+                its = PREDICTORS[name](trace) if name != "none" else None
+                found = replay(trace, policy, n_slots, medium, its, depth)
+                rows.append(
+                    {
+                        "budget": share, "n_slots": n_slots[0], "policy": policy, "predictor": name,
+                        "hit_rate": found.hit_rate, "byte_hit_rate": found.byte_hit_rate,
+                        "tokens_per_second": found.tokens_per_second,
+                        "stall_us": found.stall_us / found.tokens if medium and found.tokens else None,
+                        "prefetched": found.prefetched, "prefetch_used": found.prefetch_used,
+                        "late_hits": found.late_hits,
+                    }
+                )  # fmt: skip
+        best = belady(trace, n_slots)
+        rows.append(
+            {"budget": share, "n_slots": n_slots[0], "policy": "belady", "predictor": "none",
+             "hit_rate": best.hit_rate, "byte_hit_rate": best.byte_hit_rate}
+        )  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows as text."""
+    timed = any(row.get("tokens_per_second") for row in rows)
+    heads = ["budget", "slots", "policy", "ahead", "hit rate"]
+    heads += ["of bytes", "tok/s", "stall ms", "accuracy", "in time"] if timed else []
+    lines = ["  ".join(head.rjust(9) for head in heads)]
+    for row in rows:
+        cells = [
+            f"{100 * row['budget']:g} %", str(row["n_slots"]), row["policy"], row["predictor"],
+            _percent(row["hit_rate"]),
+        ]  # fmt: skip
+        if timed and row["policy"] != "belady":
+            used, ahead, late = row["prefetch_used"], row["prefetched"], row["late_hits"]
+            cells += [
+                _percent(row["byte_hit_rate"]), f"{row['tokens_per_second']:.1f}",
+                f"{row['stall_us'] / 1000:.2f}", _percent(used / ahead if ahead else None),
+                _percent(1 - late / used if used else None),
+            ]  # fmt: skip
+        lines.append("  ".join(cell.rjust(9) for cell in cells))
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Records a routing trace while a model answers prompts, for ``rotary trace``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import RotaryConfig
+from .errors import RotaryError
+from .generation import llama_is_eog, load
+from .info import ModelInfo
+from .pools import Pools
+from .traces import DECODE, PREFILL, Recorder, Trace
+
+
+def read_prompts(path: str) -> list[str]:
+    """One prompt a line; empty lines are left out.
+
+    Raises
+    ------
+    RotaryError
+        No such file, not UTF-8, or no prompt in it.
+    """
+    try:
+        prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RotaryError(f"{path}: cannot be read, {error}; a text file, one prompt a line") from error
+    if not prompts:
+        raise RotaryError(f"{path}: no prompt in it; one a line; write at least one")
+    return prompts
+
+
+def record(
+    model: str,
+    prompts: list[str],
+    n_predict: int,
+    config: RotaryConfig,
+    *,
+    temp: float = 0.8,
+    seed: int | None = None,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    on_prompt: Callable[[int, int], None] = lambda number, n_tokens: None,
+) -> Trace:
+    """Answer each prompt and record the routing of all tokens. Ctrl-C ends it; what has come is returned.
+
+    Parameters
+    ----------
+    n_predict : int
+        Tokens for each prompt, at the most.
+    on_prompt : function
+        Told of each prompt's number, from 0, and its tokens, when it begins.
+
+    Raises
+    ------
+    RotaryError
+        The model has no experts, or a prompt does not fit into the context.
+    """
+    info = ModelInfo.read(model)
+    if not info.is_moe:
+        raise RotaryError(f"{info.path.name}: dense model, nothing is routed; a MoE model; choose another")
+    options: dict[str, Any] = {} if seed is None else {"seed": seed}
+    llama = load(model, config, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, **options)
+    pools = llama._rotary.pools
+    assert pools is not None, "a MoE model with a config is paged"
+    layers = {layer["il"]: layer for layer in pools.layer_stats()}
+    recorder = Recorder(
+        max(layer["n_expert"] for layer in layers.values()),
+        {il: layer["expert_bytes"] for il, layer in layers.items()},
+        {"model": info.path.name, "prompts": len(prompts), "temp": temp, "budget": str(config.budget)},
+    )
+    try:
+        pools.trace(True)
+        for number, prompt in enumerate(prompts):
+            tokens = llama.tokenize(prompt.encode(), add_bos=bool(llama._model.add_bos_token()), special=True)
+            tokens = tokens or [llama.token_bos()]
+            if len(tokens) + n_predict > len(llama.input_ids):
+                raise RotaryError(
+                    f"prompt {number + 1}: {len(tokens)} tokens and {n_predict} more; the context holds "
+                    f"{len(llama.input_ids)}; shorten it, lower -n or raise --ctx"
+                )
+            on_prompt(number, len(tokens))
+            llama.reset()
+            llama.eval(tokens)
+            step = recorder.add(_numbers(pools), number, PREFILL, 0)
+            try:
+                for _ in range(n_predict):
+                    token = llama.sample(temp=temp)
+                    if llama_is_eog(llama, token):
+                        break
+                    llama.eval([token])
+            finally:
+                recorder.add(_numbers(pools), number, DECODE, step)
+    except KeyboardInterrupt:
+        recorder.about["interrupted"] = True
+    finally:
+        llama.close()
+    return recorder.trace()
+
+
+def _numbers(pools: Pools) -> list[int]:
+    numbers, n_dropped = pools.read_trace()
+    if n_dropped:
+        raise RotaryError(
+            f"trace: {n_dropped} lookups were too many to be kept at once; 64 MiB of them; shorten the prompt"
+        )
+    return numbers
