@@ -380,6 +380,10 @@ class Pool:
         n = self.lib.c.rotary_pool_trace_read(self._pool, records, n, dropped)
         return ffi.unpack(records, n) if n else [], dropped[0]
 
+    def warm(self, layer: int, experts: list[int]) -> None:
+        """What a layer's slots begin with, the most wanted first. Before they are allocated."""
+        self.lib.check(self.lib.c.rotary_pool_warm(self._pool, layer, experts, len(experts)))
+
     def policy_name(self) -> str:
         """The eviction policy that was chosen."""
         return self.lib.text(self.lib.c.rotary_pool_policy(self._pool))

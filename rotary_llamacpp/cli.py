@@ -96,6 +96,12 @@ def main() -> None:
     metavar=f"[{'|'.join((AUTO, *NATIVE))}]",
     help="Who leaves when a slot is wanted; auto is the best that can run where lookups are resolved.",
 )
+@click.option(
+    "--profile",
+    default="auto",
+    show_default=True,
+    help="File of rotary profile to fill the slots with; auto is the one beside the model; off is none.",
+)
 @click.option("--no-mmap", is_flag=True, help="Read the file into memory instead of mapping it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--no-progress", is_flag=True, help="Show no live figures on a terminal.")
@@ -117,6 +123,7 @@ def run(
     staging: str | None,
     pin: str,
     policy: str,
+    profile: str,
     no_mmap: bool,
     as_json: bool,
     no_progress: bool,
@@ -135,6 +142,7 @@ def run(
                 "staging": staging,
                 "pin": pin,
                 "policy": policy,
+                "profile": profile,
                 "verbose": not as_json,
             }
         )
@@ -231,6 +239,21 @@ def trace(
             sys.exit(130)
 
 
+@main.command("profile", epilog=_example("rotary profile model.gguf a.trace b.trace"))
+@click.argument("model")
+@click.argument("trace_files", metavar="TRACE...", nargs=-1, required=True)
+@click.option("-o", "--output", help="Where to write it.  [default: beside the model]", type=click.Path())
+def profile_(model: str, trace_files: tuple[str, ...], output: str | None) -> None:
+    """Learn from traces which experts a model wants most, to begin runs with."""
+    with _one_line_errors():
+        from . import profiles, traces
+
+        found = profiles.learn([traces.load(path) for path in trace_files])
+        path = output or profiles.beside(model)
+        found.save(path)
+        click.echo(f"{path}: {found.n_tokens} tokens, {len(found.layers)} layers of {found.n_expert} experts")
+
+
 @main.command(epilog=_example("rotary simulate model.trace --budgets 12.5,25 --link pcie4x16 --compute 3"))
 @click.argument("trace_file", metavar="TRACE")
 @click.option("--policies", default="all", show_default=True, help=f"Of {', '.join(NATIVE)}, by commas.")
@@ -249,11 +272,12 @@ def trace(
     "--latency", default=0.0, type=click.FloatRange(min=0), help="Microseconds of a lookup that waits."
 )
 @click.option("--predictors", default="none", show_default=True, help="none or what comes ahead, by commas.")
+@click.option("--profile", help="File of rotary profile: what the transition predictor begins with.")
 @click.option("--depth", default=1, show_default=True, type=click.IntRange(1, 8), help="Layers ahead.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def simulate(
     trace_file: str, policies: str, budgets: str, link: str | None, compute: float, latency: float,
-    predictors: str, depth: int, as_json: bool,
+    predictors: str, profile: str | None, depth: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Replay a trace under eviction policies, budgets, links and predictors."""
     with _one_line_errors():
@@ -262,7 +286,7 @@ def simulate(
         rows = compare(
             trace_file, NATIVE if policies == "all" else policies.split(","), shares(budgets),
             link=link, compute_us=1000 * compute, latency_us=latency, predictors=predictors.split(","),
-            depth=depth,
+            profile=profile, depth=depth,
         )  # fmt: skip
         if as_json:
             click.echo(json.dumps(rows))

@@ -9,6 +9,7 @@ from typing import Any
 from .errors import RotaryError
 from .policies import NATIVE
 from .predictors import PREDICTORS
+from .profiles import load as load_profile
 from .simulation import Link, belady, parse_rate, replay, slots_for
 from .traces import load
 
@@ -39,6 +40,7 @@ def compare(
     compute_us: float = 3000.0,
     latency_us: float = 0.0,
     predictors: Iterable[str] = ("none",),
+    profile: str | None = None,
     depth: int = 1,
 ) -> list[dict[str, Any]]:
     """One row for each budget, policy and predictor, and one for Belady's optimum.
@@ -49,23 +51,31 @@ def compare(
         A name that is not known, or a trace that cannot be read.
     """
     policies, predictors = list(policies), list(predictors)
-    for kind, names, known in (
+    for kind, names, accepted in (
         ("policy", policies, NATIVE),
         ("predictor", predictors, ("none", *PREDICTORS)),
     ):
         for name in names:
-            if name not in known:
-                raise RotaryError(f"{kind} {name!r}: not known; {', '.join(known)}; choose one of them")
+            if name not in accepted:
+                raise RotaryError(f"{kind} {name!r}: not known; {', '.join(accepted)}; choose one of them")
     if link is None and predictors != ["none"]:
         raise RotaryError("predictors: nothing comes ahead without a link; give --link, such as pcie4x16")
     medium = Link(parse_rate(link), compute_us, latency_us) if link is not None else None
     trace = load(trace_file)
+    known = load_profile(profile) if profile is not None else None
+    if known is not None and (known.layers, known.n_expert) != (trace.layers, trace.n_expert):
+        raise RotaryError(
+            f"{profile}: {len(known.layers)} layers of {known.n_expert} experts, the trace has "
+            f"{len(trace.layers)} of {trace.n_expert}; a profile of the same model; make it anew"
+        )
     rows: list[dict[str, Any]] = []
     for share in budgets:
         n_slots = slots_for(trace, share)
         for policy in policies:
             for name in predictors:
                 its = PREDICTORS[name](trace) if name != "none" else None
+                if its is not None and known is not None:
+                    its.learn(known)
                 found = replay(trace, policy, n_slots, medium, its, depth)
                 rows.append(
                     {

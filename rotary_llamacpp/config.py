@@ -159,6 +159,9 @@ class RotaryConfig:
         Who leaves when a slot is wanted: a name of `rotary_llamacpp.policies.NATIVE`; ``"auto"``, the best
         that can run where lookups are resolved; or a class such as those in `rotary_llamacpp.policies`,
         called in Python, slower.
+    profile : str
+        What slots begin with: ``"auto"``, what the file that ``rotary profile`` has written beside the model
+        says, if there is one; a profile's path; or ``"off"``.
     verbose : bool
         Say what was chosen in one line on the logger ``rotary_llamacpp``. Warnings are always logged.
     """
@@ -173,6 +176,7 @@ class RotaryConfig:
     staging: int | str | None = None
     pin: str = "auto"
     policy: str | Factory = AUTO
+    profile: str = "auto"
     verbose: bool = True
 
     def __post_init__(self) -> None:
@@ -186,6 +190,8 @@ class RotaryConfig:
             )
         if self.pin not in PINS:
             raise RotaryError(f"pin {self.pin!r}: not understood; accepted are {', '.join(PINS)}; correct it")
+        if not isinstance(self.profile, str) or not self.profile:
+            raise RotaryError(f"profile {self.profile!r}: not a path; or auto, or off; correct it")
         if not callable(self.policy) and self.policy not in (AUTO, *NATIVE):
             raise RotaryError(
                 f"policy {self.policy!r}: not known; {', '.join((AUTO, *NATIVE))} or a class; correct it"

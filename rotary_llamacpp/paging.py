@@ -18,11 +18,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as llama_api
 
-from . import _native
+from . import _native, profiles
 from .config import MIB, Budget, RotaryConfig
 from .errors import ModelError, RotaryError
 from .info import ModelInfo
@@ -30,8 +31,9 @@ from .pools import Pools
 
 _construction = threading.RLock()
 _NOT_PAGED: dict[str, Any] = {
-    "active": False, "reason": None, "inner_device": None, "policy": None, "path": "none", "repacked": False,
-    "hit_rate": None, "budget_bytes": 0, "slot_bytes": 0, "expert_bytes": 0, "min_budget_bytes": 0,
+    "active": False, "reason": None, "inner_device": None, "path": "none", "repacked": False,
+    "policy": None, "profile": None, "hit_rate": None,
+    "budget_bytes": 0, "slot_bytes": 0, "expert_bytes": 0, "min_budget_bytes": 0,
     "staging_bytes": 0, "resident_bytes": 0, "locked_bytes": 0, "ram_bytes": 0, "store": "none", "io": "none",
     "n_layers": 0, "n_expert": 0, "n_expert_used": 0, "n_slots": 0,
     "lookups": 0, "device_lookups": 0, "requests": 0, "hits": 0, "misses": 0, "bypassed": 0,
@@ -69,6 +71,7 @@ class Paging:
         self.info: ModelInfo | None = None  # of a paged model
         self.devices: ctypes.Array[ctypes.c_void_p] | None = None  # kept: model_params points at it
         self.no_repack = False
+        self.profile: str | None = None  # the file, if slots began with one's experts
         self.notices: list[str] = []
         self._closing = False
         self._lock = threading.RLock()  # figures may be read by another thread than the one that closes
@@ -125,6 +128,7 @@ class Paging:
         """Size the pools now that the contexts exist, and say what was chosen."""
         if self.pools is None:
             return
+        self.warm(llama.model_path, config.profile)
         self.pools.prepare()
         _raise_our_errors(llama._ctx, self.pools)
         llama._stack.callback(self.keep_last_figures)  # last on the stack, so first to run
@@ -135,6 +139,32 @@ class Paging:
             os.path.basename(llama.model_path), stats["inner_device"], stats["budget_bytes"] / MIB,
             stats["expert_bytes"] / MIB, stats["n_slots"], stats["n_expert"], stats["store"],
             stats["path"],
+        )  # fmt: skip
+
+    def warm(self, model_path: str, chosen: str) -> None:
+        """Have slots begin with what the model's profile says, if it has one."""
+        assert self.pools is not None and self.info is not None
+        path = profiles.beside(model_path) if chosen == "auto" else Path(chosen)
+        if chosen == "off" or (chosen == "auto" and not path.is_file()):
+            return
+        try:
+            profile = profiles.load(path)
+            layers = {layer.il: layer.n_expert for layer in self.info.layers}
+            if profile.layers != sorted(layers) or profile.n_expert != max(layers.values()):
+                raise RotaryError(
+                    f"{path}: of {len(profile.layers)} layers of {profile.n_expert} experts, the model has "
+                    f"{len(layers)} of {max(layers.values())}; a model's own profile; make it anew"
+                )
+            self.pools.warm({layer: profile.ranked(layer) for layer in profile.layers})
+        except RotaryError as error:
+            if chosen != "auto":
+                raise
+            self.notice(f"slots begin empty: {error}")
+            return
+        self.profile = str(path)
+        logger.info(
+            "%s: slots begin with the experts of %s, %d tokens",
+            os.path.basename(model_path), path.name, profile.n_tokens,
         )  # fmt: skip
 
     def notice(self, text: str) -> None:
@@ -167,6 +197,7 @@ class Paging:
             **figures,
             "active": True,
             "policy": self.pools.policy_name(),
+            "profile": self.profile,
             "inner_device": self.pools.inner_device,
             **_rates(figures),
             "repacked": bool(figures["repacked"]),

@@ -79,6 +79,12 @@ class Pools:
         layer = next(layer for layer in self.layer_stats() if layer["il"] == il)
         return layer["n_expert"], layer["n_slots"]
 
+    def warm(self, ranked: dict[int, list[int]]) -> None:
+        """What slots begin with, by layer, the most wanted expert first. Before `prepare`."""
+        for pool in self._pools:
+            for layer, experts in ranked.items():
+                pool.warm(layer, experts)
+
     def policy_name(self) -> str:
         """The eviction policy that was chosen, or the name of the class that is one."""
         if self._own is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from .profiles import Profile
 from .traces import Trace
 
 
@@ -27,6 +28,9 @@ class Predictor:
 
     def see(self, layer: int, experts: list[int], first: bool) -> None:
         """`layer` has chosen `experts`; `first`: of a new token."""
+
+    def learn(self, profile: Profile) -> None:
+        """Begin with what a profile of the model says, where that is of use."""
 
     def name(self, layer: int, ahead: int) -> list[int]:
         """After `layer`, what `ahead` will want."""
@@ -88,6 +92,10 @@ class Transition(Predictor):
             if before is not None:
                 self.pairs[distance, layer][np.ix_(before, experts)] += 1
 
+    def learn(self, profile: Profile) -> None:
+        self.alone += profile.popularity * profile.n_tokens
+        self.pairs[0, 1:] += profile.pairs * (profile.popularity[:-1, :, None] * profile.n_tokens)
+
     def score(self, layer: int, ahead: int) -> NDArray[np.float64]:
         """How often each expert of `ahead` came with those that `layer` has chosen now."""
         now = self.token.get(layer, [])
@@ -135,6 +143,9 @@ class Mixed(Predictor):
     def __init__(self, trace: Trace) -> None:
         super().__init__(trace)
         self.transition, self.recall = Transition(trace), Recall(trace)
+
+    def learn(self, profile: Profile) -> None:
+        self.transition.learn(profile)
 
     def see(self, layer: int, experts: list[int], first: bool) -> None:
         self.transition.see(layer, experts, first)

@@ -9,15 +9,17 @@ expert_bytes, behind comment lines with the layers' sizes.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,31 @@ PREFILL, DECODE = 0, 1
 FORMAT = 1
 _CSV_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
 _MOST_ROWS = 1 << 28  # of one archive: what a header may ask for
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file that has its name once it is whole.
+
+    Raises
+    ------
+    RotaryError
+        It cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RotaryError(
+            f"{path}: cannot be written, {error.strerror}; a folder that can; choose another"
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @dataclass
@@ -81,20 +108,11 @@ class Trace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an archive, or CSV if the name ends in .csv; under a temporary name until it is whole."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        try:
-            with open(temporary, "wb") as file:
-                if path.suffix == ".csv":
-                    file.write(self._csv().encode())
-                else:
-                    np.savez_compressed(file, **self._archive())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise RotaryError(
-                f"{path}: cannot be written, {error.strerror}; a folder that can; choose another"
-            ) from error
+        with writing(path) as file:
+            if Path(path).suffix == ".csv":
+                file.write(self._csv().encode())
+            else:
+                np.savez_compressed(file, **self._archive())
 
     def _archive(self) -> dict[str, Any]:
         meta = {
@@ -131,7 +149,7 @@ class Trace:
         return "\n".join(lines) + "\n"
 
 
-_DAMAGED = (
+DAMAGED = (
     ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, EOFError, RuntimeError,
     zipfile.BadZipFile, zlib.error, struct.error,
 )  # fmt: skip
@@ -155,7 +173,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
         raise RotaryError(
             f"{path}: cannot be read, {error.strerror}; a trace of `rotary trace`, or CSV; check the name"
         ) from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise RotaryError(
             f"{path}: not a routing trace, or damaged ({error}); an archive of `rotary trace` or route_trace "
             "CSV; record it again"

@@ -23,7 +23,7 @@ QUICK = ("--temp", "0", "--threads", "1")
 
 def test_every_command_is_documented_with_an_example():
     readme = (ROOT / "README.md").read_text()
-    assert set(main.commands) == {"run", "info", "doctor", "backend-path"}
+    assert set(main.commands) == {"run", "info", "trace", "profile", "simulate", "doctor", "backend-path"}
     for name, command in main.commands.items():
         assert f"rotary {name}" in readme, name
         assert command.help and f"rotary {name}" in command.epilog, name
@@ -32,7 +32,7 @@ def test_every_command_is_documented_with_an_example():
 
 
 def test_help(rotary_command):
-    for command in ((), ("run",), ("info",), ("doctor",), ("backend-path",)):
+    for command in ((), *([name] for name in main.commands)):
         ran = rotary_command(*command, "--help")
         assert ran.returncode == 0 and "Usage:" in ran.stdout
         assert not command or "Example:" in ran.stdout

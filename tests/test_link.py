@@ -194,6 +194,17 @@ def test_a_reset_covers_what_the_device_has_counted(synthetic, late):
     assert stats["requests"] == stats["lookups"] * 4
 
 
+def test_policies_that_the_device_cannot_run(synthetic, stock_trace, late):
+    model = synthetic(type="q8_0")
+    configs = [{"budget": "50%", "policy": policy} for policy in ("auto", "lru", "recall")]
+    results = apart(run, model, configs, environment=late)
+    for (paged, stats), chosen in zip(results, ("lfu", "lru", "recall"), strict=True):
+        assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
+        assert stats["policy"] == chosen
+        assert (stats["device_lookups"] > 0) == (stats["notices"] == []) == (chosen != "recall")
+    assert "policy recall cannot run on LATE0" in results[2][1]["notices"][0]
+
+
 # ---- how much of the device's memory
 
 

@@ -242,6 +242,10 @@ typedef struct rotary_layer_size {
 int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * layers, int32_t n_layers,
                              uint64_t free_bytes, int32_t * n_slots, uint64_t * bytes);
 
+// Fill the slots of layer `il` with these experts, the most wanted first, whenever they are allocated, as far as there
+// are slots for them. ROTARY_ERR_STATE once they are allocated.
+int32_t rotary_pool_warm(rotary_pool * pool, int32_t il, const int32_t * experts, int32_t n);
+
 // The eviction policy that was chosen: its name, "own" for the caller's. Valid as long as the pool.
 const char * rotary_pool_policy(rotary_pool * pool);
 

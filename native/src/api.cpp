@@ -196,6 +196,11 @@ const char * rotary_pool_notice(rotary_pool * handle, int32_t index) {
     return handle->shared->notice_text(index);
 }
 
+int32_t rotary_pool_warm(rotary_pool * handle, int32_t il, const int32_t * experts, int32_t n) {
+    const std::lock_guard<std::mutex> lock(handle->shared->mutex);
+    return handle->shared->warm(il, { experts, experts + n });
+}
+
 const char * rotary_pool_policy(rotary_pool * handle) {
     const std::lock_guard<std::mutex> lock(handle->shared->mutex);
     return handle->shared->policy_name();

@@ -29,8 +29,7 @@ pool::~pool() {
 
 // ---- store
 
-// "blk.12.ffn_up_exps.weight" -> 12
-static int32_t layer_number(const std::string & name) {
+int32_t layer_number(const std::string & name) {
     if (name.compare(0, 4, "blk.") != 0) {
         return -1;
     }

@@ -26,6 +26,7 @@
 
 #include <atomic>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -105,6 +106,9 @@ struct paged_layer {
     std::vector<int32_t> slot_ids_host; // the copy's source; must live until the inner backend has taken it
 };
 
+// "blk.12.ffn_up_exps.weight" -> 12; -1 if there is none.
+int32_t layer_number(const std::string & name);
+
 // Known to all pools, so that none takes another's experts for dense weights.
 void register_experts(const paged_tensor & tensor);
 void forget_experts(const paged_tensor & tensor);
@@ -169,6 +173,9 @@ class pool {
     void    forget_slots(); // after a failure: they may not hold what the tables say
     void    set_budget(const budget & wanted, const std::string & text);
 
+    // What slots of a layer of the model begin with, the most wanted first. Call before they are allocated.
+    int32_t warm(int32_t il, std::vector<int32_t> experts);
+
     // Give slots back when memory runs short, and take them again when there is plenty. Call between graphs.
     void follow_memory();
 
@@ -232,7 +239,8 @@ class pool {
   private:
     void    build_layers();
     int32_t allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated);
-    int32_t fill_resident(paged_layer & layer);
+    int32_t fill_slots(paged_layer & layer, const std::vector<rotary_load> & loads);
+    int32_t fill_at_first(paged_layer & layer);
 
     ggml_backend_buffer_t allocate_in_place(ggml_backend_buffer_type_t buft) const;
 
@@ -304,6 +312,8 @@ class pool {
     bool                          ram_locked_ = false;
     link::locked                  states_;          // the states as they last arrived
     size_t                        n_states_ = 0;    // layers that have a table there
+
+    std::map<int32_t, std::vector<int32_t>> warm_;  // by layer of the model
 
     std::vector<ggml_context_ptr>        contexts_; // of the slot tensors, one for each buffer type
     std::vector<ggml_backend_buffer_ptr> buffers_;

@@ -179,13 +179,6 @@ bool pool::allocate_tables() {
     if (!link_ || (asked != nullptr && strcmp(asked, "0") == 0)) {
         return true;
     }
-    for (const auto & layer : layers_) {
-        if (layer->table && !layer->table->can_be_on_device()) {
-            notice(
-                format("%s: the host learns each routing and waits for it: policy %s cannot run on %s; lru and lfu can",
-                       config.model.c_str(), policy_name(), ggml_backend_dev_name(inner_)));
-        }
-    }
     size_t  bytes       = padded(sizeof(rotary_page_state) * layers_.size());
     int64_t most_embd   = 0;
     int32_t most_expert = 0;
@@ -196,8 +189,13 @@ bool pool::allocate_tables() {
         layer->most_embd    = 0;
         const bool readable = std::all_of(layer->tensors.begin(), layer->tensors.end(),
                                           [](const paged_tensor * tensor) { return tensor->on_device != nullptr; });
-        if (layer->table && layer->table->can_be_on_device() && readable &&
-            layer->tensors.size() <= ROTARY_LINK_MOST_TENSORS) {
+        if (layer->table && readable && !layer->table->can_be_on_device()) {
+            notice(
+                format("%s: the host learns each routing and waits for it: policy %s cannot run on %s; lru and lfu can",
+                       config.model.c_str(), policy_name(), ggml_backend_dev_name(inner_)));
+            continue;
+        }
+        if (layer->table && readable && layer->tensors.size() <= ROTARY_LINK_MOST_TENSORS) {
             layer->table_at = bytes;
             for (const paged_tensor * tensor : layer->tensors) {
                 layer->most_embd = std::max(layer->most_embd, tensor->ne[0]); // that of the first, whichever that is

@@ -91,9 +91,11 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
         if (layer->path == ROTARY_PATH_SLOTS && inner_is_host_) {
             touch(*layer, 0, layer->stats.n_slots);
         }
-        if (layer->path == ROTARY_PATH_RESIDENT && fill_resident(*layer) != ROTARY_OK) {
+        if (fill_at_first(*layer) != ROTARY_OK) {
             return last_status();
         }
+        const std::lock_guard<std::mutex> counters(counter_mutex_);
+        layer->stats.n_resident = layer->table ? layer->table->n_resident() : layer->n_expert;
     }
     allocate_ram_tier();
     if (!allocate_tables()) {
@@ -150,24 +152,63 @@ ggml_backend_buffer_t pool::allocate_in_place(ggml_backend_buffer_type_t buft) c
     return buffer;
 }
 
-// Every expert into its slot, once.
-int32_t pool::fill_resident(paged_layer & layer) {
+int32_t pool::fill_slots(paged_layer & layer, const std::vector<rotary_load> & loads) {
     for (paged_tensor * tensor : layer.tensors) {
-        for (int32_t expert = 0; direct_ && expert < layer.n_expert; expert++) {
-            direct_->demand(*tensor, expert);
+        for (size_t i = 0; direct_ && i < loads.size(); i++) {
+            direct_->demand(*tensor, loads[i].expert);
         }
     }
     for (paged_tensor * tensor : layer.tensors) {
-        for (int32_t expert = 0; expert < layer.n_expert; expert++) {
-            const char * bytes = fetch(*tensor, expert);
+        for (const rotary_load & load : loads) {
+            const char * bytes = fetch(*tensor, load.expert);
             if (bytes == nullptr) {
                 return last_status();
             }
-            ggml_tensor slot = tensor->slot(expert);
+            ggml_tensor slot = tensor->slot(load.slot);
             ggml_backend_tensor_set(&slot, bytes, 0, tensor->expert_bytes);
-            release(*tensor, expert);
+            release(*tensor, load.expert);
         }
     }
+    return ROTARY_OK;
+}
+
+// Every expert into its slot, where all have one; else what the profile says.
+int32_t pool::fill_at_first(paged_layer & layer) {
+    std::vector<rotary_load> loads;
+    if (layer.path == ROTARY_PATH_RESIDENT) {
+        for (int32_t expert = 0; expert < layer.n_expert; expert++) {
+            loads.push_back({ expert, expert, -1 });
+        }
+    } else if (layer.path == ROTARY_PATH_SLOTS && warm_.count(layer.il) != 0) {
+        std::vector<int32_t> experts = warm_[layer.il];
+        experts.resize(std::min(experts.size(), (size_t) layer.table->n_slots()));
+        const auto n = (int32_t) experts.size();
+        // As if each had been used once, the most wanted last.
+        for (auto expert = experts.rbegin(); expert != experts.rend(); expert++) {
+            layer.table->note(&*expert, nullptr, 1, 1);
+        }
+        std::vector<int32_t> slots(n);
+        loads.resize(n);
+        layer.table->place(experts.data(), n, slots.data(), loads.data());
+    }
+    return fill_slots(layer, loads);
+}
+
+int32_t pool::warm(int32_t il, std::vector<int32_t> experts) {
+    const bool known = std::all_of(tensors_.begin(), tensors_.end(), [&](const auto & tensor) {
+        return layer_number(tensor->name) != il || std::all_of(experts.begin(), experts.end(), [&](int32_t expert) {
+                   return expert >= 0 && expert < tensor->ne[2];
+               });
+    });
+    if (prepared_) {
+        return fail(ROTARY_ERR_STATE, format("%s: its slots are allocated; begin with another profile before that",
+                                             config.model.c_str()));
+    }
+    if (!known || std::set<int32_t>(experts.begin(), experts.end()).size() != experts.size()) {
+        return fail(ROTARY_ERR_ARG, format("%s: layer %d has no such experts, or not so often; make the profile anew",
+                                           config.model.c_str(), il));
+    }
+    warm_[il] = std::move(experts);
     return ROTARY_OK;
 }
 
