@@ -3,10 +3,10 @@
 
     python benchmarks/simulator.py models/tiny-moe-q8_0.gguf --store mmap
 
-Greedy output is the same whatever is resident, so one recorded routing stands for all runs. Two runs
-calibrate the model of time, both with LRU: one whose experts are all there but for one a layer gives the time
-of computing, one at the middle budget the link's bandwidth. The others are predicted. Measured in turn,
-medians.
+Greedy output is the same whatever is resident, so one recorded routing stands for all runs. Three runs, all
+with LRU, calibrate the model of time: the smallest budget, one in the middle, and all experts there but for
+one a layer. They give the time of computing a token, of a lookup that waits, and the link's bandwidth. The
+others are predicted. Measured in turn, medians.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script it finds only its own folder
 
 import click  # noqa: E402
+import numpy as np  # noqa: E402
 
 from benchmarks.common import cpu_name, in_process  # noqa: E402
+from rotary_llamacpp.simulation import Outcome  # noqa: E402
 
 PROMPT = "In the beginning"
 
@@ -45,6 +47,20 @@ def measure(model: str, config: dict[str, Any], n_decode: int, threads: int) -> 
     stats = llama.rotary_stats()
     llama.close()
     return {"seconds": seconds, "hit_rate": stats["hit_rate"], "n_expert": stats["n_expert"]}
+
+
+def calibrate(found: list[Outcome], us: list[float]) -> list[float]:
+    """Microseconds of a token, a wait and a byte that explain the times best, none of them below 0."""
+    rows = np.array([[each.tokens, each.waits, each.n_bytes] for each in found], float)
+    scale, kept = rows.max(axis=0), [0, 1, 2]
+    fit = np.zeros(3)
+    while kept:
+        fit[:] = 0
+        fit[kept] = np.linalg.lstsq((rows / scale)[:, kept], np.array(us), rcond=None)[0]
+        if (fit >= 0).all():
+            break
+        kept.remove(int(fit.argmin()))
+    return (fit / scale).tolist()
 
 
 @click.command(help=__doc__)
@@ -79,21 +95,28 @@ def main(
             runs[cell].append(in_process("benchmarks.simulator", "measure", *job))
     seconds = {cell: statistics.median(run["seconds"] for run in found) for cell, found in runs.items()}
 
-    compute_us = 1e6 * seconds[None, "lru"] / n_decode
-    middle = shares[len(shares) // 2 - 1]
-    n_bytes = replay(trace, "lru", slots_for(trace, middle)).n_bytes
-    rate = n_bytes / (1e6 * (seconds[middle, "lru"] - seconds[None, "lru"]))
+    calibrating: dict[tuple[Any, str], int] = {(None, "lru"): n_expert - 1}
+    for share in (shares[0], shares[len(shares) // 2 - 1]):
+        calibrating[share, "lru"] = slots_for(trace, share)[0]
+    compute_us, latency_us, us_a_byte = calibrate(
+        [replay(trace, "lru", [slots] * len(trace.layers)) for slots in calibrating.values()],
+        [1e6 * seconds[cell] for cell in calibrating],
+    )
+    link = Link(1 / max(us_a_byte, 1e-9), compute_us, latency_us)
     click.echo(f"{cpu_name()}, {threads} threads; {Path(model).name}, store {store}, {n_decode} tokens")
     click.echo(
-        f"computing {compute_us / 1000:.2f} ms a token, link {rate / 1000:.2f} GB/s (at {100 * middle:g} %)\n"
+        f"computing {compute_us / 1000:.2f} ms a token, {latency_us:.0f} us a wait, "
+        f"{1e-3 / us_a_byte if us_a_byte else float('inf'):.2f} GB/s\n"
     )
     click.echo("| budget | policy | hit rate | simulated | measured tok/s | simulated | off by |")
     click.echo("|---|---|---|---|---|---|---|")
     for share, policy in [cell for cell in cells if cell[0] is not None]:
-        found = replay(trace, policy, slots_for(trace, share), Link(rate, compute_us))
+        found = replay(
+            trace, policy, slots_for(trace, share), Link(1 / max(us_a_byte, 1e-9), compute_us, latency_us)
+        )
         measured = n_decode / seconds[share, policy]
         predicted = found.tokens_per_second or 0.0
-        note = " (calibrates)" if (share, policy) == (middle, "lru") else ""
+        note = " (calibrates)" if (share, policy) in calibrating else ""
         hits = runs[share, policy][0]["hit_rate"]
         click.echo(
             f"| {100 * share:g} % | {policy}{note} | {hits:.1%} | {found.hit_rate:.1%} "

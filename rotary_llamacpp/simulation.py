@@ -54,6 +54,7 @@ class Outcome:
 
     requests: int = 0
     misses: int = 0  # demanded, and not there, or not all of it
+    waits: int = 0  # lookups that lacked something
     tokens: int = 0
     time_us: float = 0.0
     stall_us: float = 0.0
@@ -119,6 +120,7 @@ def _count(trace: Trace, policy: Factory | str, n_slots: Sequence[int]) -> Outco
     requests = (ids >= 0).sum(axis=1)
     return Outcome(
         requests=int(requests[decode].sum()), misses=int(misses[decode].sum()), tokens=trace.tokens(DECODE),
+        waits=int((misses[decode] > 0).sum()),
         wanted_bytes=int((requests * size)[decode].sum()), demanded_bytes=int((misses * size)[decode].sum()),
         n_bytes=int((misses * size)[decode].sum()),
     )  # fmt: skip
@@ -180,6 +182,7 @@ class _Replay:
         if counted:
             self.out.requests += ids.size
             self.out.misses += len(lacking)
+            self.out.waits += bool(lacking)
             self.out.wanted_bytes += ids.size * self.sizes[layer]
             self.out.demanded_bytes += int(sum(lacking))
             self.out.n_bytes += int(sum(lacking))
