@@ -111,9 +111,7 @@ def main(
     click.echo("| budget | policy | hit rate | simulated | measured tok/s | simulated | off by |")
     click.echo("|---|---|---|---|---|---|---|")
     for share, policy in [cell for cell in cells if cell[0] is not None]:
-        found = replay(
-            trace, policy, slots_for(trace, share), Link(1 / max(us_a_byte, 1e-9), compute_us, latency_us)
-        )
+        found = replay(trace, policy, slots_for(trace, share), link)
         measured = n_decode / seconds[share, policy]
         predicted = found.tokens_per_second or 0.0
         note = " (calibrates)" if (share, policy) in calibrating else ""

@@ -294,6 +294,25 @@ def simulate(
             click.echo("\n".join(table(rows)))
 
 
+@main.command("report", epilog=_example("rotary report model.trace -o report.html"))
+@click.argument("trace_file", metavar="TRACE")
+@click.option("-o", "--output", required=True, type=click.Path(), help="HTML file to write.")
+@click.option("--policies", default="lru,lfu,recall", show_default=True, help="The last one with prefetch.")
+@click.option("--budgets", default="5,12.5,25,50,75", show_default=True, help="Percent of all experts.")
+@click.option("--link", default="pcie4x16", show_default=True, help="As for rotary simulate.")
+@click.option("--compute", default=3.0, show_default=True, help="As for rotary simulate.")
+@click.option("--depth", default=2, show_default=True, type=click.IntRange(1, 8), help="Layers ahead.")
+def report_(
+    trace_file: str, output: str, policies: str, budgets: str, link: str, compute: float, depth: int
+) -> None:
+    """Write one HTML page about a trace: what is chosen, policies, prefetch, time."""
+    with _one_line_errors():
+        from .comparison import write_report
+
+        write_report(trace_file, output, policies.split(","), budgets, link, 1000 * compute, depth)
+        click.echo(f"{output}: written")
+
+
 @main.command(epilog=_example("rotary doctor"))
 @click.option("--model", help="Measure the disk with this file instead of a temporary one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")

@@ -9,9 +9,10 @@ from typing import Any
 from .errors import RotaryError
 from .policies import NATIVE
 from .predictors import PREDICTORS
+from .profiles import Profile
 from .profiles import load as load_profile
 from .simulation import Link, belady, parse_rate, replay, slots_for
-from .traces import load
+from .traces import DECODE, Trace, load, writing
 
 
 def shares(text: str) -> list[float]:
@@ -51,13 +52,8 @@ def compare(
         A name that is not known, or a trace that cannot be read.
     """
     policies, predictors = list(policies), list(predictors)
-    for kind, names, accepted in (
-        ("policy", policies, NATIVE),
-        ("predictor", predictors, ("none", *PREDICTORS)),
-    ):
-        for name in names:
-            if name not in accepted:
-                raise RotaryError(f"{kind} {name!r}: not known; {', '.join(accepted)}; choose one of them")
+    check_names("policy", policies, NATIVE)
+    check_names("predictor", predictors, ("none", *PREDICTORS))
     if link is None and predictors != ["none"]:
         raise RotaryError("predictors: nothing comes ahead without a link; give --link, such as pcie4x16")
     medium = Link(parse_rate(link), compute_us, latency_us) if link is not None else None
@@ -68,21 +64,34 @@ def compare(
             f"{profile}: {len(known.layers)} layers of {known.n_expert} experts, the trace has "
             f"{len(trace.layers)} of {trace.n_expert}; a profile of the same model; make it anew"
         )
+    return compare_trace(trace, policies, budgets, medium, predictors, depth, known)
+
+
+def compare_trace(
+    trace: Trace,
+    policies: Sequence[str],
+    budgets: Sequence[float],
+    link: Link | None,
+    predictors: Sequence[str] = ("none",),
+    depth: int = 1,
+    profile: Profile | None = None,
+) -> list[dict[str, Any]]:
+    """As `compare`, of names that are known."""
     rows: list[dict[str, Any]] = []
     for share in budgets:
         n_slots = slots_for(trace, share)
         for policy in policies:
             for name in predictors:
                 its = PREDICTORS[name](trace) if name != "none" else None
-                if its is not None and known is not None:
-                    its.learn(known)
-                found = replay(trace, policy, n_slots, medium, its, depth)
+                if its is not None and profile is not None:
+                    its.learn(profile)
+                found = replay(trace, policy, n_slots, link, its, depth)
                 rows.append(
                     {
                         "budget": share, "n_slots": n_slots[0], "policy": policy, "predictor": name,
                         "hit_rate": found.hit_rate, "byte_hit_rate": found.byte_hit_rate,
-                        "tokens_per_second": found.tokens_per_second,
-                        "stall_us": found.stall_us / found.tokens if medium and found.tokens else None,
+                        "misses": found.misses, "tokens_per_second": found.tokens_per_second,
+                        "stall_us": found.stall_us / found.tokens if link and found.tokens else None,
                         "prefetched": found.prefetched, "prefetch_used": found.prefetch_used,
                         "late_hits": found.late_hits,
                     }
@@ -90,9 +99,32 @@ def compare(
         best = belady(trace, n_slots)
         rows.append(
             {"budget": share, "n_slots": n_slots[0], "policy": "belady", "predictor": "none",
-             "hit_rate": best.hit_rate, "byte_hit_rate": best.byte_hit_rate}
+             "hit_rate": best.hit_rate, "byte_hit_rate": best.byte_hit_rate, "misses": best.misses}
         )  # fmt: skip
     return rows
+
+
+def write_report(
+    trace_file: str, output: str, policies: list[str], budgets: str, link: str, compute_us: float, depth: int
+) -> None:
+    """Write `rotary_llamacpp.report` of a trace, names and files checked."""
+    from .report import report
+
+    check_names("policy", policies, NATIVE)
+    medium = Link(parse_rate(link), compute_us)
+    trace = load(trace_file)
+    if trace.tokens(DECODE) == 0:
+        raise RotaryError(f"{trace_file}: nothing was decoded; answers are needed; record it with -n")
+    page = report(trace, policies, shares(budgets), medium, list(PREDICTORS), depth)
+    with writing(output) as file:
+        file.write(page.encode())
+
+
+def check_names(kind: str, names: Iterable[str], accepted: Sequence[str]) -> None:
+    """Raise RotaryError at the first name that is not known."""
+    for name in names:
+        if name not in accepted:
+            raise RotaryError(f"{kind} {name!r}: not known; {', '.join(accepted)}; choose one of them")
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -109,15 +109,19 @@ def replay(
     return _Replay(trace, policy, n_slots, link, predictor, depth).run()
 
 
-def _count(trace: Trace, policy: Factory | str, n_slots: Sequence[int]) -> Outcome:
-    index = np.zeros(max(trace.layers) + 1, np.int32)
-    index[trace.layers] = np.arange(len(trace.layers))
-    ids, weights = np.ascontiguousarray(trace.experts, np.int32), _weights(trace)
+def misses_of(trace: Trace, policy: Factory | str, n_slots: Sequence[int]) -> NDArray[np.int64]:
+    """Misses of each row of a trace, shape (n,)."""
+    layers = np.searchsorted(trace.layers, trace.layer).astype(np.int32)
+    ids = np.ascontiguousarray(trace.experts, np.int32)
     cache = _native.Cache(_native.load(), policy, trace.n_expert, list(n_slots))
-    misses = np.array(cache.replay(index[trace.layer], ids, weights))
+    return np.array(cache.replay(layers, ids, _weights(trace)))
+
+
+def _count(trace: Trace, policy: Factory | str, n_slots: Sequence[int]) -> Outcome:
+    misses = misses_of(trace, policy, n_slots)
     decode = trace.phase == DECODE
-    size = np.array([trace.expert_bytes[layer] for layer in trace.layers])[index[trace.layer]]
-    requests = (ids >= 0).sum(axis=1)
+    size = np.array([trace.expert_bytes[int(layer)] for layer in trace.layer])
+    requests = (trace.experts >= 0).sum(axis=1)
     return Outcome(
         requests=int(requests[decode].sum()), misses=int(misses[decode].sum()), tokens=trace.tokens(DECODE),
         waits=int((misses[decode] > 0).sum()),

@@ -59,7 +59,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 @dataclass
 class Trace:
-    """Routings in the order in which they were made: one row for each (sequence, step, layer).
+    """Routings token by token: one row for each (sequence, step, layer), in that order.
 
     Attributes
     ----------
@@ -261,7 +261,8 @@ def _checked(trace: Trace) -> Trace:
         raise ValueError("a layer without its size")
     if not np.isin(trace.phase, (PREFILL, DECODE)).all():
         raise ValueError("a phase that is neither 0 nor 1")
-    return trace
+    # A prompt is computed layer by layer, and may have been written so.
+    return trace.select(np.lexsort((trace.layer, trace.step, trace.sequence)))
 
 
 class Recorder:

@@ -23,7 +23,16 @@ QUICK = ("--temp", "0", "--threads", "1")
 
 def test_every_command_is_documented_with_an_example():
     readme = (ROOT / "README.md").read_text()
-    assert set(main.commands) == {"run", "info", "trace", "profile", "simulate", "doctor", "backend-path"}
+    assert set(main.commands) == {
+        "run",
+        "info",
+        "trace",
+        "profile",
+        "simulate",
+        "report",
+        "doctor",
+        "backend-path",
+    }
     for name, command in main.commands.items():
         assert f"rotary {name}" in readme, name
         assert command.help and f"rotary {name}" in command.epilog, name

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT
@@ -116,6 +117,26 @@ def test_from_the_command_line(tiny_model, tmp_path, rotary_command):
     for command, said in refused.items():
         ran = rotary_command(*command)
         assert ran.returncode == 2 and said in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
+
+
+@pytest.mark.model
+def test_report(recorded, tmp_path, rotary_command):
+    recorded.save(tmp_path / "a.trace")
+    out = tmp_path / "report.html"
+    ran = rotary_command("report", tmp_path / "a.trace", "-o", out, "--budgets", "25,50", "--link", "1GB/s")
+    assert ran.returncode == 0, ran.stderr
+    page = out.read_text()
+    root = ElementTree.fromstring(page.replace("<!doctype html>", "").replace('<meta charset="utf-8">', ""))
+    assert [each.text for each in root.iter("h2")][:2] == ["Which experts are chosen", "Policies by budget"]
+    assert "http" not in page.replace("http-equiv", "") and "<script" not in page and "src=" not in page
+    rows = [[cell.text for cell in row] for row in root.iter("tr")]
+    assert [row[0] for row in rows] == ["ahead", "none", *PREDICTORS]
+    svgs = list(root.iter("svg"))
+    assert len(svgs) == 4 and len(list(svgs[0].iter("rect"))) > 6 * 20
+    assert len(list(svgs[1].iter("polyline"))) == 4 and len(list(svgs[2].iter("polyline"))) == 3
+    ran = rotary_command("report", tmp_path / "a.trace", "-o", tmp_path / "no" / "x.html", "--budgets", "50")
+    assert ran.returncode == 2 and "cannot be written" in ran.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.trace", "report.html"]
 
 
 # ---- files

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: MIT
+"""One HTML page about a routing trace, without scripts or anything from elsewhere, for ``rotary report``."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .comparison import compare_trace
+from .simulation import Link, misses_of, slots_for
+from .traces import DECODE, Trace
+
+_COLOURS = ("#3060c0", "#c04030", "#208040", "#8050b0", "#b07010", "#108090", "#905060", "#404040")
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 48, 36
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } p { max-width: 46rem; }
+svg { display: block; max-width: 100%; height: auto; } svg text { font-size: 12px; fill: #444; }
+table { border-collapse: collapse; } th, td { padding: .15rem .7rem; text-align: right; }
+th { border-bottom: 1px solid #888; font-weight: 600; } td:first-child, th:first-child { text-align: left; }
+.key { margin: .3rem 0; } .key span { margin-right: 1.1rem; white-space: nowrap; }
+.key b { display: inline-block; width: 1.1rem; height: .25rem; margin-right: .35rem; vertical-align: middle; }
+"""
+
+
+def report(
+    trace: Trace,
+    policies: Sequence[str],
+    budgets: Sequence[float],
+    link: Link,
+    predictors: Sequence[str],
+    depth: int = 1,
+) -> str:
+    """The page.
+
+    Parameters
+    ----------
+    budgets : list of float
+        Shares of all experts; the one in the middle is looked at closely.
+    link : Link
+        For what takes time.
+    predictors : list of str
+        Names in `rotary_llamacpp.predictors.PREDICTORS`.
+    """
+    rows = compare_trace(trace, policies, budgets, None)
+    share = sorted(budgets)[len(budgets) // 2]
+    timed = compare_trace(trace, [policies[-1]], [share], link, ["none", *predictors], depth)
+    sizes = sorted({f"{n_bytes / 2**20:.2f}" for n_bytes in trace.expert_bytes.values()}, key=float)
+    name = html.escape(str(trace.about.get("model", "a model")).rsplit("/", 1)[-1])
+    n_decoded = trace.tokens(DECODE)
+    parts = [
+        f"<h1>Routing of {name}</h1>",
+        f"<p>{trace.tokens()} tokens, {n_decoded} of them decoded, in {len(trace.layers)} layers; "
+        f"{trace.experts.shape[1]} of {trace.n_expert} experts a token and layer; an expert is "
+        f"{' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} MiB.</p>",
+        "<h2>Which experts are chosen</h2>",
+        "<p>One row a layer, one column an expert, those of a layer in the order of how often they were "
+        "chosen: the more of the colour is at the left, the more a cache can hold.</p>",
+        _heat_map(trace),
+        "<h2>Policies by budget</h2>",
+        "<p>Share of decode's requests that found their expert in its slot. Belady's optimum knows the "
+        "future.</p>",
+        _curves(rows),
+        f"<h2>Hit rate as it goes, {100 * share:g} %</h2>",
+        "<p>Of all layers, mean over the last 16 tokens; dashed where the prompt ends.</p>",
+        _over_time(trace, policies, share),
+        f"<h2>What comes ahead, {100 * share:g} %, {html.escape(policies[-1])}</h2>",
+        f"<p>Simulated: a link of {link.bytes_per_us / 1000:g} GB/s, {link.compute_us / 1000:g} ms of "
+        f"computing a token, {depth} layers ahead. Accuracy: of what came ahead, what was wanted; coverage: "
+        "of what was missed, what had been named; in time: of that, what was all there.</p>",
+        _ahead(timed),
+        "<h2>Where the time goes</h2>",
+        _times(timed, link),
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Routing of {name}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+# ---- figures
+
+
+def _heat_map(trace: Trace) -> str:
+    decode = trace.phase == DECODE
+    rows = decode if decode.any() else np.ones(len(decode), bool)
+    width, height = _WIDTH / trace.n_expert, max(4.0, min(14.0, 300 / len(trace.layers)))
+    cells = []
+    for y, layer in enumerate(trace.layers):
+        of_layer = trace.experts[rows & (trace.layer == layer)]
+        count = np.bincount(of_layer[of_layer >= 0], minlength=trace.n_expert) / max(len(of_layer), 1)
+        for x, expert in enumerate(np.argsort(-count, kind="stable").tolist()):
+            if count[expert] > 0:
+                shade = int(255 - 235 * min(1.0, count[expert] ** 0.5))
+                cells.append(
+                    f'<rect x="{_LEFT + x * width:.2f}" y="{y * height:.1f}" width="{width:.2f}" '
+                    f'height="{height:.1f}" fill="rgb({shade},{shade},255)">'
+                    f"<title>layer {layer}, expert {expert}: {100 * count[expert]:.1f} % of tokens</title>"
+                    "</rect>"
+                )
+    total = height * len(trace.layers)
+    labels = (
+        f'<text x="{_LEFT - 6}" y="{height:.0f}" text-anchor="end">{trace.layers[0]}</text>'
+        f'<text x="{_LEFT - 6}" y="{total:.0f}" text-anchor="end">{trace.layers[-1]}</text>'
+        f'<text x="{_LEFT}" y="{total + 16:.0f}">most often</text>'
+        f'<text x="{_LEFT + _WIDTH}" y="{total + 16:.0f}" text-anchor="end">least</text>'
+    )
+    return _svg("".join(cells) + labels, total + 22)
+
+
+def _curves(rows: list[dict[str, Any]]) -> str:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        lines.setdefault(row["policy"], []).append((100 * row["budget"], 100 * (row["hit_rate"] or 0)))
+    return _plot({name: sorted(points) for name, points in lines.items()}, "% of the experts", marks=True)
+
+
+def _over_time(trace: Trace, policies: Sequence[str], share: float) -> str:
+    window = 16
+    tokens = np.cumsum(np.concatenate([[True], (np.diff(trace.step) != 0) | (np.diff(trace.sequence) != 0)]))
+    requests = np.bincount(tokens, (trace.experts >= 0).sum(axis=1))[1:]
+    lines = {}
+    for policy in policies:
+        misses = np.bincount(tokens, misses_of(trace, policy, slots_for(trace, share)))[1:]
+        rate = 100 * (1 - _window(misses, window) / _window(requests, window))
+        at = np.unique(np.linspace(0, len(rate) - 1, 400).astype(int))
+        lines[policy] = [(float(i + 1), float(rate[i])) for i in at]
+    first = np.concatenate([[True], np.diff(tokens) > 0])
+    ends = np.flatnonzero(np.diff(trace.phase[first].astype(int)) == 1) + 1
+    return _plot(lines, "tokens", ends=[float(end) for end in ends])
+
+
+def _window(values: NDArray[Any], n: int) -> NDArray[Any]:
+    total = np.concatenate([np.zeros(n), np.cumsum(values)])
+    return total[n:] - total[:-n]
+
+
+def _ahead(rows: list[dict[str, Any]]) -> str:
+    head = ["ahead", "accuracy", "coverage", "in time", "hit rate", "of bytes", "tok/s"]
+    body = []
+    for row in rows:
+        if row["policy"] == "belady":
+            continue
+        used, ahead = row["prefetch_used"], row["prefetched"]
+        missed = row["misses"] + used - row["late_hits"]
+        body.append(
+            [row["predictor"], _percent(used, ahead), _percent(used if ahead else 0, missed if ahead else 0),
+             _percent(used - row["late_hits"], used), f"{100 * row['hit_rate']:.1f} %",
+             f"{100 * row['byte_hit_rate']:.1f} %", f"{row['tokens_per_second']:.1f}"]
+        )  # fmt: skip
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in line) + "</tr>" for line in body
+    )
+    return "<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + f"</tr>{cells}</table>"
+
+
+def _times(rows: list[dict[str, Any]], link: Link) -> str:
+    rows = [row for row in rows if row["policy"] != "belady"]
+    most = max(link.compute_us + row["stall_us"] for row in rows)
+    bars = []
+    for i, row in enumerate(rows):
+        y = 4 + 26 * i
+        computing = (_WIDTH - 120) * link.compute_us / most
+        waiting = (_WIDTH - 120) * row["stall_us"] / most
+        bars.append(
+            f'<text x="{_LEFT + 70}" y="{y + 14}" text-anchor="end">{html.escape(row["predictor"])}</text>'
+            f'<rect x="{_LEFT + 80}" y="{y}" width="{computing:.1f}" height="18" fill="{_COLOURS[0]}"/>'
+            f'<rect x="{_LEFT + 80 + computing:.1f}" y="{y}" width="{waiting:.1f}" height="18" '
+            f'fill="{_COLOURS[1]}"/><text x="{_LEFT + 86 + computing + waiting:.1f}" y="{y + 14}">'
+            f"{(link.compute_us + row['stall_us']) / 1000:.2f} ms</text>"
+        )
+    key = _key({"computing": _COLOURS[0], "waiting for experts": _COLOURS[1]})
+    return f"<p>Of a token, by what comes ahead.</p>{key}" + _svg("".join(bars), 8 + 26 * len(rows))
+
+
+# ---- drawing
+
+
+def _plot(
+    lines: dict[str, list[tuple[float, float]]], what: str, marks: bool = False, ends: Sequence[float] = ()
+) -> str:
+    """Lines over 0 to 100 % of y."""
+    right = max(x for points in lines.values() for x, _ in points)
+    drawn = []
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return _LEFT + _WIDTH * x / right, (_HEIGHT - _BOTTOM) * (1 - y / 100) + 6
+
+    for y in range(0, 101, 25):
+        _, height = at(0, y)
+        drawn.append(
+            f'<path d="M{_LEFT} {height:.1f}H{_LEFT + _WIDTH}" stroke="#ddd"/>'
+            f'<text x="{_LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{y} %</text>'
+        )
+    step = 10.0 ** math.floor(math.log10(right / 2))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if right / (step * factor) <= 6)
+    for x in np.arange(0, right + step / 100, step):
+        across, down = at(float(x), 0)
+        drawn.append(f'<text x="{across:.1f}" y="{down + 16:.1f}" text-anchor="middle">{x:g}</text>')
+    for end in ends:
+        across, down = at(end, 0)
+        drawn.append(f'<path d="M{across:.1f} 6V{down:.1f}" stroke="#888" stroke-dasharray="3 3"/>')
+    colours = {}
+    for i, (name, points) in enumerate(lines.items()):
+        colours[name] = _COLOURS[i % len(_COLOURS)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
+        drawn.append(f'<polyline points="{path}" fill="none" stroke="{colours[name]}" stroke-width="1.6"/>')
+        for point in points if marks else ():
+            across, down = at(*point)
+            drawn.append(
+                f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{colours[name]}">'
+                f"<title>{html.escape(name)}, {point[0]:g}: {point[1]:.1f} %</title></circle>"
+            )
+    drawn.append(f'<text x="{_LEFT + _WIDTH}" y="{_HEIGHT + 4}" text-anchor="end">{what}</text>')
+    return _key(colours) + _svg("".join(drawn), _HEIGHT + 10)
+
+
+def _key(colours: dict[str, str]) -> str:
+    items = (
+        f'<span><b style="background:{colour}"></b>{html.escape(name)}</span>'
+        for name, colour in colours.items()
+    )
+    return f'<div class="key">{"".join(items)}</div>'
+
+
+def _svg(content: str, height: float) -> str:
+    width = _LEFT + _WIDTH + 70
+    return f'<svg viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}">{content}</svg>'
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
