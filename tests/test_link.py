@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from paged import Disk, apart, assert_equal, faulty_disk, make, paged_trace
-from tracing import trace
+from tracing import prompt_tokens, trace
 
 from rotary_llamacpp import _native, activate, deactivate, pinned
 from rotary_llamacpp.errors import ReadError
@@ -158,6 +158,31 @@ def test_copies_ahead_stop_for_what_is_wanted(tiny_model, stock_trace, late, bud
     assert never["predicted"] == never["prefetched"] == never["prefetch_used"] == 0
     fast = results["0"][1]
     assert fast["prefetch_used"] > 0 and fast["predicted"] == slow["predicted"]
+
+
+def run_without_outputs(model, config, n_decode):
+    """Logits after a prompt whose parts but the last want none, and after each of n_decode greedy tokens."""
+    load_late()
+    llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, n_ubatch=2, logits_all=False)
+    llama.eval([7])  # routers are learnt
+    found = []
+    for _ in range(2):
+        llama.reset()
+        llama.eval(prompt_tokens(llama.n_vocab(), LONG))
+        for _ in range(n_decode):
+            found.append(list(llama._ctx.get_logits_ith(-1)[: llama.n_vocab()]))
+            llama.eval([max(range(llama.n_vocab()), key=found[-1].__getitem__)])
+    return found, llama.rotary_stats()
+
+
+def test_layers_that_nobody_wants_the_output_of(synthetic, stock_trace, late):
+    # The last layer is foretold again and again, and looked up once.
+    model = synthetic(type="q8_0")
+    found, stats = apart(run_without_outputs, model, {"budget": "50%"}, 6, environment=late)
+    stock = stock_trace(model, n_prompt=LONG, use_extra_bufts=False, n_ubatch=2)["logits"][LONG - 1 :]
+    for i, logits in enumerate(found):
+        assert (stock[i % 6] == logits).all(), i
+    assert stats["device_lookups"] > 2 * 30 * 3 and stats["prefetch_used"] > 0
 
 
 def test_the_same_figures_as_the_hosts(synthetic, late):

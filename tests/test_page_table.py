@@ -189,3 +189,18 @@ def test_foretelling_agrees_with_reservations(native, host, seed, n_threads):
     if n_threads == 1:
         assert expected["prefetch_used"] > expected["late_hits"] > 0 < expected["pieces_unused"]
     pages.close()
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_what_was_foretold_for_nothing(host, n_threads):
+    # Lookups that never come: what is on its way for them is settled when the next one is foretold.
+    pages = PageTable(host, 32, 8)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ahead = pages.foretell(rng.normal(size=(1, 32)), 4, n_threads)
+        assert len(ahead) + pages.counters()["n_resident"] <= 8
+        pages.land(int(rng.integers(0, 4 * N_PIECES)))
+    slot_ids, loads = pages.resolve([[1, 2, 3, 4, 5, 6, 7, 8]], n_threads)
+    assert sorted(slot_ids) == list(range(8)) and len(loads) <= 8
+    assert pages.counters()["n_resident"] == 8
+    pages.close()

@@ -22,6 +22,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 
 namespace rotary {
@@ -232,7 +233,7 @@ void executor::read_ids(pool & pool, const ggml_tensor * ids) {
 }
 
 // The router's weights of the ids of node i, as ids_; empty where they are not to be had: a GPU may compute them together
-// with something else, and not keep them.
+// with something else, and not keep them; some models choose by what becomes a weight later.
 std::vector<float> executor::read_weights(const pool & pool, const ggml_cgraph * graph, int i) const {
     const ggml_tensor * ids = graph->nodes[i]->src[2];
     for (int j = i - 1; pool.inner_is_host() && j >= 0; j--) {
@@ -241,7 +242,9 @@ std::vector<float> executor::read_weights(const pool & pool, const ggml_cgraph *
             ggml_nelements(node) == ggml_nelements(ids) && ggml_is_contiguous(node)) {
             std::vector<float> weights(ggml_nelements(node));
             ggml_backend_tensor_get(node, weights.data(), 0, ggml_nbytes(node));
-            return weights;
+            const bool are = std::all_of(weights.begin(), weights.end(),
+                                         [](float weight) { return weight >= 0 && std::isfinite(weight); });
+            return are ? weights : std::vector<float>();
         }
     }
     return {};

@@ -130,7 +130,8 @@ bool executor::foretell_on_device(pool & pool, paged_layer & layer, const ggml_t
     if (!layer.gate_sought) {
         learn_gate_on_device(layer, ids, inner_);
     }
-    if (next == nullptr || layer.ahead.router == nullptr || next->ahead.router == nullptr ||
+    // What was foretold for a lookup that has not come, since nobody wanted that layer's output, still stands.
+    if (next == nullptr || next->resolved.foretold || layer.ahead.router == nullptr || next->ahead.router == nullptr ||
         next->ahead.n_embd != layer.ahead.n_embd || state->type != GGML_TYPE_F32 ||
         state->ne[0] != layer.ahead.n_embd || state->nb[0] != sizeof(float) || state->ne[1] != 1 ||
         ids->ne[1] > ROTARY_PAGE_MOST_TOKENS || !pool.resolves_on_device(*next, ggml_nelements(ids))) {

@@ -303,6 +303,9 @@ ROTARY_BOTH void rotary_page_foretell(const Team & team, const rotary_page_table
     int32_t             last[ROTARY_PAGE_MOST_TOKENS];
     int32_t             n_foretold = 0;
 
+    if (state.n_ahead > 0) { // for a lookup that never came
+        rotary_page_settle(team, table, -1);
+    }
     team.sync();
     for (int32_t rank = 0; rank < n_used; rank++) {
         for (int32_t t = 0; t < n_tokens; t++) {

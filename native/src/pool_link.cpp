@@ -345,7 +345,7 @@ void pool::read_states() {
 bool pool::none_refused() const {
     const auto * states = (const rotary_page_state *) states_.memory.get();
     for (size_t i = 0; i < layers_.size() && n_states_ > 0; i++) {
-        if (states[i].refused != 0) {
+        if (layers_[i]->table_on_device && states[i].refused != 0) {
             fail(ROTARY_ERR_ARG, format("%s: layer %d routed to an expert that it does not have; the graph is broken",
                                         config.model.c_str(), layers_[i]->il));
             return false;
