@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The native library through cffi: rotary.h is the single truth, read between its API markers.
 
-The only module that touches cffi, and the only one that talks to ggml directly. Turns status codes into
-exceptions; decides nothing. Threads: ``load()`` may be called from any thread, a ``Pool`` from one at a time.
+The only module that touches cffi, hence its length, and the only one that talks to ggml directly. Turns
+status codes into exceptions; decides nothing. Threads: ``load()`` may be called from any thread, a ``Pool``
+from one at a time.
 
 Order matters when loading. llama_cpp comes first, so that our library binds to the ggml it brought. The
 backend is then registered through libllama's own handle: ``llama_cpp._ggml`` would load a second libggml with
