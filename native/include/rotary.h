@@ -246,7 +246,7 @@ int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * laye
 // are slots for them. ROTARY_ERR_STATE once they are allocated.
 int32_t rotary_pool_warm(rotary_pool * pool, int32_t il, const int32_t * experts, int32_t n);
 
-// The eviction policy that was chosen: its name, "own" for the caller's. Valid as long as the pool.
+// The eviction policy that was chosen: its name, "own" for the caller's, "" before slots are allocated. Static.
 const char * rotary_pool_policy(rotary_pool * pool);
 
 // Record routings from now on. While it is on, the host learns each, also where a GPU would resolve it itself.

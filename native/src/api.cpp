@@ -202,7 +202,6 @@ int32_t rotary_pool_warm(rotary_pool * handle, int32_t il, const int32_t * exper
 }
 
 const char * rotary_pool_policy(rotary_pool * handle) {
-    const std::lock_guard<std::mutex> lock(handle->shared->mutex);
     return handle->shared->policy_name();
 }
 

@@ -227,7 +227,7 @@ class pool {
     bool         layer_stats(int32_t index, rotary_layer_stats & out) const;
     void         reset_counters();
     const char * notice_text(int32_t index) const;
-    const char * policy_name() const; // that was chosen
+    const char * policy_name() const { return chosen_policy_; } // "" before slots are allocated
 
     std::mutex  mutex;
     pool_config config; // the budget changes between graphs only
@@ -239,6 +239,7 @@ class pool {
   private:
     void    build_layers();
     int32_t allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated);
+    void    choose_policy();
     int32_t fill_slots(paged_layer & layer, const std::vector<rotary_load> & loads);
     int32_t fill_at_first(paged_layer & layer);
 
@@ -324,9 +325,12 @@ class pool {
     std::vector<ggml_backend_t>          users_;
     uint64_t                             generation_ = 0;
 
-    mutable std::mutex      counter_mutex_;
-    rotary_stats            totals_ = {}; // what layers do not count themselves
-    std::atomic<bool>       tracing_{ false };
+    mutable std::mutex counter_mutex_;
+    rotary_stats       totals_ = {}; // what layers do not count themselves
+    std::atomic<bool>  tracing_{ false };
+
+    std::atomic<const char *> chosen_policy_{ "" };
+
     std::vector<int32_t>    trace_;
     uint64_t                n_untraced_ = 0;
     std::deque<std::string> notices_; // a deque: the texts handed out must not move

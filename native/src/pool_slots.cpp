@@ -20,6 +20,7 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
     contexts_.clear();
     buffers_.clear();
     generation_++;
+    choose_policy();
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> by_buft;
     uint64_t                                             slot_bytes = 0;
@@ -107,13 +108,15 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
     return ROTARY_OK;
 }
 
-const char * pool::policy_name() const {
-    if (config.own_policy != nullptr || config.policy != automatic_policy) {
-        return config.own_policy != nullptr ? "own" : config.policy.c_str();
-    }
+// Of names that stay: figures are read while a graph runs.
+void pool::choose_policy() {
     const bool on_device =
         std::any_of(tensors_.begin(), tensors_.end(), [](const auto & tensor) { return tensor->on_device != nullptr; });
-    return on_device ? best_on_device : best_policy;
+    const bool automatic = config.policy == automatic_policy;
+    chosen_policy_       = config.own_policy != nullptr ? "own"
+                           : !automatic                 ? policy_name_of(config.policy)
+                           : on_device                  ? best_on_device
+                                                        : best_policy;
 }
 
 std::unique_ptr<slot_table> pool::new_table(size_t layer, int32_t n_slots, const std::string & policy,

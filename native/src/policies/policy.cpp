@@ -41,9 +41,14 @@ const char * policy_names() {
     return names.c_str();
 }
 
+const char * policy_name_of(const std::string & name) {
+    const auto it =
+        std::find_if(std::begin(known), std::end(known), [&](const auto & each) { return name == each.name; });
+    return it != std::end(known) ? it->name : "";
+}
+
 bool policy_known(const std::string & name) {
-    return name == automatic_policy ||
-           std::any_of(std::begin(known), std::end(known), [&](const auto & each) { return name == each.name; });
+    return name == automatic_policy || *policy_name_of(name) != 0;
 }
 
 std::string policy_not_known(const std::string & name) {

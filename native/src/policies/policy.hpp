@@ -71,7 +71,8 @@ std::unique_ptr<policy> own_new(const policy_setting & setting); // the caller's
 
 // The caller's own if the setting has one, else by name; NULL if there is none of this name.
 std::unique_ptr<policy>          policy_new(const std::string & name, const policy_setting & setting);
-const char *                     policy_names(); // "lru,lfu,..."
+const char *                     policy_name_of(const std::string & name); // the same for good; "" if not known
+const char *                     policy_names();                           // "lru,lfu,..."
 bool                             policy_known(const std::string & name);
 std::string                      policy_not_known(const std::string & name);
 std::shared_ptr<routing_history> routing_history_new(int32_t n_layers); // for all policies of one model
