@@ -149,7 +149,7 @@ class RotaryConfig:
         available memory.
     prefetch : bool
         With the direct store, read the experts that the next layers will probably want while the disk is
-        idle.
+        idle; on a GPU, copy them while the link is.
     staging : int or str, optional
         Bytes of memory for reads in flight, with the direct store.
     pin : str
