@@ -251,7 +251,7 @@ def parse_rate(text: str) -> float:
     RotaryError
         Anything else.
     """
-    known = {"pcie3x16": 12.5e9, "pcie4x8": 12.5e9, "pcie4x16": 25e9, "pcie5x16": 52e9}  # gathers, measured
+    known = {"pcie3x16": 12.5e9, "pcie4x8": 12.5e9, "pcie4x16": 25e9, "pcie5x16": 52e9}  # as published
     units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
     if text in known:
         return known[text] / 1e6

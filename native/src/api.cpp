@@ -206,6 +206,7 @@ const char * rotary_pool_policy(rotary_pool * handle) {
 }
 
 void rotary_pool_trace(rotary_pool * handle, int32_t on) {
+    const std::lock_guard<std::mutex> lock(handle->shared->mutex); // a graph is recorded as a whole
     handle->shared->trace(on != 0);
 }
 

@@ -82,11 +82,11 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
     rotary_layer_stats delta = {};
     delta.lookups            = 1;
     delta.requests           = ggml_nelements(ids);
-    if (pool.tracing()) {
-        read_ids(pool, ids);
-        pool.record(layer, ids_, read_weights(pool, graph, i), ids->ne[0]);
-    }
     if (layer.path != ROTARY_PATH_SLOTS) {
+        if (pool.tracing()) {
+            read_ids(pool, ids);
+            pool.record(layer, ids_, read_weights(pool, graph, i), ids->ne[0]);
+        }
         // Every expert is there: nobody needs to know which ones are wanted.
         lookup_.how = layer.path == ROTARY_PATH_MAPPED ? mode::direct : mode::resident;
         delta.hits  = delta.requests;
@@ -99,9 +99,7 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
     if (!pool.table_to_host(layer)) {
         return GGML_STATUS_FAILED;
     }
-    if (!pool.tracing()) {
-        read_ids(pool, ids);
-    }
+    read_ids(pool, ids);
     lookup_.order = order_of_use(pool, layer, graph, i);
 
     // Distinct experts, those that are resident first: a wave then begins with what needs no copy. The others as they
@@ -119,6 +117,11 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
             experts.push_back(expert);
         }
     }
+    const std::vector<float> weights =
+        pool.tracing() || layer.table->wants_weights() ? read_weights(pool, graph, i) : std::vector<float>();
+    if (pool.tracing()) {
+        pool.record(layer, ids_, weights, ids->ne[0]);
+    }
     const int32_t n_slots = layer.table->n_slots();
     if (direct_store * store = pool.direct()) {
         store->cancel_queued();
@@ -131,8 +134,6 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
                                               [&](int32_t expert) { return layer.table->slot_of(expert) >= 0; });
     std::sort(absent, experts.end());
 
-    const std::vector<float> weights =
-        layer.table->wants_weights() ? read_weights(pool, graph, i) : std::vector<float>();
     layer.table->note(ids_.data(), weights.empty() ? nullptr : weights.data(), (int32_t) ids->ne[0],
                       (int32_t) ids->ne[1]);
 
