@@ -210,6 +210,7 @@ setup(
         "cffi",
         "click",
         "tqdm",
+        "rich",
     ],
     ext_modules=[Extension(f"{PACKAGE}.lib", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel, "llama_cpp": LlamaCpp},

@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))  # as a script it finds only its own folder
 import click  # noqa: E402
 import numpy as np  # noqa: E402
 
-from rotary_llamacpp import _native, policies, simulation  # noqa: E402
-from rotary_llamacpp.predictors import PREDICTORS, Router  # noqa: E402
+from rotary_llamacpp import _native, _replay, policies, simulation  # noqa: E402
+from rotary_llamacpp.predictors import NAMES, Router  # noqa: E402
 from rotary_llamacpp.traces import DECODE, Trace, load  # noqa: E402
 
 PROMPTS = ["In the beginning", "The whale", "It was a dark night, and", "My dear Watson,"]
@@ -91,7 +91,7 @@ def cost_us(trace: Trace, policy: str, n_slots: list[int]) -> float:
     ids = np.ascontiguousarray(trace.experts, np.int32)
     times = []
     for _ in range(5):
-        cache = _native.Cache(_native.load(), policy, trace.n_expert, n_slots)
+        cache = _replay.Cache(_native.load(), policy, trace.n_expert, n_slots)
         start = time.perf_counter()
         cache.replay(index, ids)
         times.append(1e6 * (time.perf_counter() - start) / int((ids >= 0).sum()))
@@ -124,9 +124,9 @@ def eviction(trace: Trace, share: float) -> list[list[str]]:
 def prefetch(trace: Trace, share: float, link: simulation.Link, depth: int) -> list[list[str]]:
     n_slots = simulation.slots_for(trace, share)
     rows = []
-    for name in (None, *PREDICTORS, "certain"):
-        kind = Certain if name == "certain" else PREDICTORS[name] if name else None
-        found = simulation.replay(trace, "recall", n_slots, link, kind(trace) if kind else None, depth)
+    for name in (None, *NAMES, "certain"):
+        its = Certain(trace) if name == "certain" else simulation.predictor(trace, name) if name else None
+        found = simulation.replay(trace, "recall", n_slots, link, its, depth)
         used = found.prefetch_used
         rows.append(
             [name or "none", percent(found.hit_rate), percent(found.byte_hit_rate),

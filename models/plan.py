@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Q
+from gguf.quants import quantize
 
 from models.blocks import PAYLOAD_RMS, TYPES, Pool, dense, payload
 from models.locality import KERNEL_GAIN, MEMORY, STATIC
@@ -41,6 +42,7 @@ class Shape:
     ctx: int
     freq_base: float
     fused: bool = False  # gate and up in one tensor; only hy_v3 of these architectures loads it
+    routers: str = "f32"  # their type; what is made by hand may have others
 
 
 SHAPES = {
@@ -269,7 +271,9 @@ class Plan:
             rng.standard_normal((s.experts, axes.n_token)) * axes.n_token**-0.5
         )
         router *= ROUTER_GAIN
-        self._add(blk + "ffn_gate_inp.weight", router.shape, Q.F32, lambda file: file.write(router.tobytes()))
+        kind = Q[s.routers.upper()]
+        data = quantize(router, kind).tobytes()
+        self._add(blk + "ffn_gate_inp.weight", router.shape, kind, lambda file: file.write(data))
         inward = s.embd**-0.5
         # silu(gate) * up of unit normals has a standard deviation of 0.6; k experts of weight about 1/k add
         # up to 1/sqrt(k). All layers together then give the free dimensions twice what the embedding gives.

@@ -146,7 +146,7 @@ def synthesize(path, shape="test", *, type="q4_0", seed=0, locality=None, shards
         Number of files.
     **overrides
         Dimensions to change: layers, embd, heads, heads_kv, head_dim, ff, experts, used, vocab, ctx,
-        freq_base, fused.
+        freq_base, fused, routers.
 
     Returns
     -------

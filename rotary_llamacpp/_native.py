@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The native library through cffi: rotary.h is the single truth, read between its API markers.
 
-The only module that touches cffi, hence its length, and the only one that talks to ggml directly. Turns
-status codes into exceptions; decides nothing. Threads: ``load()`` may be called from any thread, a ``Pool``
-from one at a time.
+The only module that talks to ggml directly. Turns status codes into exceptions; decides nothing. What the
+library calls back is _own.py, what it replays _replay.py. Threads: ``load()`` may be called from any
+thread, a ``Pool`` from one at a time.
 
 Order matters when loading. llama_cpp comes first, so that our library binds to the ggml it brought. The
 backend is then registered through libllama's own handle: ``llama_cpp._ggml`` would load a second libggml with
@@ -18,20 +18,19 @@ import importlib.metadata
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import machine, pinned
 from .errors import BudgetError, DeviceError, LibraryError, ReadError, RotaryError, VersionError
-from .policies import EvictionPolicy, Factory
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _HERE = Path(__file__).resolve().parent
 _STRUCTS = (
     "rotary_config", "rotary_stats", "rotary_layer_stats", "rotary_layer_size", "rotary_load",
-    "rotary_policy",
+    "rotary_policy", "rotary_predictor",
 )  # fmt: skip
 _ERRORS: dict[str, type[RotaryError]] = {  # by name in enum rotary_status
     "ROTARY_ERR_ARG": RotaryError,
@@ -319,19 +318,23 @@ class Pool:
         prefetch: bool,
         staging_bytes: int,
         pin: str,
-        policy: OwnPolicy | str,
+        policy: tuple[str, Any],
+        predictor: tuple[str, Any],
+        adaptive: bool,
     ) -> None:
+        """`policy` and `predictor`: a name, and the caller's own calls or NULL, which must live as long."""
         self.lib = lib
         self.device = device
-        self.policy = policy
+        self._own = (policy[1], predictor[1])
         # The texts must outlive the call only; the library copies them.
-        named, own = _policy(lib, policy)
-        texts = [lib.ffi.new("char[]", text.encode()) for text in (budget, model, store, pin, named)]
+        named = (budget, model, store, pin, policy[0], predictor[0])
+        texts = [lib.ffi.new("char[]", text.encode()) for text in named]
         config = lib.ffi.new("rotary_config *", {
             "struct_size": lib.ffi.sizeof("rotary_config"), "budget": texts[0], "model": texts[1],
             "margin_bytes": margin_bytes, "repack": repack, "direct": direct, "store": texts[2],
             "prefetch": prefetch, "staging_bytes": staging_bytes, "pin": texts[3],
-            "policy": texts[4], "own_policy": own,
+            "policy": texts[4], "own_policy": policy[1],
+            "predictor": texts[5], "own_predictor": predictor[1], "adaptive": adaptive,
         })  # fmt: skip
         with _native_log_muted():
             self._pool = lib.c.rotary_pool_open(device, config)
@@ -385,6 +388,22 @@ class Pool:
         """What a layer's slots begin with, the most wanted first. Before they are allocated."""
         self.lib.check(self.lib.c.rotary_pool_warm(self._pool, layer, experts, len(experts)))
 
+    def learn(self, layer: int, popularity: Any, pairs: Any, n_tokens: int) -> None:
+        """What a profile says of a layer, float32 [n_expert], [n_expert, n_expert] or None; before that."""
+        ffi = self.lib.ffi
+        self.lib.check(
+            self.lib.c.rotary_pool_learn(
+                self._pool, layer, ffi.from_buffer("float[]", popularity),
+                ffi.NULL if pairs is None else ffi.from_buffer("float[]", pairs), len(popularity), n_tokens,
+            )
+        )  # fmt: skip
+
+    def predictor_name(self) -> str:
+        """Who names what comes ahead; empty where nothing does."""
+        text = self.lib.ffi.new("char[]", 64)
+        self.lib.c.rotary_pool_predictor(self._pool, text, len(text))
+        return self.lib.text(text)
+
     def policy_name(self) -> str:
         """The eviction policy that was chosen."""
         return self.lib.text(self.lib.c.rotary_pool_policy(self._pool))
@@ -405,134 +424,3 @@ class Pool:
         if self._pool:
             pool, self._pool = self._pool, None
             self.lib.c.rotary_pool_close(pool)
-
-
-class OwnPolicy:
-    """An eviction policy that is written in Python, as the library calls it; `error`: the first it raised."""
-
-    def __init__(self, lib: Library, factory: Factory, shape: Callable[[int], tuple[int, int]]) -> None:
-        """`shape` gives n_expert and n_slots of a layer."""
-        ffi = lib.ffi
-        self.name = getattr(factory, "__name__", "own")
-        self.error: BaseException | None = None
-        self.restart()
-
-        def of(layer: int) -> EvictionPolicy:
-            if layer not in self._layers:
-                self._layers[layer] = factory(layer, *shape(layer), self._shared)
-            return self._layers[layer]
-
-        def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(_: Any, layer: int, *args: Any) -> Any:
-                try:
-                    if self.error is None:
-                        return function(of(layer), *args)
-                except BaseException as error:
-                    self.error = error
-                return None
-
-            return call
-
-        def note(policy: EvictionPolicy, ids: Any, weights: Any, n_used: int, n_tokens: int) -> None:
-            def rows(array: Any) -> list[list[Any]]:
-                flat = ffi.unpack(array, n_used * n_tokens)
-                return [flat[i : i + n_used] for i in range(0, len(flat), n_used)]
-
-            policy.note(rows(ids), rows(weights) if weights else None)
-
-        def choose(policy: EvictionPolicy, candidates: Any, n: int) -> int:
-            return policy.choose(ffi.unpack(candidates, n))
-
-        def enter(policy: EvictionPolicy, expert: int, wanted: int) -> None:
-            policy.enter(expert, bool(wanted))
-
-        def leave(policy: EvictionPolicy, expert: int) -> None:
-            policy.leave(expert)
-
-        chosen = guarded(choose)
-        functions = {
-            "note": guarded(note), "enter": guarded(enter), "leave": guarded(leave),
-            "choose": lambda *args: -1 if (expert := chosen(*args)) is None else expert,
-        }  # fmt: skip
-        types = dict(ffi.typeof("rotary_policy").fields)
-        self._callbacks = {name: ffi.callback(types[name].type, each) for name, each in functions.items()}
-        self.calls = ffi.new("rotary_policy *", self._callbacks)
-
-    def restart(self) -> None:
-        """The slots are allocated anew, and empty."""
-        self._shared: dict[str, Any] = {}
-        self._layers: dict[int, EvictionPolicy] = {}
-
-
-def _policy(lib: Library, policy: OwnPolicy | str) -> tuple[str, Any]:
-    """A policy as the library takes it: its name, and its calls if it is a Python one."""
-    return ("lru", policy.calls) if isinstance(policy, OwnPolicy) else (policy, lib.ffi.NULL)
-
-
-class Cache:
-    """Slot tables of all layers of a model with one policy, without a model: to replay traces on.
-
-    `policy` is a name, or a class as in `rotary_llamacpp.policies`; `n_slots` those of each layer.
-    """
-
-    def __init__(self, lib: Library, policy: Factory | str, n_expert: int, n_slots: list[int]) -> None:
-        self.lib, self.n_slots = lib, n_slots
-        self._own = (
-            policy
-            if isinstance(policy, str)
-            else OwnPolicy(lib, policy, lambda layer: (n_expert, n_slots[layer]))
-        )
-        named, own = _policy(lib, self._own)
-        pointer = lib.c.rotary_cache_new(named.encode(), own, len(n_slots), n_expert, n_slots)
-        if not pointer:
-            lib.check(lib.c.rotary_last_status())
-        self._cache = lib.ffi.gc(pointer, lib.c.rotary_cache_free)
-        self._slots = [lib.c.rotary_cache_layer(self._cache, layer) for layer in range(len(n_slots))]
-        self._loads = lib.ffi.new("rotary_load[]", max(n_slots))
-
-    def resolve(self, layer: int, ids: Any, weights: Any = None) -> list[tuple[int, int, int]]:
-        """Route int32 ids [n_tokens, n_used] with float32 weights: the loads (expert, slot, evicted)."""
-        ffi = self.lib.ffi
-        slot_ids = ffi.new("int32_t[]", ids.size)
-        n = self.lib.c.rotary_cache_resolve(
-            self._cache, layer, ffi.from_buffer("int32_t[]", ids),
-            ffi.NULL if weights is None else ffi.from_buffer("float[]", weights),
-            ids.shape[1], ids.shape[0], slot_ids, self._loads,
-        )  # fmt: skip
-        if isinstance(self._own, OwnPolicy) and self._own.error is not None:
-            raise self._own.error
-        if n < 0:
-            raise RotaryError(
-                f"layer {layer}: {len(ids)} tokens want more experts than its {self.n_slots[layer]} slots "
-                "hold, or others than it has; a lookup must fit; replay fewer tokens at a time"
-            )
-        return [(load.expert, load.slot, load.evicted) for load in self._loads[0:n]]
-
-    def replay(self, layers: Any, ids: Any, weights: Any = None) -> Any:
-        """Resolve int32 rows ids [n, n_used] of `layers` [n], one by one, -1 at a row's end: misses [n]."""
-        ffi = self.lib.ffi
-        misses = ffi.new("int32_t[]", len(ids))
-        status = self.lib.c.rotary_cache_replay(
-            self._cache, len(ids), ffi.from_buffer("int32_t[]", layers), ffi.from_buffer("int32_t[]", ids),
-            ffi.NULL if weights is None else ffi.from_buffer("float[]", weights), ids.shape[1], misses,
-        )  # fmt: skip
-        if isinstance(self._own, OwnPolicy) and self._own.error is not None:
-            raise self._own.error
-        if status < 0:
-            raise RotaryError(
-                "trace: a row wants more experts than there are slots, or others than there are; "
-                f"{min(self.n_slots)} slots; replay it with more"
-            )
-        return ffi.unpack(misses, len(ids))
-
-    def is_resident(self, layer: int, expert: int) -> bool:
-        """Whether it is there."""
-        return bool(self.lib.c.rotary_slots_slot_of(self._slots[layer], expert) >= 0)
-
-    def reserve(self, layer: int, expert: int, keep: list[int]) -> bool:
-        """Have an expert on its way, another not in `keep` evicted; False if there is no slot for it."""
-        return bool(self.lib.c.rotary_slots_reserve(self._slots[layer], expert, keep, len(keep)) >= 0)
-
-    def end_reservation(self, layer: int, expert: int, resident: bool) -> None:
-        """It is there, or will not come."""
-        self.lib.check(self.lib.c.rotary_slots_end_reservation(self._slots[layer], expert, resident))

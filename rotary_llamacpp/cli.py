@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 import click
 
-from .config import PINS, STORES, RotaryConfig
+from .config import PINS, SPLITS, STORES, RotaryConfig
 from .errors import LibraryError, RotaryError
 from .policies import AUTO, NATIVE
+from .predictors import NAMES as PREDICTORS
 
 
 @contextlib.contextmanager
@@ -79,6 +80,13 @@ def main() -> None:
     help="Where experts come from: the mapped file, or direct reads past the page cache; auto reads directly "
     "where they do not fit into memory.",
 )
+@click.option(
+    "--prefetch",
+    default=AUTO,
+    show_default=True,
+    metavar=f"[{'|'.join((AUTO, *PREDICTORS))}]",
+    help="Who names what is read ahead; auto is the next layers' routers, or what can stand in for them.",
+)
 @click.option("--no-prefetch", is_flag=True, help="Do not read ahead what the next layers may want.")
 @click.option("--staging", metavar="SIZE", help="Memory for direct reads in flight, such as 64MiB.")
 @click.option(
@@ -97,6 +105,13 @@ def main() -> None:
     help="Who leaves when a slot is wanted; auto is the best that can run where lookups are resolved.",
 )
 @click.option(
+    "--split",
+    default=SPLITS[0],
+    show_default=True,
+    metavar=f"[{'|'.join(SPLITS)}]",
+    help="Whether slots move to the layers where they serve more, on the CPU, or stay evenly divided.",
+)
+@click.option(
     "--profile",
     default="auto",
     show_default=True,
@@ -104,6 +119,9 @@ def main() -> None:
 )
 @click.option("--no-mmap", is_flag=True, help="Read the file into memory instead of mapping it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option(
+    "--live", is_flag=True, help="Show a panel of all figures on the terminal while the model runs."
+)
 @click.option("--no-progress", is_flag=True, help="Show no live figures on a terminal.")
 @click.option("--verbose", is_flag=True, help="Show llama.cpp's log.")
 def run(
@@ -119,13 +137,16 @@ def run(
     no_repack: bool,
     no_direct: bool,
     store: str,
+    prefetch: str,
     no_prefetch: bool,
     staging: str | None,
     pin: str,
     policy: str,
+    split: str,
     profile: str,
     no_mmap: bool,
     as_json: bool,
+    live: bool,
     no_progress: bool,
     verbose: bool,
 ) -> None:
@@ -138,10 +159,11 @@ def run(
                 "repack": not no_repack,
                 "direct": not no_direct,
                 "store": store,
-                "prefetch": not no_prefetch,
+                "prefetch": False if no_prefetch else prefetch,
                 "staging": staging,
                 "pin": pin,
                 "policy": policy,
+                "split": split,
                 "profile": profile,
                 "verbose": not as_json,
             }
@@ -152,7 +174,7 @@ def run(
 
         options = {"seed": seed} if seed is not None else {}
         with contextlib.ExitStack() as stack:
-            watcher = stack.enter_context(watching(off=no_progress or as_json or verbose))
+            watcher = stack.enter_context(watching(off=no_progress or as_json or verbose, panel=live))
             llama = load(
                 model,
                 config,
@@ -274,10 +296,11 @@ def profile_(model: str, trace_files: tuple[str, ...], output: str | None) -> No
 @click.option("--predictors", default="none", show_default=True, help="none or what comes ahead, by commas.")
 @click.option("--profile", help="File of rotary profile: what the transition predictor begins with.")
 @click.option("--depth", default=1, show_default=True, type=click.IntRange(1, 8), help="Layers ahead.")
+@click.option("--split", default=SPLITS[0], show_default=True, type=click.Choice(SPLITS), help="As for run.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def simulate(
     trace_file: str, policies: str, budgets: str, link: str | None, compute: float, latency: float,
-    predictors: str, profile: str | None, depth: int, as_json: bool,
+    predictors: str, profile: str | None, depth: int, split: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Replay a trace under eviction policies, budgets, links and predictors."""
     with _one_line_errors():
@@ -286,7 +309,7 @@ def simulate(
         rows = compare(
             trace_file, NATIVE if policies == "all" else policies.split(","), shares(budgets),
             link=link, compute_us=1000 * compute, latency_us=latency, predictors=predictors.split(","),
-            profile=profile, depth=depth,
+            profile=profile, depth=depth, adaptive=split == "adaptive",
         )  # fmt: skip
         if as_json:
             click.echo(json.dumps(rows))

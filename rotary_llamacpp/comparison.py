@@ -8,10 +8,10 @@ from typing import Any
 
 from .errors import RotaryError
 from .policies import NATIVE
-from .predictors import PREDICTORS
+from .predictors import NAMES, PrefetchPolicy
 from .profiles import Profile
 from .profiles import load as load_profile
-from .simulation import Link, belady, parse_rate, replay, slots_for
+from .simulation import Link, belady, parse_rate, predictor, replay, slots_for
 from .traces import DECODE, Trace, load, writing
 
 
@@ -43,6 +43,7 @@ def compare(
     predictors: Iterable[str] = ("none",),
     profile: str | None = None,
     depth: int = 1,
+    adaptive: bool = False,
 ) -> list[dict[str, Any]]:
     """One row for each budget, policy and predictor, and one for Belady's optimum.
 
@@ -53,7 +54,7 @@ def compare(
     """
     policies, predictors = list(policies), list(predictors)
     check_names("policy", policies, NATIVE)
-    check_names("predictor", predictors, ("none", *PREDICTORS))
+    check_names("predictor", predictors, ("none", *NAMES))
     if link is None and predictors != ["none"]:
         raise RotaryError("predictors: nothing comes ahead without a link; give --link, such as pcie4x16")
     medium = Link(parse_rate(link), compute_us, latency_us) if link is not None else None
@@ -64,7 +65,7 @@ def compare(
             f"{profile}: {len(known.layers)} layers of {known.n_expert} experts, the trace has "
             f"{len(trace.layers)} of {trace.n_expert}; a profile of the same model; make it anew"
         )
-    return compare_trace(trace, policies, budgets, medium, predictors, depth, known)
+    return compare_trace(trace, policies, budgets, medium, predictors, depth, known, adaptive)
 
 
 def compare_trace(
@@ -75,6 +76,7 @@ def compare_trace(
     predictors: Sequence[str] = ("none",),
     depth: int = 1,
     profile: Profile | None = None,
+    adaptive: bool = False,
 ) -> list[dict[str, Any]]:
     """As `compare`, of names that are known."""
     rows: list[dict[str, Any]] = []
@@ -82,10 +84,8 @@ def compare_trace(
         n_slots = slots_for(trace, share)
         for policy in policies:
             for name in predictors:
-                its = PREDICTORS[name](trace) if name != "none" else None
-                if its is not None and profile is not None:
-                    its.learn(profile)
-                found = replay(trace, policy, n_slots, link, its, depth)
+                its = _predictor(trace, name, profile)
+                found = replay(trace, policy, n_slots, link, its, depth, adaptive)
                 rows.append(
                     {
                         "budget": share, "n_slots": n_slots[0], "policy": policy, "predictor": name,
@@ -104,6 +104,15 @@ def compare_trace(
     return rows
 
 
+def _predictor(trace: Trace, name: str, profile: Profile | None) -> PrefetchPolicy | None:
+    if name == "none":
+        return None
+    its = predictor(trace, name)
+    if profile is not None:
+        its.learn(profile)
+    return its
+
+
 def write_report(
     trace_file: str, output: str, policies: list[str], budgets: str, link: str, compute_us: float, depth: int
 ) -> None:
@@ -115,7 +124,7 @@ def write_report(
     trace = load(trace_file)
     if trace.tokens(DECODE) == 0:
         raise RotaryError(f"{trace_file}: nothing was decoded; answers are needed; record it with -n")
-    page = report(trace, policies, shares(budgets), medium, list(PREDICTORS), depth)
+    page = report(trace, policies, shares(budgets), medium, list(NAMES), depth)
     with writing(output) as file:
         file.write(page.encode())
 

@@ -13,10 +13,13 @@ from typing import Any
 from .errors import BudgetError, RotaryError
 from .info import ModelInfo
 from .policies import AUTO, NATIVE, Factory
+from .predictors import NAMES as PREDICTORS
+from .predictors import Factory as PredictorFactory
 
 MIB = 1024 * 1024
 STORES = ("auto", "mmap", "direct")
 PINS = ("auto", "on", "off")
+SPLITS = ("adaptive", "even")
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -147,9 +150,12 @@ class RotaryConfig:
         Where absent experts come from: ``"mmap"``, the mapped file through the page cache; ``"direct"``,
         reads past the page cache, many at a time; ``"auto"``, direct where the experts do not fit into the
         available memory.
-    prefetch : bool
+    prefetch : bool, str or class
         With the direct store, read the experts that the next layers will probably want while the disk is
-        idle; on a GPU, copy them while the link is.
+        idle; on a GPU, copy them while the link is. True is ``"auto"``: named by the next layers' routers,
+        or by ``"mixed"`` where those cannot be applied early. Else a name of
+        `rotary_llamacpp.predictors.NAMES`, or a class such as those there, called in Python, slower; neither
+        on a GPU that resolves lookups itself. False: off.
     staging : int or str, optional
         Bytes of memory for reads in flight, with the direct store.
     pin : str
@@ -159,6 +165,9 @@ class RotaryConfig:
         Who leaves when a slot is wanted: a name of `rotary_llamacpp.policies.NATIVE`; ``"auto"``, the best
         that can run where lookups are resolved; or a class such as those in `rotary_llamacpp.policies`,
         called in Python, slower.
+    split : str
+        How slots are divided between layers: ``"adaptive"``, evenly at first, then one after the other to
+        where they serve more, on the CPU; ``"even"``, evenly for good.
     profile : str
         What slots begin with: ``"auto"``, what the file that ``rotary profile`` has written beside the model
         says, if there is one; a profile's path; or ``"off"``.
@@ -172,10 +181,11 @@ class RotaryConfig:
     direct: bool = True
     margin: int | str | None = None
     store: str = "auto"
-    prefetch: bool = True
+    prefetch: bool | str | PredictorFactory = True
     staging: int | str | None = None
     pin: str = "auto"
     policy: str | Factory = AUTO
+    split: str = "adaptive"
     profile: str = "auto"
     verbose: bool = True
 
@@ -196,6 +206,13 @@ class RotaryConfig:
             raise RotaryError(
                 f"policy {self.policy!r}: not known; {', '.join((AUTO, *NATIVE))} or a class; correct it"
             )
+        if not callable(self.prefetch) and self.prefetch not in (True, False, AUTO, *PREDICTORS):
+            raise RotaryError(
+                f"prefetch {self.prefetch!r}: not known; True, False, {', '.join((AUTO, *PREDICTORS))} or a "
+                "class; correct it"
+            )
+        if self.split not in SPLITS:
+            raise RotaryError(f"split {self.split!r}: not known; {', '.join(SPLITS)}; correct it")
         if self.inner is not None and not (isinstance(self.inner, str) and self.inner.strip()):
             raise RotaryError(
                 f"inner {self.inner!r}: not a device name; a text such as CPU or CUDA0; "

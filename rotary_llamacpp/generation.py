@@ -38,6 +38,10 @@ class Watcher:
     def token(self, n_made: int, n_predict: int) -> None:
         """One more token has been chosen, its text comes next; the first means that the prompt is done."""
 
+    def text(self, text: str) -> bool:
+        """More text has come. True keeps it from `generate`'s `on_text`: the watcher prints it later."""
+        return False
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -186,7 +190,8 @@ def generate(
     def put(data: bytes, final: bool = False) -> None:
         if text := decoder.decode(data, final):
             pieces.append(text)
-            on_text(text)
+            if not watcher.text(text):
+                on_text(text)
 
     start = first = end = time.monotonic()
     try:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Live figures of ``rotary run`` on a terminal: while loading, during the prompt, and while generating where
-standard output is not a terminal too, since text streams there.
+"""Live figures of ``rotary run`` on a terminal, in one line: while loading, during the prompt, and while
+generating where standard output is not a terminal too, since text streams there. The panel is in panel.py.
 
 One thread per phase polls the counters and draws; it is joined before the next phase and before text appears.
 """
@@ -14,11 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TextIO
 
 from tqdm import tqdm
 
 from .config import MIB
+from .errors import RotaryError
+from .figures import Figures, prompt_share
 from .generation import Watcher
 from .llama import Llama
 
@@ -27,13 +29,53 @@ _Progress = tuple[float | None, list[str]]  # what is done of the phase, 0 to 1,
 
 
 @contextlib.contextmanager
-def watching(off: bool = False) -> Iterator[Watcher | None]:
-    """A watcher that draws on standard error; None if that is no terminal, or `off`."""
+def watching(off: bool = False, panel: bool = False) -> Iterator[Watcher | None]:
+    """A watcher that draws on standard error; None if that is no terminal, or `off`.
+
+    Parameters
+    ----------
+    panel : bool
+        Draw the panel, not the line. Where the terminal cannot show it, a warning says so.
+
+    Raises
+    ------
+    RotaryError
+        Both `off` and `panel`.
+    """
+    if off and panel:
+        raise RotaryError(
+            "--live: --no-progress, --json or --verbose is given too; none of them goes with a panel; "
+            "leave it out"
+        )
+    if panel and (reason := _why_no_panel()):
+        logging.getLogger("rotary_llamacpp").warning(
+            "--live: no panel, %s; it takes a terminal whose cursor moves; run in one, or leave --live out",
+            reason,
+        )
+        panel = False
     if off or not sys.stderr.isatty():
         yield None
         return
-    with contextlib.closing(Live(also_tokens=not sys.stdout.isatty())) as live:
-        yield live
+    also_tokens = not sys.stdout.isatty()
+    # llama_cpp points standard error elsewhere while it loads.
+    descriptor = os.dup(sys.stderr.fileno())
+    with os.fdopen(descriptor, "w", encoding=sys.stderr.encoding, errors="replace") as out:
+        closing: contextlib.AbstractContextManager[Watcher]
+        if panel:
+            from .panel import Panel  # rich takes a while to import
+
+            closing = contextlib.closing(Panel(out, keep_text=not also_tokens))
+        else:
+            closing = contextlib.closing(Live(out, also_tokens))
+        with closing as watcher:
+            yield watcher
+
+
+def _why_no_panel() -> str | None:
+    if not sys.stderr.isatty():
+        return "standard error is not a terminal"
+    kind = os.environ.get("TERM")
+    return f"TERM is {kind}" if kind in ("dumb", "unknown") else None
 
 
 class Live(Watcher):
@@ -41,13 +83,14 @@ class Live(Watcher):
 
     Parameters
     ----------
+    out : file
+        The terminal.
     also_tokens : bool
         Go on while tokens are generated.
     """
 
-    def __init__(self, also_tokens: bool) -> None:
-        # llama_cpp points standard error elsewhere while it loads.
-        self._out = os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding)
+    def __init__(self, out: TextIO, also_tokens: bool) -> None:
+        self._out = out
         self._also_tokens = also_tokens
         self._loaded = 0.0
         self._n_made = 0
@@ -64,7 +107,6 @@ class Live(Watcher):
         """Leave the terminal as it was."""
         self._stop()
         del self._logger.handle  # the class has it again
-        self._out.close()
 
     # ---- phases
 
@@ -73,14 +115,11 @@ class Live(Watcher):
 
     def prompt(self, llama: Llama, n_tokens: int) -> None:
         figures = Figures(llama)
-        n_lookups = figures.stats["n_layers"] * n_ubatches(llama, n_tokens)
 
         def progress(seconds: float) -> _Progress:
-            parts = figures.poll()
-            if figures.stats["path"] != "slots":  # counted, but not computed yet
-                return None, parts
-            done = min(1.0, figures.stats["lookups"] / n_lookups)
-            return done, [f"{done * n_tokens / seconds:.1f} tok/s", *parts]
+            parts = poll(figures)
+            done = prompt_share(llama, n_tokens, figures.stats)
+            return done, parts if done is None else [f"{done * n_tokens / seconds:.1f} tok/s", *parts]
 
         self._n_made = 0
         self._figures = figures
@@ -95,7 +134,7 @@ class Live(Watcher):
 
             def progress(seconds: float) -> _Progress:
                 speed = f"{(self._n_made - 1) / seconds:.1f} tok/s"
-                return self._n_made / n_predict, [speed, *self._figures.poll()]
+                return self._n_made / n_predict, [speed, *poll(self._figures)]
 
             self._start("generating", progress)
 
@@ -143,29 +182,12 @@ class Live(Watcher):
             self._handle(record)
 
 
-class Figures:
-    """Hit rate and, of the direct store, speed of the disk since the last poll."""
-
-    def __init__(self, llama: Llama) -> None:
-        self._llama = llama
-        self.stats: dict[str, Any] = llama.rotary_stats()
-        self._time = time.monotonic()
-
-    def poll(self) -> list[str]:
-        """``["hits 81.2 %", "disk 812 MiB/s"]``, without what does not apply."""
-        last, self.stats = self.stats, self._llama.rotary_stats()
-        since, self._time = self._time, time.monotonic()
-        parts = []
-        if self.stats["hit_rate"] is not None:
-            parts.append(f"hits {100 * self.stats['hit_rate']:.1f} %")
-        if self.stats["store"] == "direct":
-            n_bytes = self.stats["bytes_read"] - last["bytes_read"]
-            parts.append(f"disk {n_bytes / MIB / (self._time - since):.0f} MiB/s")
-        return parts
-
-
-def n_ubatches(llama: Llama, n_tokens: int) -> int:
-    """Number of graphs that llama.cpp makes of a prompt; each looks every paged layer up once."""
-    n_ubatch = llama.context_params.n_ubatch
-    n_full, n_left = divmod(n_tokens, llama.n_batch)
-    return n_full * -(-llama.n_batch // n_ubatch) + -(-n_left // n_ubatch)
+def poll(figures: Figures) -> list[str]:
+    """``["hits 81.2 %", "disk 812 MiB/s"]``, without what does not apply; the disk's since the last poll."""
+    since = figures.poll()
+    parts = []
+    if figures.stats["hit_rate"] is not None:
+        parts.append(f"hits {100 * figures.stats['hit_rate']:.1f} %")
+    if figures.stats["store"] == "direct":
+        parts.append(f"disk {(since.per_second('bytes_read') or 0) / MIB:.0f} MiB/s")
+    return parts

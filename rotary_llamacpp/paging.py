@@ -32,7 +32,7 @@ from .pools import Pools
 _construction = threading.RLock()
 _NOT_PAGED: dict[str, Any] = {
     "active": False, "reason": None, "inner_device": None, "path": "none", "repacked": False,
-    "policy": None, "profile": None, "hit_rate": None,
+    "policy": None, "predictor": None, "profile": None, "hit_rate": None,
     "budget_bytes": 0, "slot_bytes": 0, "expert_bytes": 0, "min_budget_bytes": 0,
     "staging_bytes": 0, "resident_bytes": 0, "locked_bytes": 0, "ram_bytes": 0, "store": "none", "io": "none",
     "n_layers": 0, "n_expert": 0, "n_expert_used": 0, "n_slots": 0,
@@ -40,7 +40,7 @@ _NOT_PAGED: dict[str, Any] = {
     "evictions": 0, "bytes_paged": 0,
     "waves": 0, "waits": 0, "wait_us": 0, "page_us": 0,
     "ram_hits": 0, "reads": 0, "bytes_read": 0, "bytes_in_place": 0, "read_us": 0, "read_bandwidth": None,
-    "stall_us": 0, "shrinks": 0,
+    "stall_us": 0, "shrinks": 0, "slot_moves": 0,
     "predicted": 0, "predicted_right": 0, "prefetched": 0, "prefetch_used": 0, "late_hits": 0,
     "prefetch_accuracy": None, "prefetch_coverage": None, "prefetch_timeliness": None,
 }  # fmt: skip
@@ -156,6 +156,7 @@ class Paging:
                     f"{len(layers)} of {max(layers.values())}; a model's own profile; make it anew"
                 )
             self.pools.warm({layer: profile.ranked(layer) for layer in profile.layers})
+            self.pools.learn(profile)
         except RotaryError as error:
             if chosen != "auto":
                 raise
@@ -197,6 +198,7 @@ class Paging:
             **figures,
             "active": True,
             "policy": self.pools.policy_name(),
+            "predictor": self.pools.predictor_name(),
             "profile": self.profile,
             "inner_device": self.pools.inner_device,
             **_rates(figures),
@@ -278,7 +280,7 @@ def _raise_our_errors(context: Any, pools: Pools) -> None:
             if lib.last_error():
                 lib.check(lib.c.rotary_last_status())
             raise  # the failure is llama.cpp's or the inner device's
-        pools.check_policy()
+        pools.check_own()
 
     context.decode = decode
 

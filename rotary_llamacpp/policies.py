@@ -47,6 +47,10 @@ class EvictionPolicy:
     def leave(self, expert: int) -> None:
         """`expert` is not resident any more."""
 
+    def resize(self, n_slots: int) -> None:
+        """The layer has as many slots from now on; those who have to leave have left."""
+        self.n_slots = n_slots
+
     def choose(self, candidates: Sequence[int]) -> int:
         """Who leaves, of these residents, in the order of their slots."""
         raise NotImplementedError
@@ -179,6 +183,11 @@ class S3Fifo(EvictionPolicy):
         else:
             self.main.remove(expert)
 
+    def resize(self, n_slots: int) -> None:
+        super().resize(n_slots)
+        self.ghosts = deque(self.ghosts, maxlen=n_slots)
+        self.most_small = max(1, n_slots // 10)
+
     def choose(self, candidates: Sequence[int]) -> int:
         i = 0
         while len(self.small) >= self.most_small and i < len(self.small):
@@ -244,6 +253,12 @@ class Arc(EvictionPolicy):
         else:
             self.again.remove(expert)
             self.again_gone.append(expert)
+
+    def resize(self, n_slots: int) -> None:
+        super().resize(n_slots)
+        self.share = min(self.share, float(n_slots))
+        self.once_gone = deque(self.once_gone, maxlen=n_slots)
+        self.again_gone = deque(self.again_gone, maxlen=n_slots)
 
     def choose(self, candidates: Sequence[int]) -> int:
         kinds = (

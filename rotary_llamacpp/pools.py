@@ -10,8 +10,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from . import _native
+from ._own import OwnPolicy, OwnPredictor, named_or_own
 from .config import Budget, RotaryConfig
+from .policies import AUTO
+from .predictors import ROUTER, PrefetchPolicy
+from .predictors import Factory as PredictorFactory
+from .profiles import Profile
 
 # Of several devices' figures, what is not their sum.
 _LARGEST = ("n_expert", "n_expert_used", "repacked")
@@ -33,9 +40,11 @@ class Pools:
         self.lib = lib
         self.inner_device = ", ".join(lib.inner(device) for device in devices)
         self._budget = Budget.parse(config.budget)
-        self._own = (
-            None if isinstance(config.policy, str) else _native.OwnPolicy(lib, config.policy, self._shape)
-        )
+        self._own = None if isinstance(config.policy, str) else OwnPolicy(lib, config.policy, self._shape)
+        self._predictors: list[OwnPredictor] = []
+        self._profile: Profile | None = None
+        # Not for what stands in for routers only where there are none: tables of pairs are large.
+        self._learns = isinstance(config.prefetch, str) and config.prefetch not in (AUTO, ROUTER)
         self._pools: list[_native.Pool] = []
         try:
             for device in devices:
@@ -49,10 +58,12 @@ class Pools:
                         margin_bytes=config.margin_bytes,
                         direct=config.direct,
                         store=config.store,
-                        prefetch=config.prefetch,
+                        prefetch=config.prefetch is not False,
                         staging_bytes=config.staging_bytes,
                         pin=config.pin,
-                        policy=self._own or str(config.policy),
+                        policy=named_or_own(lib, config.policy, self._own),
+                        predictor=self._predictor(config.prefetch, len(self._pools)),
+                        adaptive=config.split == "adaptive",
                     )
                 )
         except BaseException:
@@ -79,6 +90,30 @@ class Pools:
         layer = next(layer for layer in self.layer_stats() if layer["il"] == il)
         return layer["n_expert"], layer["n_slots"]
 
+    def _predictor(self, prefetch: bool | str | PredictorFactory, index: int) -> tuple[str, Any]:
+        """What one pool's predictor is, as the library takes it: each has its own, of its own layers."""
+        if isinstance(prefetch, (bool, str)):
+            return (prefetch if isinstance(prefetch, str) else AUTO, self.lib.ffi.NULL)
+
+        def shape() -> tuple[int, int, int]:
+            stats = self._pools[index].stats()
+            return stats["n_layers"], stats["n_expert"], stats["n_expert_used"]
+
+        def made(its: PrefetchPolicy) -> None:
+            if self._profile is not None and its.n_layers == len(self._profile.layers):
+                its.learn(self._profile)
+
+        self._predictors.append(OwnPredictor(self.lib, prefetch, shape, made))
+        return AUTO, self._predictors[-1].calls
+
+    def learn(self, profile: Profile) -> None:
+        """What predictors begin with. Before `prepare`."""
+        self._profile = profile
+        for pool in self._pools if self._learns else ():
+            for i, layer in enumerate(profile.layers):
+                pairs = np.ascontiguousarray(profile.pairs[i - 1], np.float32) if i else None
+                pool.learn(layer, profile.popularity[i], pairs, profile.n_tokens)
+
     def warm(self, ranked: dict[int, list[int]]) -> None:
         """What slots begin with, by layer, the most wanted expert first. Before `prepare`."""
         for pool in self._pools:
@@ -91,10 +126,16 @@ class Pools:
             return self._own.name
         return self._pools[0].policy_name()
 
-    def check_policy(self) -> None:
-        """Raise what a policy written in Python has raised; the run went on as if it were not there."""
-        if self._own is not None and self._own.error is not None:
-            raise self._own.error
+    def predictor_name(self) -> str:
+        """Who names what comes ahead, or the name of the class that does; empty where nothing comes ahead."""
+        found = self._pools[0].predictor_name()
+        return self._predictors[0].name if found == "own" else found
+
+    def check_own(self) -> None:
+        """Raise what a policy or predictor written in Python has raised; the run went on without it."""
+        for own in (self._own, *self._predictors):
+            if own is not None:
+                own.check()
 
     def trace(self, on: bool) -> None:
         """Record routings from now on, or stop."""

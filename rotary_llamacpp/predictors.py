@@ -1,170 +1,222 @@
 # SPDX-License-Identifier: MIT
-"""Predictors of the next layers' experts from routing alone, for the simulator.
+"""Predictors of what the next layers will want: names of the native ones, and the same in Python, to read
+and to write one's own after.
 
-What the library itself applies, the next layer's router, needs hidden states, which a trace has not: `Router`
-stands for it with a given share of right guesses.
+One that is given as ``prefetch=`` sees every routing and names what is to come ahead; how many layers ahead
+it is asked, and which of its guesses are followed, the library decides by what guesses were worth, by the
+disk's speed and by the time of a layer. `NAMES` are those of the library (native/src/predictors); a class
+here of the same behaviour, call by call, is in `REFERENCES`. Anything with the methods of `PrefetchPolicy`
+can be given instead of a name: it runs in Python, called from the thread that computes, and slower for it.
+
+What the library applies by itself, the next layers' routers, needs hidden states, which routings have not:
+"router" is a name that only a model can have, and in the simulator `Router` stands for it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .policies import Routing
 from .profiles import Profile
 from .traces import Trace
 
+ROUTER = "router"
+FROM_ROUTINGS = ("previous", "popular", "transition", "similar", "mixed")
+NAMES = (ROUTER, *FROM_ROUTINGS)
 
-class Predictor:
-    """Sees each routing when it is made, in order; names what a layer ahead will want, likeliest first.
 
-    Layers are numbered from 0 among those of the trace.
+class PrefetchPolicy:
+    """Base of predictors written in Python: one object for the layers of a device.
+
+    Parameters
+    ----------
+    n_layers : int
+        Layers that are paged; they are numbered from 0, in the model's order.
+    n_expert, n_used : int
+        The largest of these layers.
     """
 
-    def __init__(self, trace: Trace) -> None:
-        self.n_layers, self.n_expert = len(trace.layers), trace.n_expert
-        self.n_used = trace.experts.shape[1]
+    def __init__(self, n_layers: int, n_expert: int, n_used: int) -> None:
+        self.n_layers, self.n_expert, self.n_used = n_layers, n_expert, n_used
 
-    def see(self, layer: int, experts: list[int], first: bool) -> None:
-        """`layer` has chosen `experts`; `first`: of a new token."""
+    def note(self, layer: int, ids: Routing) -> None:
+        """`layer` has routed so, shape (n_tokens, n_used).
+
+        The layers of a batch come in order. One that routes fewer tokens than the layer before routes the
+        last ones.
+        """
 
     def learn(self, profile: Profile) -> None:
         """Begin with what a profile of the model says, where that is of use."""
 
-    def name(self, layer: int, ahead: int) -> list[int]:
-        """After `layer`, what `ahead` will want."""
+    def name(self, layer: int, ahead: int, n: int) -> list[int]:
+        """After the routing of `layer`: up to n that `ahead` will want for the last token, best first."""
         raise NotImplementedError
 
-    def best(self, score: NDArray[np.float64]) -> list[int]:
-        """The experts of the highest scores above 0, as many as are used."""
-        order = np.argsort(-score, kind="stable")[: self.n_used]
-        return [int(expert) for expert in order if score[expert] > 0]
+
+Factory = Callable[[int, int, int], PrefetchPolicy]
 
 
-class Previous(Predictor):
+def best(score: NDArray[np.float64], n: int) -> list[int]:
+    """The experts of the n highest scores, those above 0."""
+    order = np.argsort(-score, kind="stable")[:n]
+    return [int(expert) for expert in order if score[expert] > 0]
+
+
+class Previous(PrefetchPolicy):
     """What the layer chose for the token before."""
 
-    def __init__(self, trace: Trace) -> None:
-        super().__init__(trace)
-        self.last: list[list[int]] = [[] for _ in range(self.n_layers)]
+    def __init__(self, n_layers: int, n_expert: int, n_used: int) -> None:
+        super().__init__(n_layers, n_expert, n_used)
+        self.last: list[list[int]] = [[] for _ in range(n_layers)]
 
-    def see(self, layer: int, experts: list[int], first: bool) -> None:
-        self.last[layer] = experts
+    def note(self, layer: int, ids: Routing) -> None:
+        self.last[layer] = list(ids[-1])
 
-    def name(self, layer: int, ahead: int) -> list[int]:
-        return self.last[ahead]
+    def name(self, layer: int, ahead: int, n: int) -> list[int]:
+        return self.last[ahead][:n]
 
 
-class Popular(Predictor):
+class Popular(PrefetchPolicy):
     """What the layer chose most often, a token taking a twentieth of what was before."""
 
-    def __init__(self, trace: Trace) -> None:
-        super().__init__(trace)
-        self.count = np.zeros((self.n_layers, self.n_expert))
+    def __init__(self, n_layers: int, n_expert: int, n_used: int) -> None:
+        super().__init__(n_layers, n_expert, n_used)
+        self.count = np.zeros((n_layers, n_expert))
 
-    def see(self, layer: int, experts: list[int], first: bool) -> None:
-        self.count[layer] *= 0.95
-        self.count[layer, experts] += 1
-
-    def name(self, layer: int, ahead: int) -> list[int]:
-        return self.best(self.count[ahead])
-
-
-class Transition(Predictor):
-    """What layers ahead chose when this one chose as it does now: a table of pairs, learnt as it goes."""
-
-    def __init__(self, trace: Trace) -> None:
-        super().__init__(trace)
-        self.n_ahead = 2
-        shape = (self.n_ahead, self.n_layers, self.n_expert, self.n_expert)
-        self.pairs = np.zeros(shape, np.float32)
-        self.alone = np.zeros((self.n_layers, self.n_expert), np.float32)
-        self.token: dict[int, list[int]] = {}
-
-    def see(self, layer: int, experts: list[int], first: bool) -> None:
-        if first:
-            self.token = {}
-        self.token[layer] = experts
-        self.alone[layer, experts] += 1
-        for distance in range(self.n_ahead):
-            before = self.token.get(layer - 1 - distance)
-            if before is not None:
-                self.pairs[distance, layer][np.ix_(before, experts)] += 1
+    def note(self, layer: int, ids: Routing) -> None:
+        for row in ids:
+            self.count[layer] *= 0.95
+            self.count[layer, row] += 1
 
     def learn(self, profile: Profile) -> None:
-        self.alone += profile.popularity * profile.n_tokens
-        self.pairs[0, 1:] += profile.pairs * (profile.popularity[:-1, :, None] * profile.n_tokens)
+        self.count += 20.0 * profile.popularity
+
+    def name(self, layer: int, ahead: int, n: int) -> list[int]:
+        return best(self.count[ahead], n)
+
+
+class Transition(PrefetchPolicy):
+    """What layers ahead chose when this one chose as it does now: tables of pairs, learnt as it goes."""
+
+    n_ahead = 2
+
+    def __init__(self, n_layers: int, n_expert: int, n_used: int) -> None:
+        super().__init__(n_layers, n_expert, n_used)
+        self.pairs = np.zeros((self.n_ahead, n_layers, n_expert, n_expert), np.float32)
+        self.alone = np.zeros((n_layers, n_expert), np.float32)
+        self.now: dict[int, Routing] = {}
+        self.noted = -1
+
+    def note(self, layer: int, ids: Routing) -> None:
+        if layer <= self.noted:
+            self.now = {}
+        self.noted = layer
+        self.now[layer] = ids
+        for row in ids:
+            self.alone[layer, row] += 1
+        for distance in range(1, self.n_ahead + 1):
+            for before, row in zip(reversed(self.now.get(layer - distance, ())), reversed(ids), strict=False):
+                self.pairs[distance - 1, layer][np.ix_(before, row)] += 1
+
+    def learn(self, profile: Profile) -> None:
+        uses = profile.popularity.astype(float) * profile.n_tokens
+        self.alone += uses.astype(np.float32)
+        self.pairs[0, 1:] += (profile.pairs.astype(float) * uses[:-1, :, None]).astype(np.float32)
 
     def score(self, layer: int, ahead: int) -> NDArray[np.float64]:
         """How often each expert of `ahead` came with those that `layer` has chosen now."""
-        now = self.token.get(layer, [])
-        pairs = self.pairs[ahead - layer - 1, ahead][now]
-        return (pairs / (self.alone[layer, now][:, None] + 1)).sum(axis=0).astype(float)
+        score = np.zeros(self.n_expert)
+        if layer in self.now and 1 <= ahead - layer <= self.n_ahead:
+            for expert in self.now[layer][-1]:
+                uses = float(self.alone[layer, expert]) + 1
+                score += self.pairs[ahead - layer - 1, ahead, expert].astype(float) / uses
+        return score
 
-    def name(self, layer: int, ahead: int) -> list[int]:
-        return self.best(self.score(layer, ahead)) if ahead - layer <= self.n_ahead else []
+    def name(self, layer: int, ahead: int, n: int) -> list[int]:
+        return best(self.score(layer, ahead), n)
 
 
-class Recall(Predictor):
+class Similar(PrefetchPolicy):
     """What the tokens routed most like this one, in the layers so far, chose there."""
 
     window = 192
 
-    def __init__(self, trace: Trace) -> None:
-        super().__init__(trace)
-        self.tokens: list[dict[int, list[int]]] = []
-        self.shared: NDArray[np.float64] = np.zeros(0)
+    def __init__(self, n_layers: int, n_expert: int, n_used: int) -> None:
+        super().__init__(n_layers, n_expert, n_used)
+        self.tokens: deque[dict[int, list[int]]] = deque(maxlen=self.window + 1)
+        self.shared: list[int] = []
+        self.n_chosen = 0
+        self.noted = -1
 
-    def see(self, layer: int, experts: list[int], first: bool) -> None:
-        if first or not self.tokens:
-            self.tokens = [*self.tokens[-self.window :], {}]
-            self.shared = np.zeros(len(self.tokens) - 1)
-        self.tokens[-1][layer] = experts
-        chosen = set(experts)
-        for i, token in enumerate(self.tokens[:-1]):
-            self.shared[i] += len(chosen.intersection(token.get(layer, ())))
+    def note(self, layer: int, ids: Routing) -> None:
+        if layer <= self.noted or not self.tokens:
+            self.tokens.extend({} for _ in ids)
+            self.shared = [0] * (len(self.tokens) - 1)
+            self.n_chosen = 0
+        self.noted = layer
+        for token, row in zip(reversed(self.tokens), reversed(ids), strict=False):
+            token[layer] = list(row)
+        last = set(ids[-1])
+        self.n_chosen += len(ids[-1])
+        for i, shared in enumerate(self.shared):
+            self.shared[i] = shared + len(last.intersection(self.tokens[i].get(layer, ())))
 
     def score(self, layer: int, ahead: int) -> NDArray[np.float64]:
         """Each expert by the fourth power of the likeness of the tokens that chose it."""
-        score = np.zeros(self.n_expert)
-        weights = (self.shared / (self.n_used * len(self.tokens[-1]))) ** 4
-        for weight, token in zip(weights, self.tokens[:-1], strict=True):
+        score, total = np.zeros(self.n_expert), 0.0
+        for shared, token in zip(self.shared, self.tokens, strict=False):  # without the last one
+            alike = shared / self.n_chosen
+            weight = alike * alike * alike * alike
             score[token.get(ahead, [])] += weight
-        return score / (weights.sum() + 1e-9)
+            total += weight
+        return score / (total + 1e-9)
 
-    def name(self, layer: int, ahead: int) -> list[int]:
-        return self.best(self.score(layer, ahead))
+    def name(self, layer: int, ahead: int, n: int) -> list[int]:
+        return best(self.score(layer, ahead), n)
 
 
-class Mixed(Predictor):
-    """`Transition` and `Recall`, their scores added."""
+class Mixed(PrefetchPolicy):
+    """`Transition` and `Similar`, their scores added."""
 
-    def __init__(self, trace: Trace) -> None:
-        super().__init__(trace)
-        self.transition, self.recall = Transition(trace), Recall(trace)
+    def __init__(self, n_layers: int, n_expert: int, n_used: int) -> None:
+        super().__init__(n_layers, n_expert, n_used)
+        self.transition = Transition(n_layers, n_expert, n_used)
+        self.similar = Similar(n_layers, n_expert, n_used)
+        self.n_now = 0
+
+    def note(self, layer: int, ids: Routing) -> None:
+        self.n_now = len(ids[-1])
+        self.transition.note(layer, ids)
+        self.similar.note(layer, ids)
 
     def learn(self, profile: Profile) -> None:
         self.transition.learn(profile)
 
-    def see(self, layer: int, experts: list[int], first: bool) -> None:
-        self.transition.see(layer, experts, first)
-        self.recall.see(layer, experts, first)
-
-    def name(self, layer: int, ahead: int) -> list[int]:
-        if ahead - layer > self.transition.n_ahead:
-            return self.recall.name(layer, ahead)
+    def name(self, layer: int, ahead: int, n: int) -> list[int]:
         pairs = self.transition.score(layer, ahead)
-        return self.best(pairs / (pairs.sum() + 1e-9) * self.n_used + self.recall.score(layer, ahead))
+        total = 1e-9
+        for each in pairs.tolist():
+            total += each
+        return best(self.similar.score(layer, ahead) + pairs / total * self.n_now, n)
 
 
-class Router(Predictor):
+REFERENCES: dict[str, Factory] = {
+    "previous": Previous, "popular": Popular, "transition": Transition, "similar": Similar, "mixed": Mixed,
+}  # fmt: skip
+
+
+class Router(PrefetchPolicy):
     """Knows the trace, and names each expert rightly with a chance of 0.85, as early routers do."""
 
     accuracy = 0.85
 
     def __init__(self, trace: Trace) -> None:
-        super().__init__(trace)
+        super().__init__(len(trace.layers), trace.n_expert, trace.experts.shape[1])
         index = {layer: i for i, layer in enumerate(trace.layers)}
         self.ahead: list[list[list[int]]] = [[] for _ in range(self.n_layers)]
         for layer, experts in zip(trace.layer, trace.experts, strict=True):
@@ -172,10 +224,10 @@ class Router(Predictor):
         self.seen = [0] * self.n_layers
         self.chance = np.random.default_rng(0)
 
-    def see(self, layer: int, experts: list[int], first: bool) -> None:
-        self.seen[layer] += 1
+    def note(self, layer: int, ids: Routing) -> None:
+        self.seen[layer] += len(ids)
 
-    def name(self, layer: int, ahead: int) -> list[int]:
+    def name(self, layer: int, ahead: int, n: int) -> list[int]:
         coming = self.ahead[ahead]
         if self.seen[ahead] >= len(coming):
             return []
@@ -183,10 +235,4 @@ class Router(Predictor):
             expert if self.chance.random() < self.accuracy else int(self.chance.integers(self.n_expert))
             for expert in coming[self.seen[ahead]]
         ]
-        return list(dict.fromkeys(named))
-
-
-PREDICTORS: dict[str, Callable[[Trace], Predictor]] = {
-    "previous": Previous, "popular": Popular, "transition": Transition, "recall": Recall, "mixed": Mixed,
-    "router": Router,
-}  # fmt: skip
+        return list(dict.fromkeys(named))[:n]

@@ -46,7 +46,7 @@ def report(
     link : Link
         For what takes time.
     predictors : list of str
-        Names in `rotary_llamacpp.predictors.PREDICTORS`.
+        Of `rotary_llamacpp.predictors.NAMES`.
     """
     rows = compare_trace(trace, policies, budgets, None)
     share = sorted(budgets)[len(budgets) // 2]

@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _native
+from ._replay import Cache, Foresight
 from .errors import RotaryError
 from .policies import Factory
-from .predictors import Predictor
+from .predictors import ROUTER, PrefetchPolicy, Router
+from .predictors import Factory as PredictorFactory
 from .traces import DECODE, Trace
 
 
@@ -86,8 +88,9 @@ def replay(
     policy: Factory | str,
     n_slots: Sequence[int],
     link: Link | None = None,
-    predictor: Predictor | None = None,
+    predictor: PrefetchPolicy | None = None,
     depth: int = 1,
+    adaptive: bool = False,
 ) -> Outcome:
     """Replay a trace, its prefill too, and count its decode.
 
@@ -99,26 +102,43 @@ def replay(
         Of each layer.
     link : Link, optional
         Without it nothing takes time, and nothing comes ahead.
-    predictor : Predictor, optional
-        Names what is copied ahead.
+    predictor : PrefetchPolicy, optional
+        Names what is copied ahead; see `predictor`.
     depth : int
         Layers ahead that it is asked for.
+    adaptive : bool
+        Slots move between layers, as ``split`` of `RotaryConfig` says.
     """
     if link is None:
-        return _count(trace, policy, n_slots)
-    return _Replay(trace, policy, n_slots, link, predictor, depth).run()
+        return _count(trace, policy, n_slots, adaptive)
+    return _Replay(trace, policy, n_slots, link, predictor, depth, adaptive).run()
 
 
-def misses_of(trace: Trace, policy: Factory | str, n_slots: Sequence[int]) -> NDArray[np.int64]:
+def predictor(trace: Trace, its: PredictorFactory | str) -> PrefetchPolicy:
+    """A predictor for a trace's model: of the library by its name, or of a class."""
+    shape = (len(trace.layers), trace.n_expert, trace.experts.shape[1])
+    if its == ROUTER:
+        return Router(trace)
+    return Foresight(_native.load(), its, *shape) if isinstance(its, str) else its(*shape)
+
+
+def misses_of(
+    trace: Trace, policy: Factory | str, n_slots: Sequence[int], adaptive: bool = False
+) -> NDArray[np.int64]:
     """Misses of each row of a trace, shape (n,)."""
     layers = np.searchsorted(trace.layers, trace.layer).astype(np.int32)
     ids = np.ascontiguousarray(trace.experts, np.int32)
-    cache = _native.Cache(_native.load(), policy, trace.n_expert, list(n_slots))
+    cache = _cache(trace, policy, n_slots, adaptive)
     return np.array(cache.replay(layers, ids, _weights(trace)))
 
 
-def _count(trace: Trace, policy: Factory | str, n_slots: Sequence[int]) -> Outcome:
-    misses = misses_of(trace, policy, n_slots)
+def _cache(trace: Trace, policy: Factory | str, n_slots: Sequence[int], adaptive: bool) -> Cache:
+    least = trace.experts.shape[1] if adaptive else None
+    return Cache(_native.load(), policy, trace.n_expert, list(n_slots), least)
+
+
+def _count(trace: Trace, policy: Factory | str, n_slots: Sequence[int], adaptive: bool) -> Outcome:
+    misses = misses_of(trace, policy, n_slots, adaptive)
     decode = trace.phase == DECODE
     size = np.array([trace.expert_bytes[int(layer)] for layer in trace.layer])
     requests = (trace.experts >= 0).sum(axis=1)
@@ -138,12 +158,12 @@ def _weights(trace: Trace) -> NDArray[np.float32] | None:
 class _Replay:
     def __init__(
         self, trace: Trace, policy: Factory | str, n_slots: Sequence[int], link: Link,
-        predictor: Predictor | None, depth: int,
+        predictor: PrefetchPolicy | None, depth: int, adaptive: bool,
     ) -> None:  # fmt: skip
         self.trace, self.link, self.predictor, self.depth = trace, link, predictor, depth
         self.index = {layer: i for i, layer in enumerate(trace.layers)}
         self.sizes = [trace.expert_bytes[layer] for layer in trace.layers]
-        self.cache = _native.Cache(_native.load(), policy, trace.n_expert, list(n_slots))
+        self.cache = _cache(trace, policy, n_slots, adaptive)
         self.coming: dict[int, dict[int, float]] = defaultdict(
             dict
         )  # bytes still to come, by layer and expert
@@ -163,7 +183,7 @@ class _Replay:
             its = None if weights is None else np.ascontiguousarray(weights[i : i + 1, :n])
             self._look_up(layer, np.ascontiguousarray(ids[i : i + 1, :n]), its, counted)
             if self.predictor is not None:
-                self.predictor.see(layer, ids[i, :n].tolist(), first)
+                self.predictor.note(layer, [ids[i, :n].tolist()])
             self._compute(layer, counted)
             if counted:
                 out.tokens += first
@@ -201,7 +221,7 @@ class _Replay:
         for ahead in range(layer + 1, min(layer + 1 + self.depth, len(self.sizes))):
             if self.predictor is None or room <= 0:
                 break
-            named = self.predictor.name(layer, ahead)
+            named = self.predictor.name(layer, ahead, self.predictor.n_used)
             coming = self.coming[ahead]
             for expert in named:
                 if room <= 0:

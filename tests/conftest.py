@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ for folder in (ROOT, ROOT / "tests"):
         sys.path.insert(0, str(folder))
 
 from models.synth import SHAPES, add_metadata, synthesize  # noqa: E402
-from rotary_llamacpp import _native  # noqa: E402
+from rotary_llamacpp import _native, pinned  # noqa: E402
 from rotary_llamacpp.gguf_header import read_header  # noqa: E402
 
 
@@ -130,3 +131,32 @@ def rotary_command() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def late(native: _native.Library, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """late_device.cpp, compiled against the installed llama.cpp: the environment of a process that has it."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        pytest.skip("no C++ compiler for late_device.cpp")
+    sdist = ROOT / "build" / "sdist" / f"llama_cpp_python-{pinned.LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
+    ggml = Path(os.environ.get("ROTARY_LLAMA_CPP_DIR", sdist)) / "ggml"
+    if not ggml.is_dir():
+        pytest.skip(f"{ggml}: no source of the pinned llama.cpp; run: make setup")
+    folder = tmp_path_factory.mktemp("late")
+    library = folder / "libggml-late.so"
+    # As our own library finds ggml: among what is loaded, by SONAMEs, for which empty libraries stand here.
+    major = pinned.GGML_VERSION.partition(".")[0]
+    for name in ("ggml", "ggml-base"):
+        soname = f"-Wl,-soname,lib{name}.so.{major}"
+        subprocess.run(
+            [compiler, "-shared", "-x", "c++", "/dev/null", soname, "-o", folder / f"lib{name}.so"],
+            check=True,
+        )
+    flags = ["-std=c++17", "-O2", "-g", "-Wall", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"]
+    defines = ["-DGGML_SHARED", "-DGGML_BACKEND_SHARED"]
+    includes = [f"-I{ROOT / 'native' / 'src'}", f"-isystem{ggml / 'include'}", f"-isystem{ggml / 'src'}"]
+    source = ROOT / "tests" / "late_device.cpp"
+    link = ["-Wl,--no-as-needed", f"-L{folder}", "-lggml", "-lggml-base"]
+    subprocess.run([compiler, *flags, *defines, *includes, source, "-o", library, *link], check=True)
+    return {"ROTARY_LINK": str(library), "LATE_US": "200"}

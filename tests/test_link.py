@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
-import subprocess
+import resource
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from paged import Disk, apart, assert_equal, faulty_disk, make, paged_trace
 from tracing import prompt_tokens, trace
 
-from rotary_llamacpp import _native, activate, deactivate, pinned
+from rotary_llamacpp import _native, activate, deactivate
 from rotary_llamacpp.errors import ReadError
 from rotary_llamacpp.gguf_header import read_header
 
@@ -27,35 +25,6 @@ pytestmark = pytest.mark.model
 LONG = 60
 BATCHES = {"n_ubatch": 16}
 CPU = {"use_extra_bufts": False, **BATCHES}
-
-
-@pytest.fixture(scope="module")
-def late(native, tmp_path_factory):
-    """late_device.cpp, compiled against the installed llama.cpp: the environment of a process that has it."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler for late_device.cpp")
-    sdist = ROOT / "build" / "sdist" / f"llama_cpp_python-{pinned.LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
-    ggml = Path(os.environ.get("ROTARY_LLAMA_CPP_DIR", sdist)) / "ggml"
-    if not ggml.is_dir():
-        pytest.skip(f"{ggml}: no source of the pinned llama.cpp; run: make setup")
-    folder = tmp_path_factory.mktemp("late")
-    library = folder / "libggml-late.so"
-    # As our own library finds ggml: among what is loaded, by SONAMEs, for which empty libraries stand here.
-    major = pinned.GGML_VERSION.partition(".")[0]
-    for name in ("ggml", "ggml-base"):
-        soname = f"-Wl,-soname,lib{name}.so.{major}"
-        subprocess.run(
-            [compiler, "-shared", "-x", "c++", "/dev/null", soname, "-o", folder / f"lib{name}.so"],
-            check=True,
-        )
-    flags = ["-std=c++17", "-O2", "-g", "-Wall", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"]
-    defines = ["-DGGML_SHARED", "-DGGML_BACKEND_SHARED"]
-    includes = [f"-I{ROOT / 'native' / 'src'}", f"-isystem{ggml / 'include'}", f"-isystem{ggml / 'src'}"]
-    source = ROOT / "tests" / "late_device.cpp"
-    link = ["-Wl,--no-as-needed", f"-L{folder}", "-lggml", "-lggml-base"]
-    subprocess.run([compiler, *flags, *defines, *includes, source, "-o", library, *link], check=True)
-    return {"ROTARY_LINK": str(library), "LATE_US": "200"}
 
 
 def load_late():
@@ -230,6 +199,35 @@ def test_policies_that_the_device_cannot_run(synthetic, stock_trace, late):
     assert "policy recall cannot run on LATE0" in results[2][1]["notices"][0]
 
 
+def record_some(model):
+    load_late()
+    llama = make(model, {"inner": "LATE0", "budget": "50%"}, n_gpu_layers=-1, **BATCHES)
+    llama._rotary.pools.trace(True)
+    trace(llama, LONG, 4)
+    return llama.rotary_stats()
+
+
+def test_recording_is_slower_and_says_so(synthetic, late):
+    stats = apart(record_some, synthetic(type="q8_0"), environment=late)
+    [notice] = stats["notices"]
+    assert "recorded, the host resolves lookups" in notice and stats["device_lookups"] == 0
+
+
+def test_prefetch_that_the_device_cannot_have(synthetic, stock_trace, late):
+    plain, half = synthetic(type="q8_0"), synthetic(type="q8_0", routers="f16")
+    [(paged, stats)] = apart(run, plain, [{"budget": "50%", "prefetch": "mixed"}], environment=late)
+    assert_equal(paged, stock_trace(plain, n_prompt=LONG, **CPU))
+    [notice] = stats["notices"]
+    assert "named by the next layers' routers, not by mixed" in notice
+    assert stats["predictor"] == "router" and stats["predicted_right"] > 0
+    [(paged, stats)] = apart(run, half, [{"budget": "50%"}], environment=late)
+    assert_equal(paged, stock_trace(half, n_prompt=LONG, **CPU))
+    [notice] = stats["notices"]
+    assert "the router of layer 0, and maybe others, cannot be applied early" in notice
+    assert "not there as F32" in notice and "not brought ahead" in notice
+    assert stats["predicted"] == 0 < stats["device_lookups"]
+
+
 # ---- how much of the device's memory
 
 
@@ -345,6 +343,26 @@ def test_no_tier_in_ram_is_announced(synthetic, stock_trace, late):
         assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
         [notice] = stats["notices"]
         assert stats["ram_bytes"] == 0 and "no slots in RAM" in notice and reason in notice
+
+
+def with_little_address_space(model):
+    load_late()
+    llama = make(model, {"inner": "LATE0", "budget": "min", "store": "direct", "pin": "off"}, n_gpu_layers=-1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used - (64 << 20), -1))
+    llama.rotary_set_budget("5 slots")
+    llama.eval([1, 2, 3])
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    return llama.rotary_stats()
+
+
+def test_a_tier_that_the_system_refuses_is_announced(synthetic, late):
+    # All 144 MiB of experts fit into the tier at first; then the address space shrinks to less.
+    model = synthetic(type="f16", used=2, ff=512, embd=768, heads=4, head_dim=64)
+    stats = apart(with_little_address_space, model, environment=late)
+    refused = [text for text in stats["notices"] if "no slots in RAM" in text]
+    assert len(refused) == 1 and "the system refuses" in refused[0]
+    assert stats["ram_bytes"] == 0 < stats["misses"]
 
 
 def fail_reads(model, starts):

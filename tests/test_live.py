@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from rotary_llamacpp import live
+from rotary_llamacpp.figures import Figures
 
 
 class Model:
@@ -87,10 +88,10 @@ def test_phases(terminal):
 
 def test_the_disks_speed_is_that_since_the_last_poll():
     model = Model(store="direct", bytes_read=0, hit_rate=0.5)
-    figures = live.Figures(model)
+    figures = Figures(model)
     model.stats["bytes_read"] = 1 << 30
     time.sleep(0.01)
-    (hits, first), (_, second) = figures.poll(), figures.poll()
+    (hits, first), (_, second) = live.poll(figures), live.poll(figures)
     assert hits == "hits 50.0 %" and int(first.split()[1]) > 0 and second == "disk 0 MiB/s"
 
 
@@ -139,8 +140,3 @@ def test_nothing_without_a_terminal(terminal, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with live.watching() as watcher:
         assert watcher is None
-
-
-@pytest.mark.parametrize(("n_tokens", "n_graphs"), [(1, 1), (5, 1), (6, 2), (8, 2), (9, 3), (18, 5)])
-def test_n_ubatches(n_tokens, n_graphs):
-    assert live.n_ubatches(Model(), n_tokens) == n_graphs

@@ -233,3 +233,21 @@ def test_memory_that_others_take(group, large, stock, tmp_path, budget):
     assert notice.startswith(f"{large.name}: ") and "slots shrink from" in notice
     if budget == "auto":
         assert n_slots[-1] > min(n_slots), "taken again when there is plenty"
+
+
+def run_on_a_device(model, rotary):
+    from test_link import load_late
+
+    load_late()
+    llama = make(model, {"inner": "LATE0", **rotary}, n_gpu_layers=-1, **OPTIONS)
+    llama.eval([1, 2, 3])
+    return llama.rotary_stats()
+
+
+def test_most_of_the_memory_is_not_locked_unasked(group, large, late):
+    stats = apart(
+        run_on_a_device, large, {"budget": "min", "store": "mmap"}, prefix=group.prefix, environment=late
+    )
+    [notice] = stats["notices"]
+    assert "no more than three quarters are locked unasked" in notice and 'set pin to "on"' in notice
+    assert stats["locked_bytes"] < stats["expert_bytes"] and group.kills == 0

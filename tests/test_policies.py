@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from paged import make
 
-from rotary_llamacpp import RotaryConfig, _native, policies, traces
+from rotary_llamacpp import RotaryConfig, _replay, policies, traces
 from rotary_llamacpp.errors import RotaryError
 
 np = pytest.importorskip("numpy")
@@ -21,7 +21,7 @@ def row(*ids):
 
 def evictions(native, policy, n_slots, requests, n_expert=8):
     """Who leaves at each request of one expert; None where nobody does."""
-    cache = _native.Cache(native, policy, n_expert, [n_slots])
+    cache = _replay.Cache(native, policy, n_expert, [n_slots])
     found = []
     for expert in requests:
         loads = cache.resolve(0, row(expert))
@@ -56,7 +56,7 @@ def test_hand_solved(native, name):
 def test_weights_count(native):
     # Two slots; 0 was chosen with little weight, twice, 1 with much, once.
     for policy in ("weighted", policies.Weighted):
-        cache = _native.Cache(native, policy, 4, [2])
+        cache = _replay.Cache(native, policy, 4, [2])
         for expert, weight in ((0, 0.01), (0, 0.01), (1, 0.81)):
             cache.resolve(0, row(expert), np.array([[weight]], np.float32))
         assert cache.resolve(0, row(2), np.array([[0.5]], np.float32)) == [(2, 0, 0)]
@@ -66,7 +66,7 @@ def test_recall(native):
     # Layer 1 goes 6 4 7 5, again and again, in two slots; frequency and recency say: keep what was last. What
     # followed the tokens like this one says: keep what comes next.
     def hits(policy):
-        cache = _native.Cache(native, policy, 8, [8, 2])
+        cache = _replay.Cache(native, policy, 8, [8, 2])
         n_hits = 0
         for token in range(80):
             cache.resolve(0, row(token % 4))
@@ -83,7 +83,7 @@ def test_native_and_python_agree(native, name, seed):
     rng = np.random.default_rng(seed)
     n_expert, n_layers = int(rng.integers(6, 40)), 3
     n_slots = [int(rng.integers(5, n_expert + 1)) for _ in range(n_layers)]
-    pair = [_native.Cache(native, policy, n_expert, n_slots) for policy in (name, policies.REFERENCES[name])]
+    pair = [_replay.Cache(native, policy, n_expert, n_slots) for policy in (name, policies.REFERENCES[name])]
     favourites = rng.permutation(n_expert)
     ahead = [[] for _ in range(n_layers)]
     for request in range(500):
@@ -110,7 +110,7 @@ def test_native_and_python_agree(native, name, seed):
 @pytest.mark.parametrize("name", policies.NATIVE)
 def test_one_tokens_slots_are_enough_to_hit(native, name):
     # As many slots as a token uses, in several layers: what stays the same is never paged in again.
-    cache = _native.Cache(native, name, 64, [4] * 5)
+    cache = _replay.Cache(native, name, 64, [4] * 5)
     for token in range(50):
         for layer in range(5):
             assert len(cache.resolve(layer, row(7, 1, 60, 3))) == (4 if token == 0 else 0)
@@ -128,7 +128,7 @@ def test_real_routing(native, name, which):
     ids, weights = np.ascontiguousarray(trace.experts), np.ascontiguousarray(trace.weights)
     slots = [16] * len(trace.layers)
     found = [
-        _native.Cache(native, policy, trace.n_expert, slots).replay(index, ids, weights)
+        _replay.Cache(native, policy, trace.n_expert, slots).replay(index, ids, weights)
         for policy in (name, policies.REFERENCES[name])
     ]
     assert found[0] == found[1]
@@ -185,9 +185,9 @@ def test_auto(native, tiny_model):
 
 def test_unknown_policies(native):
     with pytest.raises(RotaryError, match="policy mru: not known; auto,lru,"):
-        _native.Cache(native, "mru", 8, [2])
+        _replay.Cache(native, "mru", 8, [2])
     with pytest.raises(RotaryError, match="layer 1 has 9 slots for 8 experts"):
-        _native.Cache(native, "lru", 8, [2, 9])
+        _replay.Cache(native, "lru", 8, [2, 9])
     with pytest.raises(RotaryError, match="policy 'mru': not known; auto, lru, "):
         RotaryConfig(policy="mru")
     assert native.text(native.c.rotary_policy_names()) == ",".join(policies.NATIVE)

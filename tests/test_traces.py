@@ -13,7 +13,7 @@ from paged import assert_equal, paged_trace
 
 from rotary_llamacpp import RotaryConfig, policies, simulation, traces
 from rotary_llamacpp.errors import RotaryError
-from rotary_llamacpp.predictors import PREDICTORS, Predictor
+from rotary_llamacpp.predictors import NAMES, PrefetchPolicy
 from rotary_llamacpp.recording import record
 
 np = pytest.importorskip("numpy")
@@ -63,12 +63,14 @@ def test_recorded(recorded):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("policy", ["lru", "lfu", "recall"])
-def test_the_replay_is_the_run(native, tiny_model, policy):
+@pytest.mark.parametrize("policy", ["lru", "lfu", "s3fifo", "arc", "recall"])
+@pytest.mark.parametrize("split", ["adaptive", "even"])
+def test_the_replay_is_the_run(native, tiny_model, policy, split):
     # A prompt of one token: every lookup is one token's, in the run and in the replay.
-    config = RotaryConfig(**CONFIG, policy=policy)
+    config = RotaryConfig(**CONFIG, policy=policy, split=split)
     found = record(str(tiny_model), [""], 60, config, temp=0.8, seed=3, n_ctx=256)
-    replayed = simulation.replay(found, policy, simulation.slots_for(found, 0.25))
+    slots = simulation.slots_for(found, 0.25)
+    replayed = simulation.replay(found, policy, slots, adaptive=split == "adaptive")
     there = found.resident[found.phase == traces.DECODE]
     assert replayed.requests == there.size == 60 * 6 * 4
     assert replayed.misses == (~there).sum() > 0
@@ -100,7 +102,7 @@ def test_from_the_command_line(tiny_model, tmp_path, rotary_command):
     ran = rotary_command("simulate", out, "--budgets", "25", "--policies", "lru,recall", "--json")
     rows = json.loads(ran.stdout)
     assert [row["policy"] for row in rows] == ["lru", "recall", "belady"] and rows[0]["n_slots"] == 8
-    ran = rotary_command("simulate", out, "--link", "1GB/s", "--budgets", "25,50", "--predictors", "recall")
+    ran = rotary_command("simulate", out, "--link", "1GB/s", "--budgets", "25,50", "--predictors", "similar")
     assert ran.returncode == 0 and len(ran.stdout.splitlines()) == 1 + 2 * (len(policies.NATIVE) + 1)
 
     prompts.write_text("\n")
@@ -112,7 +114,7 @@ def test_from_the_command_line(tiny_model, tmp_path, rotary_command):
         ("simulate", out, "--policies", "mru"): "policy 'mru': not known",
         ("simulate", out, "--budgets", "0"): "not percentages",
         ("simulate", out, "--link", "fast"): "not a rate",
-        ("simulate", out, "--predictors", "recall"): "give --link",
+        ("simulate", out, "--predictors", "similar"): "give --link",
     }
     for command, said in refused.items():
         ran = rotary_command(*command)
@@ -130,7 +132,7 @@ def test_report(recorded, tmp_path, rotary_command):
     assert [each.text for each in root.iter("h2")][:2] == ["Which experts are chosen", "Policies by budget"]
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page and "src=" not in page
     rows = [[cell.text for cell in row] for row in root.iter("tr")]
-    assert [row[0] for row in rows] == ["ahead", "none", *PREDICTORS]
+    assert [row[0] for row in rows] == ["ahead", "none", *NAMES]
     svgs = list(root.iter("svg"))
     assert len(svgs) == 4 and len(list(svgs[0].iter("rect"))) > 6 * 20
     assert len(list(svgs[1].iter("polyline"))) == 4 and len(list(svgs[2].iter("polyline"))) == 3
@@ -213,10 +215,10 @@ def test_belady_is_the_best(native):
             assert simulation.replay(trace, policy, [2]).misses >= fewest
 
 
-class Knows(Predictor):
+class Knows(PrefetchPolicy):
     """Names expert 1 for layer 1."""
 
-    def name(self, layer, ahead):
+    def name(self, layer, ahead, n):
         return [1]
 
 
@@ -229,25 +231,25 @@ def test_time_by_hand(native):
     plain = simulation.replay(trace, "lru", [2, 2], link)
     assert (plain.time_us, plain.stall_us) == (410 + 100, 310)
     assert (plain.requests, plain.misses, plain.tokens, plain.n_bytes) == (4, 2, 2, 3000)
-    ahead = simulation.replay(trace, "lru", [2, 2], link, Knows(trace))
+    ahead = simulation.replay(trace, "lru", [2, 2], link, simulation.predictor(trace, Knows))
     assert (ahead.time_us, ahead.stall_us) == (360 + 100, 260)
     assert (ahead.prefetched, ahead.prefetch_used, ahead.late_hits, ahead.n_bytes) == (1, 1, 1, 3000)
     assert ahead.byte_hit_rate == 1 - 2500 / 6000 and ahead.tokens_per_second == 1e6 * 2 / 460
     quick = simulation.Link(bytes_per_us=100, compute_us=100)
-    found = simulation.replay(trace, "lru", [2, 2], quick, Knows(trace))
+    found = simulation.replay(trace, "lru", [2, 2], quick, simulation.predictor(trace, Knows))
     assert (found.time_us, found.misses, found.late_hits) == (110 + 100, 1, 0), "it came in time"
 
 
-@pytest.mark.parametrize("name", PREDICTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_predictors(native, recorded, name):
     link = simulation.Link(2000, 1000)
     slots = simulation.slots_for(recorded, 0.25)
     none = simulation.replay(recorded, "recall", slots, link)
-    found = simulation.replay(recorded, "recall", slots, link, PREDICTORS[name](recorded), depth=2)
+    found = simulation.replay(recorded, "recall", slots, link, simulation.predictor(recorded, name), depth=2)
     assert found.requests == none.requests and found.late_hits <= found.prefetch_used <= found.prefetched
     assert none.byte_hit_rate == pytest.approx(none.hit_rate)
     assert found.tokens_per_second > 0.97 * none.tokens_per_second
-    if name in ("recall", "mixed", "router", "transition"):
+    if name in ("similar", "mixed", "router", "transition"):
         assert found.prefetch_used > 0 and found.stall_us < none.stall_us
 
 

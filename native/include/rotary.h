@@ -107,9 +107,27 @@ typedef struct rotary_policy {
                  int32_t n_tokens);
     void (*enter)(void * user, int32_t layer, int32_t expert, int32_t wanted); // wanted 0: it came ahead, for nothing
     void (*leave)(void * user, int32_t layer, int32_t expert);
+    void (*resize)(void * user, int32_t layer, int32_t n_slots); // it has as many slots from now on
     // Who leaves, of these residents, in the order of their slots; anything else stands for the first of them.
     int32_t (*choose)(void * user, int32_t layer, const int32_t * candidates, int32_t n);
 } rotary_policy;
+
+// ---- predictors ----------------------------------------------------------------------------------------------------
+
+// Who names what the next layers will want, so that it comes ahead. Known by name: "auto", the next layers' routers, and
+// the best of the others where those cannot be had; "router", those alone; and from routings rotary_predictor_names(),
+// comma separated, static.
+const char * rotary_predictor_names(void);
+
+// One of the caller's own. Layers are numbered from 0 among those that are paged. Called while a graph runs, from its
+// thread.
+typedef struct rotary_predictor {
+    void * user;
+    // A routing when it is made, ids[n_tokens][n_used].
+    void (*note)(void * user, int32_t layer, const int32_t * ids, int32_t n_used, int32_t n_tokens);
+    // After that of `layer`: what `ahead` will want for the last token, likeliest first, into experts[n]. How many.
+    int32_t (*name)(void * user, int32_t layer, int32_t ahead, int32_t * experts, int32_t n);
+} rotary_predictor;
 
 // ---- pools --------------------------------------------------------------------------------------------------------
 
@@ -128,12 +146,14 @@ typedef struct rotary_config {
     const char * store;         // "auto", "mmap" or "direct"; NULL is "auto": direct where the experts do not fit into
                                 // the memory that is available
     int32_t      prefetch;      // 1 reads the experts that the next layers will probably want while the disk is idle
-    int32_t      reserved;
+    int32_t      adaptive;      // 1 lets slots move between layers, where lookups are resolved by the host
     uint64_t     staging_bytes; // direct: memory for reads in flight; 0 for the default
     const char * pin;           // "auto", "on" or "off": whether experts may be page-locked where they lie, for a GPU to
                                 // read; NULL is "auto": if they take no more than 3/4 of the available memory
     const char * policy;        // by name; NULL is "auto": the best that can run where lookups are resolved
     const rotary_policy * own_policy; // instead of that; must outlive the pool
+    const char * predictor;     // by name; NULL is "auto"
+    const rotary_predictor * own_predictor; // instead of that; must outlive the pool
 } rotary_config;
 
 typedef struct rotary_stats {
@@ -177,6 +197,7 @@ typedef struct rotary_stats {
     uint64_t read_us;            // time with at least one read in flight
     uint64_t stall_us;           // time the computation waited for reads
     uint64_t shrinks;            // times slots were given back because memory ran short
+    uint64_t slot_moves;         // slots that have moved from one layer to another
     // prefetch. accuracy = prefetch_used / prefetched; coverage = prefetch_used / misses;
     // timeliness = (prefetch_used - late_hits) / prefetch_used
     uint64_t predicted;          // experts predicted for a layer, resident ones included
@@ -246,6 +267,15 @@ int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * laye
 // are slots for them. ROTARY_ERR_STATE once they are allocated.
 int32_t rotary_pool_warm(rotary_pool * pool, int32_t il, const int32_t * experts, int32_t n);
 
+// What a profile says of layer `il`, for predictors that learn from routings: the share of n_tokens that chose each
+// expert, popularity[n_expert], and pairs[n_expert][n_expert], how often the later expert was chosen with one of the paged
+// layer before, of the latter's uses; NULL for the first. ROTARY_ERR_STATE once slots are allocated.
+int32_t rotary_pool_learn(rotary_pool * pool, int32_t il, const float * popularity, const float * pairs,
+                          int32_t n_expert, int64_t n_tokens);
+
+// Who names what comes ahead: its name, "own" for the caller's, "" where nothing does. Copied into text[n].
+void rotary_pool_predictor(rotary_pool * pool, char * text, size_t n);
+
 // The eviction policy that was chosen: its name, "own" for the caller's, "" before slots are allocated. Static.
 const char * rotary_pool_policy(rotary_pool * pool);
 
@@ -279,6 +309,7 @@ int32_t rotary_slots_resolve(rotary_slots * slots, const int32_t * ids, int32_t 
 
 int32_t rotary_slots_slot_of(const rotary_slots * slots, int32_t expert); // -1 if absent
 int32_t rotary_slots_expert_of(const rotary_slots * slots, int32_t slot); // -1 if free; of a reserved one who gets it
+int32_t rotary_slots_n_slots(const rotary_slots * slots);
 int32_t rotary_slots_n_resident(const rotary_slots * slots);
 void    rotary_slots_clear(rotary_slots * slots);
 
@@ -293,8 +324,9 @@ int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool 
 // `own`. NULL with this thread's error.
 typedef struct rotary_cache rotary_cache;
 
+// `adaptive` 0: as many slots as given; else they move between layers, none below `least`, as in rotary_config.
 rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, int32_t n_layers, int32_t n_expert,
-                                const int32_t * n_slots);
+                                const int32_t * n_slots, int32_t adaptive, int32_t least);
 void           rotary_cache_free(rotary_cache * cache);
 
 // As rotary_slots_resolve(), for ids[n_tokens][n_used] with the router's weights or NULL.
@@ -305,6 +337,20 @@ int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t 
 // misses[n_rows]. ROTARY_ERR_ARG where one cannot be.
 int32_t rotary_cache_replay(rotary_cache * cache, int64_t n_rows, const int32_t * layers, const int32_t * ids,
                             const float * weights, int32_t n_used, int32_t * misses);
+
+// A predictor by itself, for replaying traces. NULL with this thread's error.
+typedef struct rotary_foresight rotary_foresight;
+
+rotary_foresight * rotary_foresight_new(const char * predictor, const rotary_predictor * own, int32_t n_layers,
+                                        int32_t n_expert);
+void               rotary_foresight_free(rotary_foresight * foresight);
+void               rotary_foresight_note(rotary_foresight * foresight, int32_t layer, const int32_t * ids, int32_t n_used,
+                                         int32_t n_tokens);
+// As rotary_pool_learn(), with the popularity of the layer before.
+void               rotary_foresight_learn(rotary_foresight * foresight, int32_t layer, const float * popularity,
+                                          const float * pairs, const float * popularity_before, int64_t n_tokens);
+int32_t            rotary_foresight_name(rotary_foresight * foresight, int32_t layer, int32_t ahead, int32_t * experts,
+                                         int32_t n);
 
 // The table of one layer, which stays the cache's. NULL if there is no such layer.
 rotary_slots * rotary_cache_layer(rotary_cache * cache, int32_t layer);

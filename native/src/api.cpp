@@ -20,7 +20,7 @@ struct rotary_pool {
 // ---- library
 
 int32_t rotary_abi_version(void) {
-    return 4;
+    return 5;
 }
 
 size_t rotary_sizeof(const char * struct_name) {
@@ -34,6 +34,7 @@ size_t rotary_sizeof(const char * struct_name) {
         { "rotary_layer_size", sizeof(rotary_layer_size) },
         { "rotary_load", sizeof(rotary_load) },
         { "rotary_policy", sizeof(rotary_policy) },
+        { "rotary_predictor", sizeof(rotary_predictor) },
     };
     for (const auto & each : sizes) {
         if (strcmp(each.name, struct_name) == 0) {
@@ -130,6 +131,7 @@ rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
     chosen.repack        = config->repack != 0;
     chosen.direct        = config->direct != 0;
     chosen.prefetch      = config->prefetch != 0;
+    chosen.adaptive      = config->adaptive != 0;
     chosen.staging_bytes = config->staging_bytes;
     if (!store_parse(config->store != nullptr ? config->store : "auto", chosen.store)) {
         fail(ROTARY_ERR_ARG, format("store %s: not known; auto, mmap or direct; correct it", config->store));
@@ -143,6 +145,12 @@ rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
     chosen.own_policy = config->own_policy;
     if (!policy_known(chosen.policy)) {
         fail(ROTARY_ERR_ARG, policy_not_known(chosen.policy));
+        return nullptr;
+    }
+    chosen.predictor     = config->predictor != nullptr ? config->predictor : automatic_predictor;
+    chosen.own_predictor = config->own_predictor;
+    if (!predictor_known(chosen.predictor)) {
+        fail(ROTARY_ERR_ARG, predictor_not_known(chosen.predictor));
         return nullptr;
     }
     if (!budget_parse(chosen.budget_text, chosen.wanted) || chosen.wanted.what == budget::kind::off) {
@@ -199,6 +207,16 @@ const char * rotary_pool_notice(rotary_pool * handle, int32_t index) {
 int32_t rotary_pool_warm(rotary_pool * handle, int32_t il, const int32_t * experts, int32_t n) {
     const std::lock_guard<std::mutex> lock(handle->shared->mutex);
     return handle->shared->warm(il, { experts, experts + n });
+}
+
+int32_t rotary_pool_learn(rotary_pool * handle, int32_t il, const float * popularity, const float * pairs,
+                          int32_t n_expert, int64_t n_tokens) {
+    const std::lock_guard<std::mutex> lock(handle->shared->mutex);
+    return handle->shared->learn(il, popularity, pairs, n_expert, n_tokens);
+}
+
+void rotary_pool_predictor(rotary_pool * handle, char * text, size_t n) {
+    snprintf(text, n, "%s", handle->shared->predictor_name().c_str());
 }
 
 const char * rotary_pool_policy(rotary_pool * handle) {

@@ -31,6 +31,11 @@ static uint64_t env_bytes(const char * name) {
                                                                                                : 0;
 }
 
+static std::string env_text(const char * name) {
+    const char * text = getenv(name);
+    return text != nullptr ? text : "";
+}
+
 static bool env_on(const char * name) {
     const char * text = getenv(name);
     return text == nullptr || std::string(text) != "0";
@@ -49,6 +54,10 @@ static pool_config config_from_environment() {
     config.direct        = env_on("ROTARY_DIRECT");
     config.prefetch      = env_on("ROTARY_PREFETCH");
     config.staging_bytes = env_bytes("ROTARY_STAGING");
+    config.adaptive      = env_text("ROTARY_SPLIT") != "even";
+    if (const std::string prefetch = env_text("ROTARY_PREFETCH"); predictor_known(prefetch)) {
+        config.predictor = prefetch;
+    }
     if (const char * pin = getenv("ROTARY_PIN")) {
         pin_parse(pin, config.pin);
     }

@@ -158,8 +158,8 @@ void direct_store::drop(const paged_tensor & tensor, int32_t expert) {
 }
 
 size_t direct_store::prefetch_window() const {
-    // What the disk does in about the time of a layer, and enough to keep several requests in flight.
-    return std::max<size_t>(std::min((size_t) (bytes_per_us_ * 4000), area_.size() / 2), 4 << 20);
+    // What the disk does in the time of a layer, and enough to keep several requests in flight.
+    return std::max<size_t>(std::min((size_t) (bytes_per_us_ * layer_us_), area_.size() / 2), 4 << 20);
 }
 
 // ---- reading

@@ -97,6 +97,7 @@ class direct_store {
     // Bytes of prefetches queued and in flight, and how many are worth having: more only delay what is demanded next.
     size_t prefetch_bytes() const { return prefetch_bytes_; }
     size_t prefetch_window() const;
+    void   expect_layers_of(double us) { layer_us_ = us; } // what is read meanwhile costs nothing
 
     struct counters {
         uint64_t reads          = 0;
@@ -153,6 +154,7 @@ class direct_store {
     uint64_t                                     busy_since_us_   = 0;    // with something in flight
     uint64_t                                     busy_bytes_      = 0;    // asked for since
     double                                       bytes_per_us_    = 1000; // seen; a guess at first
+    double                                       layer_us_        = 4000; // the same
     counters                                     counters_;
     std::vector<read_result>                     results_;
     std::unique_ptr<reader>                      reader_; // last, so the first to go: it waits for its reads

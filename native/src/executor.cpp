@@ -30,7 +30,7 @@ static ggml_backend_event_ptr new_event(ggml_backend_t backend) {
 
 executor::executor(ggml_backend_t inner) :
     inner_(inner), computed_(new_event(inner)), paged_(new_event(inner)), wave_{ new_event(inner), new_event(inner) },
-    filler_(inner), predictor_(inner) {}
+    filler_(inner), products_(inner) {}
 
 executor::~executor() {
     ggml_backend_synchronize(inner_);
@@ -77,6 +77,7 @@ ggml_status executor::compute(ggml_cgraph * graph) {
 
     pool->count_reads(); // a reset of the counters is for what comes now
     pool->follow_memory();
+    pool->move_a_slot(inner_);
 
     ggml_status status = pool->files_unchanged() ? run_nodes(*pool, graph) : GGML_STATUS_FAILED;
     if (status == GGML_STATUS_SUCCESS) {

@@ -4,9 +4,10 @@
 
 #pragma once
 
+#include "experience.hpp"
 #include "filler.hpp"
 #include "pool.hpp"
-#include "predictor.hpp"
+#include "predictors/router.hpp"
 
 #include "ggml-backend-impl.h"
 
@@ -71,7 +72,12 @@ class executor {
     // reading ahead; what is foretold is in foresight.cpp
     void ask_store(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts, const ggml_tensor * node);
     void foretell(pool & pool, paged_layer & layer, const ggml_tensor * node);
-    void look_back(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts);
+    void guess_at(paged_layer & layer, int distance, const std::vector<int32_t> & chosen,
+                  std::vector<int32_t> & experts) const;
+    std::vector<const float *> apply_routers(const paged_layer & layer, const std::vector<paged_layer *> & layers,
+                                             const ggml_tensor * input, int64_t n_tokens);
+    void                       count_layer(pool & pool, int64_t n_tokens);
+    void                       look_back(pool & pool, paged_layer & layer, const std::vector<int32_t> & experts);
     bool foretell_on_device(pool & pool, paged_layer & layer, const ggml_tensor * node, rotary_link_foretelling & its);
 
     // passes: waves.cpp
@@ -106,9 +112,11 @@ class executor {
     ggml_backend_event_ptr           wave_[2];  // the inner backend has come so far, after every other wave
     bool                             resolved_on_device_ = false; // some lookup of this graph
     slot_filler                      filler_;
-    predictor                        predictor_;
+    router_products                  products_;
     experience                       experience_;
-    std::vector<std::weak_ptr<pool>> pools_; // that this backend has run over
+    uint64_t                         looked_up_us_ = 0; // when the last lookup was done
+    uint64_t                         stalled_us_   = 0; // by the disk, until then
+    std::vector<std::weak_ptr<pool>> pools_;            // that this backend has run over
 
     lookup                lookup_;
     std::vector<int32_t>  ids_;       // [n_expert_used * n_tokens] of the current lookup, k fastest

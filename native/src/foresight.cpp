@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Executor: which experts the next layers will want. See executor.hpp; how a router is applied early is predictor.cpp.
+// Executor: which experts the next layers will want. See executor.hpp; how a router is applied early is
+// predictors/router.cpp.
 //
 // A layer's router is learnt from the graph at its first lookup: the matrix whose product, through whatever a model puts
 // in between, became the ids. So every architecture has it under no particular name.
@@ -8,10 +9,12 @@
 #include "executor.hpp"
 
 #include "clock.hpp"
+#include "error.hpp"
 
 #include "ggml-impl.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace rotary {
 
@@ -100,7 +103,7 @@ static bool is_on_device(const ggml_tensor * weight, ggml_backend_t inner) {
            ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer)) == ggml_backend_get_device(inner);
 }
 
-static void learn_gate_on_device(paged_layer & layer, const ggml_tensor * ids, ggml_backend_t inner) {
+static void learn_gate_on_device(pool & pool, paged_layer & layer, const ggml_tensor * ids, ggml_backend_t inner) {
     layer.gate_sought        = true;
     const gate_weights found = find_gate(layer, ids);
     bool               there = found.router != nullptr;
@@ -108,6 +111,8 @@ static void learn_gate_on_device(paged_layer & layer, const ggml_tensor * ids, g
         there = there && (each == nullptr || is_on_device(each, inner));
     }
     if (!there) {
+        pool.no_router(layer, format("it, or what is added to it, is not there as F32: %s",
+                                     found.router != nullptr ? found.router->name : "none is found in the graph"));
         return;
     }
     const auto data = [](const ggml_tensor * its) {
@@ -128,7 +133,7 @@ bool executor::foretell_on_device(pool & pool, paged_layer & layer, const ggml_t
     const ggml_tensor * ids   = node->src[2];
     paged_layer *       next  = layer.next;
     if (!layer.gate_sought) {
-        learn_gate_on_device(layer, ids, inner_);
+        learn_gate_on_device(pool, layer, ids, inner_);
     }
     // What was foretold for a lookup that has not come, since nobody wanted that layer's output, still stands.
     if (next == nullptr || next->resolved.foretold || layer.ahead.router == nullptr || next->ahead.router == nullptr ||
@@ -191,11 +196,48 @@ void executor::look_back(pool & pool, paged_layer & layer, const std::vector<int
     }
 }
 
+// The time of a layer, from its lookup to the next one's, without waits for the disk: so much may be read ahead for nothing.
+void executor::count_layer(pool & pool, int64_t n_tokens) {
+    static constexpr int64_t most_tokens = 4; // more are a prompt
+
+    direct_store * store = pool.direct();
+    if (store == nullptr) {
+        return;
+    }
+    const uint64_t stalled_us = store->counted().stall_us;
+    const uint64_t since_us   = now_us() - looked_up_us_;
+    if (n_tokens <= most_tokens && looked_up_us_ != 0 && stalled_us >= stalled_us_ &&
+        since_us > stalled_us - stalled_us_) {
+        experience_.count_layer((double) (since_us - (stalled_us - stalled_us_)));
+        store->expect_layers_of(experience_.layer_us());
+    }
+    stalled_us_ = stalled_us;
+}
+
+// The products of these layers' routers with what `layer`'s experts get, for all tokens; none if they cannot be had.
+std::vector<const float *> executor::apply_routers(const paged_layer & layer, const std::vector<paged_layer *> & layers,
+                                                   const ggml_tensor * input, int64_t n_tokens) {
+    std::vector<router *> gates;
+    for (paged_layer * next : layers) {
+        gates.push_back(&next->gate);
+    }
+    std::vector<const float *> products;
+    std::vector<float>         hidden(input->ne[0]), normed(hidden.size() * n_tokens);
+    for (int64_t t = 0; t < n_tokens; t++) {
+        ggml_backend_tensor_get(input, hidden.data(), t * input->nb[2], hidden.size() * sizeof(float));
+        layer.gate.unweight(hidden.data(), &normed[hidden.size() * t]);
+    }
+    return products_.multiply(gates, normed, n_tokens, products) ? products : std::vector<const float *>();
+}
+
 void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * node) {
     static constexpr int64_t most_tokens = 4; // of a batch to predict for
 
     if (!layer.gate_sought) {
         learn_gate(layer, lookup_.ids);
+        if (pool.applies_routers() && !layer.gate.known()) {
+            pool.no_router(layer, "none is found in the graph, or it cannot be read");
+        }
     }
     layer.order = lookup_.order;
     for (paged_tensor * tensor : layer.tensors) {
@@ -206,54 +248,48 @@ void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * no
     const int64_t       n_tokens = lookup_.ids->ne[1];
     const ggml_tensor * input    = node->src[1]; // [n_embd, 1, n_tokens]: what the experts get, as the router did
     const bool          all      = n_used * n_tokens >= 4 * layer.n_expert; // then hardly any is left out
-    const bool          usable   = layer.gate.known() && input->type == GGML_TYPE_F32 && n_tokens <= most_tokens &&
+    const bool          routers  = pool.applies_routers() && layer.gate.known() && input->type == GGML_TYPE_F32 &&
                                    input->ne[0] == layer.gate.n_embd() && input->ne[1] == 1;
+    const bool          usable   = n_tokens <= most_tokens && (routers || pool.predictor() != nullptr);
     if (!all && (!usable || !experience_.pays())) {
         return;
     }
     const uint64_t start_us = now_us();
+    direct_store * store    = pool.direct();
 
-    std::vector<paged_layer *> layers;
-    std::vector<router *>      gates;
-    for (paged_layer * next = layer.next; next != nullptr && layers.size() < experience::n_distances;
-         next               = next->next) {
-        if (next->table && !next->order.empty() && (all || next->gate.n_embd() == layer.gate.n_embd())) {
+    // As many layers ahead as fill the window of prefetches.
+    std::vector<paged_layer *> layers, routed; // of these, those whose routers say it
+    const auto                 depth = (size_t) experience_.depth(store->prefetch_window());
+    for (paged_layer * next = layer.next; next != nullptr && layers.size() < depth; next = next->next) {
+        const bool by_router = !all && routers && next->gate.n_embd() == layer.gate.n_embd();
+        if (next->table && !next->order.empty() && (all || by_router || pool.predictor() != nullptr)) {
             layers.push_back(next);
-            gates.push_back(&next->gate);
-        }
-    }
-    std::vector<float>         hidden(all ? 0 : input->ne[0]), normed(hidden.size() * n_tokens);
-    std::vector<const float *> products;
-    for (int64_t t = 0; !all && t < n_tokens; t++) {
-        ggml_backend_tensor_get(input, hidden.data(), t * input->nb[2], hidden.size() * sizeof(float));
-        layer.gate.unweight(hidden.data(), &normed[hidden.size() * t]);
-    }
-    if (layers.empty() || (!all && !predictor_.multiply(gates, normed, n_tokens, products))) {
-        return;
-    }
-    // Layers ahead, as far as the window of prefetches reaches.
-    direct_store * store = pool.direct();
-    for (size_t i = 0; i < layers.size() && store->prefetch_bytes() < store->prefetch_window(); i++) {
-        paged_layer &        next    = *layers[i];
-        std::vector<guess> & guesses = next.foretold[i];
-        std::vector<int32_t> experts, chosen;
-        guesses.clear();
-        for (int32_t expert = 0; all && expert < next.n_expert; expert++) {
-            experts.push_back(expert);
-        }
-        for (int64_t t = 0; !all && t < n_tokens; t++) {
-            next.gate.choose(products[i] + t * next.n_expert, (int32_t) n_used, chosen);
-            for (size_t rank = 0; rank < chosen.size(); rank++) {
-                const bool known = std::any_of(guesses.begin(), guesses.end(),
-                                               [&](const guess & each) { return each.expert == chosen[rank]; });
-                if (!known) {
-                    guesses.push_back({ chosen[rank], (int32_t) rank });
-                    if (experience_.trusts((int) i, (int32_t) rank)) {
-                        experts.push_back(chosen[rank]);
-                    }
-                }
+            if (by_router) {
+                routed.push_back(next);
             }
         }
+    }
+    const std::vector<const float *> products =
+        routed.empty() ? std::vector<const float *>() : apply_routers(layer, routed, input, n_tokens);
+
+    for (size_t i = 0; i < layers.size() && store->prefetch_bytes() < store->prefetch_window(); i++) {
+        paged_layer &        next     = *layers[i];
+        const int            distance = next.index - layer.index - 1;
+        const size_t         gate     = std::find(routed.begin(), routed.end(), &next) - routed.begin();
+        std::vector<int32_t> experts, chosen;
+        if (all) {
+            experts.resize(next.n_expert);
+            std::iota(experts.begin(), experts.end(), 0);
+        } else if (gate < products.size()) {
+            for (int64_t t = 0; t < n_tokens; t++) {
+                next.gate.choose(products[gate] + t * next.n_expert, (int32_t) n_used, chosen);
+                guess_at(next, distance, chosen, experts);
+            }
+        } else if (pool.predictor() != nullptr) {
+            pool.predictor()->name(layer.index, next.index, (int32_t) n_used, chosen);
+            guess_at(next, distance, chosen, experts);
+        }
+        const size_t before = store->prefetch_bytes();
         for (const paged_tensor * tensor : next.order) {
             for (const int32_t expert : experts) {
                 if (next.table->slot_of(expert) < 0 && (!next.ram || next.ram->slot_of(expert) < 0)) {
@@ -261,9 +297,28 @@ void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * no
                 }
             }
         }
+        if (!all) {
+            experience_.count_read(store->prefetch_bytes() - before);
+        }
     }
     if (!all) {
         experience_.count_cost(now_us() - start_us);
+    }
+}
+
+// Note that these are foretold for a layer, best first; those of them that experience trusts are to be read.
+void executor::guess_at(paged_layer & layer, int distance, const std::vector<int32_t> & chosen,
+                        std::vector<int32_t> & experts) const {
+    std::vector<guess> & guesses = layer.foretold[distance];
+    for (size_t rank = 0; rank < chosen.size(); rank++) {
+        const bool known = std::any_of(guesses.begin(), guesses.end(),
+                                       [&](const guess & each) { return each.expert == chosen[rank]; });
+        if (!known && chosen[rank] < layer.n_expert) {
+            guesses.push_back({ chosen[rank], (int32_t) rank });
+            if (experience_.trusts(distance, (int32_t) rank)) {
+                experts.push_back(chosen[rank]);
+            }
+        }
     }
 }
 

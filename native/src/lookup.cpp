@@ -2,6 +2,7 @@
 //
 // Executor: one lookup, by the host or by the device. See executor.hpp.
 
+#include "clock.hpp"
 #include "error.hpp"
 #include "executor.hpp"
 
@@ -100,6 +101,7 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
         return GGML_STATUS_FAILED;
     }
     read_ids(pool, ids);
+    count_layer(pool, ids->ne[1]);
     lookup_.order = order_of_use(pool, layer, graph, i);
 
     // Distinct experts, those that are resident first: a wave then begins with what needs no copy. The others as they
@@ -136,6 +138,8 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
 
     layer.table->note(ids_.data(), weights.empty() ? nullptr : weights.data(), (int32_t) ids->ne[0],
                       (int32_t) ids->ne[1]);
+
+    pool.note_use(layer, ids_, ids->ne[0]);
 
     delta.misses = experts.end() - absent;
     delta.hits   = delta.requests - delta.misses;
@@ -175,7 +179,9 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
     }
     pool.count(layer, delta);
     ask_store(pool, layer, experts, graph->nodes[i]);
-    return lookup_.how == mode::slots ? fill_landed(pool) : GGML_STATUS_SUCCESS;
+    const ggml_status status = lookup_.how == mode::slots ? fill_landed(pool) : GGML_STATUS_SUCCESS;
+    looked_up_us_            = now_us();
+    return status;
 }
 
 // All of it is enqueued: the host learns neither the routing nor what was absent.

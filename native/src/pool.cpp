@@ -124,8 +124,9 @@ void pool::build_layers() {
         by_data_[tensor->data] = { layer, tensor.get() };
     }
     std::stable_sort(layers_.begin(), layers_.end(), [](const auto & a, const auto & b) { return a->il < b->il; });
-    for (size_t i = 0; i + 1 < layers_.size(); i++) {
-        layers_[i]->next = layers_[i + 1].get();
+    for (size_t i = 0; i < layers_.size(); i++) {
+        layers_[i]->index = (int32_t) i;
+        layers_[i]->next  = i + 1 < layers_.size() ? layers_[i + 1].get() : nullptr;
     }
 }
 
@@ -148,6 +149,17 @@ ggml_backend_buffer_type_t pool::slot_buft(const paged_tensor & tensor) const {
         }
     }
     return ggml_backend_dev_buffer_type(inner_);
+}
+
+// Address space for the slots that layers may get from others; it costs nothing until it is touched.
+std::vector<int32_t> pool::with_room_to_move(std::vector<int32_t>         n_allocated,
+                                             const std::vector<int32_t> & n_slots) const {
+    for (size_t i = 0; config.adaptive && inner_is_host_ && i < n_slots.size(); i++) {
+        if (n_slots[i] < layers_[i]->n_expert) {
+            n_allocated[i] = std::max(n_allocated[i], slot_split::most(n_slots[i], layers_[i]->n_expert));
+        }
+    }
+    return n_allocated;
 }
 
 int32_t pool::prepare() {
@@ -191,7 +203,20 @@ int32_t pool::prepare() {
                 n_allocated[i] = std::max(n_allocated[i], n_slots[i]);
             }
         }
-        status_ = allocate(n_slots, n_allocated);
+        most_slot_bytes_ = 0;
+        for (size_t i = 0; i < n_slots.size(); i++) {
+            most_slot_bytes_ += sizes[i].expert_bytes * n_allocated[i];
+        }
+        status_ = allocate(n_slots, with_room_to_move(n_allocated, n_slots));
+        if (status_ == ROTARY_ERR_MEMORY && config.adaptive && inner_is_host_) {
+            const std::string why = last_error();
+            config.adaptive       = false;
+            status_               = allocate(n_slots, n_allocated);
+            if (status_ == ROTARY_OK) {
+                notice(format("%s: slots stay as they are divided between layers: no address space to move them (%s)",
+                              config.model.c_str(), why.c_str()));
+            }
+        }
         if (status_ == ROTARY_OK) {
             const auto [least, most] = std::minmax_element(n_slots.begin(), n_slots.end());
             GGML_LOG_INFO(
@@ -212,11 +237,7 @@ int32_t pool::prepare() {
 
     count_reads();
     const std::lock_guard<std::mutex> lock(counter_mutex_);
-    totals_.budget_bytes = bytes;
-    most_slot_bytes_     = 0;
-    for (const auto & layer : layers_) {
-        most_slot_bytes_ += layer->expert_bytes * layer->n_allocated;
-    }
+    totals_.budget_bytes     = bytes;
     totals_.min_budget_bytes = budget_min_bytes(sizes);
     return status_;
 }

@@ -3,8 +3,8 @@
 // Pool: the paged experts of one model on one device. Knows where each expert's bytes are (the store, pool_store.cpp),
 // which slots they are read straight into (pool_landing.cpp), which layers they form and how the budget is divided
 // (pool.cpp), the inner device's memory for them (pool_slots.cpp) and what memory there is (pool_memory.cpp), how they
-// get to a device with a link (pool_link.cpp), and what has happened (pool_figures.cpp). How a graph is run over them is
-// executor.cpp.
+// get to a device with a link (pool_link.cpp), who foretells what layers want (pool_foresight.cpp), and what has happened
+// (pool_figures.cpp). How a graph is run over them is executor.cpp.
 //
 // Threading: `mutex` is held by whoever runs a graph over the pool or changes its layers or slots; `counter_mutex`
 // guards the counters and what rotary_pool_stats() shows, so that figures can be read while a graph runs.
@@ -13,11 +13,14 @@
 
 #include "budget.hpp"
 #include "direct_store.hpp"
+#include "experience.hpp"
 #include "link.hpp"
-#include "predictor.hpp"
+#include "predictors/predictor.hpp"
+#include "predictors/router.hpp"
 #include "ring.hpp"
 #include "rotary.h"
 #include "slots.hpp"
+#include "split.hpp"
 #include "weight_file.hpp"
 
 #include "ggml-backend.h"
@@ -73,7 +76,8 @@ struct paged_tensor {
 
 // The tensors that share one routing: gate, up and down of a layer.
 struct paged_layer {
-    int32_t                     il = -1;
+    int32_t                     il    = -1;
+    int32_t                     index = 0; // among the pool's
     int32_t                     n_expert;
     int32_t                     n_expert_used = 1;
     uint64_t                    expert_bytes  = 0; // one expert, all tensors
@@ -118,18 +122,21 @@ enum class pin_policy { automatic, on, off };               // whether experts m
 bool pin_parse(const std::string & text, pin_policy & pin); // "auto", "on", "off"
 
 struct pool_config {
-    budget                wanted;
-    std::string           budget_text   = "auto";
-    std::string           model         = "model";
-    uint64_t              margin_bytes  = 0;
-    bool                  repack        = true;
-    bool                  direct        = true; // may compute a batch from the mapping
-    rotary_store          store         = ROTARY_STORE_AUTO;
-    bool                  prefetch      = true;
-    uint64_t              staging_bytes = 0;
-    pin_policy            pin           = pin_policy::automatic;
-    std::string           policy        = automatic_policy; // of eviction; or
-    const rotary_policy * own_policy    = nullptr;
+    budget                   wanted;
+    std::string              budget_text   = "auto";
+    std::string              model         = "model";
+    uint64_t                 margin_bytes  = 0;
+    bool                     repack        = true;
+    bool                     direct        = true; // may compute a batch from the mapping
+    rotary_store             store         = ROTARY_STORE_AUTO;
+    bool                     prefetch      = true;
+    std::string              predictor     = automatic_predictor; // of what the next layers want; or
+    const rotary_predictor * own_predictor = nullptr;
+    bool                     adaptive      = true;                // slots may move between layers
+    uint64_t                 staging_bytes = 0;
+    pin_policy               pin           = pin_policy::automatic;
+    std::string              policy        = automatic_policy; // of eviction; or
+    const rotary_policy *    own_policy    = nullptr;
 };
 
 bool store_parse(const std::string & text, rotary_store & store); // "auto", "mmap", "direct"
@@ -176,8 +183,23 @@ class pool {
     // What slots of a layer of the model begin with, the most wanted first. Call before they are allocated.
     int32_t warm(int32_t il, std::vector<int32_t> experts);
 
+    // What a profile says of a layer of the model, for predictors that learn; as predictor::learn(). Call before that, too.
+    int32_t learn(int32_t il, const float * popularity, const float * pairs, int32_t n_expert, int64_t n_tokens);
+
     // Give slots back when memory runs short, and take them again when there is plenty. Call between graphs.
     void follow_memory();
+
+    // Move a slot between two layers if that is worth it. Call between graphs.
+    void move_a_slot(ggml_backend_t inner);
+
+    // Every routing that the host learns, for whoever learns from it.
+    void note_use(const paged_layer & layer, const std::vector<int32_t> & ids, int64_t n_used);
+
+    // What is foretold from: the next layers' routers, and routings where those cannot be had or others are asked for.
+    bool                applies_routers() const;
+    rotary::predictor * predictor() const { return predictor_.get(); } // from routings; NULL if there is none
+    void                no_router(const paged_layer & layer, const std::string & why); // that can be applied early
+    std::string         predictor_name() const;
 
     // ---- for the executor, with `mutex` held and prepared
     struct place {
@@ -237,11 +259,13 @@ class pool {
     uint64_t generation() const { return generation_; } // changes whenever slots or ids move
 
   private:
-    void    build_layers();
-    int32_t allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated);
-    void    choose_policy();
-    int32_t fill_slots(paged_layer & layer, const std::vector<rotary_load> & loads);
-    int32_t fill_at_first(paged_layer & layer);
+    void                 build_layers();
+    int32_t              allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated);
+    std::vector<int32_t> with_room_to_move(std::vector<int32_t>         n_allocated,
+                                           const std::vector<int32_t> & n_slots) const;
+    void                 choose_policy();
+    int32_t              fill_slots(paged_layer & layer, const std::vector<rotary_load> & loads);
+    int32_t              fill_at_first(paged_layer & layer);
 
     ggml_backend_buffer_t allocate_in_place(ggml_backend_buffer_type_t buft) const;
 
@@ -258,6 +282,10 @@ class pool {
     std::vector<memory_range> copied_weights(const paged_tensor & tensor) const;
 
     void resize(uint64_t bytes);
+    void start_split();
+    void choose_predictor();
+    void make_predictor(const std::string & name);
+    bool has_experts_on_device() const;
     void touch(const paged_layer & layer, int32_t first, int32_t last);
     void give_back(const paged_layer & layer, int32_t first, int32_t last);
 
@@ -294,6 +322,11 @@ class pool {
     uint64_t                                   memory_seen_us_  = 0;
     uint64_t                                   growth_tried_us_ = 0;
     uint64_t                                   most_slot_bytes_ = 0; // that slots may grow to
+    slot_split                                 split_;
+    std::unique_ptr<rotary::predictor>         predictor_;
+    size_t                                     predicted_layers_ = 0; // that it was made for
+    bool                                       no_router_said_   = false;
+    std::string                                predictor_name_;       // guarded by counter_mutex_
 
     struct locked_range {
         char *       begin;
@@ -311,12 +344,17 @@ class pool {
     std::shared_ptr<char>         ram_;              // slots in RAM
     size_t                        ram_bytes_  = 0;
     bool                          ram_locked_ = false;
-    link::locked                  states_;          // the states as they last arrived
-    size_t                        n_states_ = 0;    // layers that have a table there
+    link::locked                  states_;       // the states as they last arrived
+    size_t                        n_states_ = 0; // layers that have a table there
 
-    std::map<int32_t, std::vector<int32_t>> warm_;  // by layer of the model
+    struct learnt {
+        std::vector<float> popularity, pairs; // [n_expert], [n_expert][n_expert]
+        int64_t            n_tokens;
+    };
+    std::map<int32_t, std::vector<int32_t>> warm_;   // by layer of the model
+    std::map<int32_t, learnt>               learnt_; // the same; until there is a predictor
 
-    std::vector<ggml_context_ptr>        contexts_; // of the slot tensors, one for each buffer type
+    std::vector<ggml_context_ptr>        contexts_;  // of the slot tensors, one for each buffer type
     std::vector<ggml_backend_buffer_ptr> buffers_;
     ggml_context_ptr                     ids_context_;
     ggml_backend_buffer_ptr              ids_buffer_;

@@ -72,11 +72,17 @@ void pool::count_reads() {
 // ---- trace
 
 void pool::trace(bool on) {
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    tracing_ = on;
-    if (on) {
-        trace_.clear();
-        n_untraced_ = 0;
+    {
+        const std::lock_guard<std::mutex> lock(counter_mutex_);
+        tracing_ = on;
+        if (on) {
+            trace_.clear();
+            n_untraced_ = 0;
+        }
+    }
+    if (on && has_experts_on_device()) {
+        notice(format("%s: while routings are recorded, the host resolves lookups, not %s; that is slower",
+                      config.model.c_str(), ggml_backend_dev_name(inner_)));
     }
 }
 

@@ -75,9 +75,8 @@ void pool::give_back(const paged_layer & layer, int32_t first, int32_t last) {
 }
 
 void pool::resize(uint64_t bytes) {
-    const std::vector<int32_t>        n_slots = budget_slots(bytes, layer_sizes());
-    const std::lock_guard<std::mutex> lock(counter_mutex_);
-    totals_.slot_bytes = 0;
+    const std::vector<int32_t> n_slots    = budget_slots(bytes, layer_sizes());
+    uint64_t                   slot_bytes = 0;
     for (size_t i = 0; i < layers_.size(); i++) {
         paged_layer & layer = *layers_[i];
         if (layer.table) {
@@ -90,11 +89,67 @@ void pool::resize(uint64_t bytes) {
             } else {
                 give_back(layer, now, before);
             }
+            // Not while the table changes: a policy of the caller's may ask for the figures.
+            const std::lock_guard<std::mutex> lock(counter_mutex_);
             layer.stats.n_slots    = now;
             layer.stats.n_resident = layer.table->n_resident();
         }
-        totals_.slot_bytes += layer.expert_bytes * layer.stats.n_slots;
+        slot_bytes += layer.expert_bytes * layer.stats.n_slots;
     }
+    {
+        const std::lock_guard<std::mutex> lock(counter_mutex_);
+        totals_.slot_bytes = slot_bytes;
+    }
+    start_split();
+}
+
+// ---- slots that move between layers
+
+void pool::start_split() {
+    std::vector<slot_split::layer_slots> sizes;
+    for (const auto & layer : layers_) {
+        const int32_t n = layer->table ? layer->table->n_slots() : layer->n_expert;
+        sizes.push_back({ layer->n_expert, n, layer->n_expert_used,
+                          std::min(slot_split::most(n, layer->n_expert), layer->n_allocated), layer->expert_bytes });
+    }
+    split_ = config.adaptive && inner_is_host_ ? slot_split(sizes) : slot_split();
+}
+
+void pool::move_a_slot(ggml_backend_t inner) {
+    slot_split::move its;
+    if (!split_.propose(its)) {
+        return;
+    }
+    paged_layer & from = *layers_[its.from];
+    paged_layer & to   = *layers_[its.to];
+    settle(from, false);
+    if (!from.table->reserved().empty()) {
+        return; // next time
+    }
+    ggml_backend_synchronize(inner);
+    for (int32_t i = 0; i < its.n; i++) {
+        const rotary_load moved = from.table->shrink();
+        const int32_t     last  = from.table->n_slots();
+        for (const paged_tensor * tensor : from.tensors) {
+            char * slots = (char *) tensor->slots->data;
+            if (moved.expert >= 0) {
+                memcpy(slots + tensor->slots->nb[2] * moved.slot, slots + tensor->slots->nb[2] * last,
+                       tensor->expert_bytes);
+            }
+        }
+        give_back(from, last, last + 1);
+    }
+    to.table->resize(to.table->n_slots() + 1);
+    split_.moved(its);
+
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    for (paged_layer * each : { &from, &to }) {
+        each->stats.n_slots    = each->table->n_slots();
+        each->stats.n_resident = each->table->n_resident();
+    }
+    totals_.slot_bytes += to.expert_bytes;
+    totals_.slot_bytes -= from.expert_bytes * its.n;
+    totals_.slot_moves++;
 }
 
 void pool::follow_memory() {

@@ -103,6 +103,8 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
         return fail(ROTARY_ERR_MEMORY, format("%s: no memory for page tables on %s; lower the budget",
                                               config.model.c_str(), ggml_backend_dev_name(inner_)));
     }
+    start_split();
+    choose_predictor();
     lock.lock();
     totals_.slot_bytes = slot_bytes;
     return ROTARY_OK;
@@ -110,12 +112,10 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
 
 // Of names that stay: figures are read while a graph runs.
 void pool::choose_policy() {
-    const bool on_device =
-        std::any_of(tensors_.begin(), tensors_.end(), [](const auto & tensor) { return tensor->on_device != nullptr; });
     const bool automatic = config.policy == automatic_policy;
     chosen_policy_       = config.own_policy != nullptr ? "own"
                            : !automatic                 ? policy_name_of(config.policy)
-                           : on_device                  ? best_on_device
+                           : has_experts_on_device()    ? best_on_device
                                                         : best_policy;
 }
 

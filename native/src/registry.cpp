@@ -121,6 +121,17 @@ static bool environment_is_valid() {
         fail(ROTARY_ERR_ARG, "ROTARY_POLICY: " + policy_not_known(text));
         return false;
     }
+    text = getenv("ROTARY_PREFETCH");
+    if (text != nullptr && *text != '\0' && strcmp(text, "0") != 0 && strcmp(text, "1") != 0 &&
+        !predictor_known(text)) {
+        fail(ROTARY_ERR_ARG, "ROTARY_PREFETCH: " + predictor_not_known(text));
+        return false;
+    }
+    text = getenv("ROTARY_SPLIT");
+    if (text != nullptr && *text != '\0' && strcmp(text, "even") != 0 && strcmp(text, "adaptive") != 0) {
+        fail(ROTARY_ERR_ARG, format("ROTARY_SPLIT=%s: no such split; even or adaptive; choose one of them", text));
+        return false;
+    }
     text = getenv("ROTARY_STORE");
     if (text != nullptr && *text != '\0' && !store_parse(text, store)) {
         fail(ROTARY_ERR_ARG, format("ROTARY_STORE=%s: no such store; auto, mmap or direct; choose one of them", text));

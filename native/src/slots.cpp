@@ -5,6 +5,7 @@
 #include "slots.hpp"
 
 #include "error.hpp"
+#include "split.hpp"
 
 #include <algorithm>
 #include <cstring>
@@ -156,7 +157,25 @@ void slot_table::resize(int32_t first, int32_t n) {
         }
         expert_of_[slot] = -1;
     }
+    const bool other = n != n_slots();
     expert_of_.resize(n, -1);
+    if (other) {
+        policy_->resize(n);
+    }
+}
+
+rotary_load slot_table::shrink() {
+    call_++;
+    const int32_t last   = n_slots() - 1;
+    const int32_t hole   = take_slot();
+    const int32_t expert = hole == last ? -1 : expert_of_[last];
+    expert_of_[hole]     = expert;
+    expert_of_[last]     = -1;
+    if (expert >= 0) {
+        slot_of_[expert] = hole;
+    }
+    resize(last);
+    return { expert, hole, -1 };
 }
 
 // ---- the same on a device
@@ -197,6 +216,21 @@ struct rotary_slots : rotary::slot_table {
 
 struct rotary_cache {
     std::vector<std::unique_ptr<rotary_slots>> layers;
+    rotary::slot_split                         split;
+    int32_t                                    last = -1; // layer that was resolved
+
+    // Between one token and the next.
+    void move_a_slot() {
+        rotary::slot_split::move its;
+        if (!split.propose(its) || !layers[its.from]->reserved().empty()) {
+            return;
+        }
+        for (int32_t i = 0; i < its.n; i++) {
+            layers[its.from]->shrink();
+        }
+        layers[its.to]->resize(layers[its.to]->n_slots() + 1);
+        split.moved(its);
+    }
 };
 
 rotary_slots * rotary_slots_new(int32_t n_expert, int32_t n_slots) {
@@ -222,6 +256,10 @@ int32_t rotary_slots_slot_of(const rotary_slots * slots, int32_t expert) {
 
 int32_t rotary_slots_expert_of(const rotary_slots * slots, int32_t slot) {
     return slot < 0 || slot >= slots->n_slots() ? -1 : slots->expert_of(slot);
+}
+
+int32_t rotary_slots_n_slots(const rotary_slots * slots) {
+    return slots->n_slots();
 }
 
 int32_t rotary_slots_n_resident(const rotary_slots * slots) {
@@ -257,9 +295,11 @@ const char * rotary_policy_names(void) {
 }
 
 rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, int32_t n_layers, int32_t n_expert,
-                                const int32_t * n_slots) {
+                                const int32_t * n_slots, int32_t adaptive, int32_t least) {
     auto       cache   = std::make_unique<rotary_cache>();
     const auto history = rotary::routing_history_new(n_layers);
+
+    std::vector<rotary::slot_split::layer_slots> sizes;
     for (int32_t layer = 0; layer < n_layers; layer++) {
         if (n_expert < 1 || n_slots[layer] < 1 || n_slots[layer] > n_expert) {
             rotary::fail(ROTARY_ERR_ARG, rotary::format("cache: layer %d has %d slots for %d experts; 1 to as many as "
@@ -275,7 +315,9 @@ rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, 
             return nullptr;
         }
         cache->layers.push_back(std::make_unique<rotary_slots>(n_expert, n_slots[layer], std::move(its)));
+        sizes.push_back({ n_expert, n_slots[layer], least, rotary::slot_split::most(n_slots[layer], n_expert), 1 });
     }
+    cache->split = adaptive ? rotary::slot_split(sizes) : rotary::slot_split();
     return cache.release();
 }
 
@@ -285,7 +327,16 @@ void rotary_cache_free(rotary_cache * cache) {
 
 int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t * ids, const float * weights,
                              int32_t n_used, int32_t n_tokens, int32_t * slot_ids, rotary_load * loads) {
-    return cache->layers[layer]->resolve(ids, weights, n_used, n_tokens, slot_ids, loads);
+    if (layer < cache->last) {
+        cache->move_a_slot();
+    }
+    cache->last        = layer;
+    rotary_slots & its = *cache->layers[layer];
+    const int32_t  n   = its.resolve(ids, weights, n_used, n_tokens, slot_ids, loads);
+    if (n >= 0) {
+        cache->split.note(layer, ids, n_used, n_tokens);
+    }
+    return n;
 }
 
 int32_t rotary_cache_replay(rotary_cache * cache, int64_t n_rows, const int32_t * layers, const int32_t * ids,
@@ -298,9 +349,9 @@ int32_t rotary_cache_replay(rotary_cache * cache, int64_t n_rows, const int32_t 
         }
         const int32_t *          row = ids + i * n_used;
         const auto               n   = (int32_t) (std::find(row, row + n_used, -1) - row);
-        std::vector<rotary_load> loads(slots->n_slots());
-        misses[i] = slots->resolve(row, weights != nullptr ? weights + i * n_used : nullptr, n, 1, slot_ids.data(),
-                                   loads.data());
+        std::vector<rotary_load> loads(n_used);
+        misses[i] = rotary_cache_resolve(cache, layers[i], row, weights != nullptr ? weights + i * n_used : nullptr, n,
+                                         1, slot_ids.data(), loads.data());
         if (misses[i] < 0) {
             return misses[i];
         }

@@ -37,6 +37,10 @@ class slot_table {
     void    clear();
     void    resize(int32_t n_slots); // fewer: the experts of the last slots leave; more: free slots are added
 
+    // The last slot goes: whom the policy wants least leaves, unless a slot is free, and the last slot's expert comes
+    // there. Who that is and where its bytes are to be copied to; expert -1 if nobody's. Nothing may be reserved.
+    rotary_load shrink();
+
     // Reservations: a slot whose bytes are still on their way, ahead of any call that wants them. Its expert does not
     // count as resident, and no call evicts it; the call that wants it gets it as a load into that slot.
     // The slot, its expert evicted; -1 if all slots are reserved or hold experts of `keep`.

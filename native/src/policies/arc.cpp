@@ -43,9 +43,13 @@ class arc : public policy {
             take(again_, expert);
         }
         gone.push_back(expert);
-        if (gone.size() > (size_t) n_slots_) {
-            gone.pop_front();
-        }
+        shorten(gone);
+    }
+    void resize(int32_t n_slots) override {
+        n_slots_ = n_slots;
+        share_   = std::min(share_, (double) n_slots);
+        shorten(once_gone_);
+        shorten(again_gone_);
     }
 
     int32_t choose(const std::vector<int32_t> & candidates) override {
@@ -68,6 +72,11 @@ class arc : public policy {
             list.erase(it);
         }
         return there;
+    }
+    void shorten(std::deque<int32_t> & list) const {
+        while (list.size() > (size_t) n_slots_) {
+            list.pop_front();
+        }
     }
 
     int32_t             n_slots_;

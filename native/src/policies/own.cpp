@@ -21,6 +21,7 @@ class own : public policy {
     }
     void enter(int32_t expert, bool wanted) override { calls_.enter(calls_.user, il_, expert, wanted); }
     void leave(int32_t expert) override { calls_.leave(calls_.user, il_, expert); }
+    void resize(int32_t n_slots) override { calls_.resize(calls_.user, il_, n_slots); }
 
     int32_t choose(const std::vector<int32_t> & candidates) override {
         const int32_t expert = calls_.choose(calls_.user, il_, candidates.data(), (int32_t) candidates.size());

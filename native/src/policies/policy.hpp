@@ -26,6 +26,9 @@ class policy {
     virtual void enter(int32_t /* expert */, bool /* wanted */) {}
     virtual void leave(int32_t /* expert */) {}
 
+    // Its layer has as many slots from now on.
+    virtual void resize(int32_t /* n_slots */) {}
+
     virtual bool wants_weights() const { return false; }
 
     // Who leaves, of these resident experts, in the order of their slots; never empty.

@@ -15,8 +15,7 @@ namespace {
 
 class s3fifo : public policy {
   public:
-    s3fifo(int32_t n_expert, int32_t n_slots) :
-        uses_(n_expert, 0), most_small_(std::max(1, n_slots / 10)), most_ghosts_(n_slots) {}
+    s3fifo(int32_t n_expert, int32_t n_slots) : uses_(n_expert, 0) { resize(n_slots); }
 
     void note(const int32_t * ids, const float *, int32_t n_used, int32_t n_tokens) override {
         for (int32_t i = 0; i < n_used * n_tokens; i++) {
@@ -43,9 +42,12 @@ class s3fifo : public policy {
         }
         small_.erase(it);
         ghosts_.push_back(expert);
-        if (ghosts_.size() > most_ghosts_) {
-            ghosts_.pop_front();
-        }
+        shorten();
+    }
+    void resize(int32_t n_slots) override {
+        most_small_  = std::max(1, n_slots / 10);
+        most_ghosts_ = n_slots;
+        shorten();
     }
 
     int32_t choose(const std::vector<int32_t> & candidates) override {
@@ -83,9 +85,15 @@ class s3fifo : public policy {
         return std::find(queue.begin(), queue.end(), expert) != queue.end();
     }
 
+    void shorten() {
+        while (ghosts_.size() > most_ghosts_) {
+            ghosts_.pop_front();
+        }
+    }
+
     std::deque<int32_t>  small_, main_, ghosts_; // oldest first
     std::vector<int32_t> uses_;                  // [n_expert] since it entered or was spared, 3 at the most
-    size_t               most_small_, most_ghosts_;
+    size_t               most_small_ = 1, most_ghosts_ = 1;
 };
 
 } // namespace

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Predictor. See predictor.hpp.
+// Router. See router.hpp.
 
-#include "predictor.hpp"
+#include "router.hpp"
 
 #include "ggml-impl.h"
 
@@ -55,43 +55,9 @@ void router::choose(const float * products, int32_t n_used, std::vector<int32_t>
     experts.resize(n_used);
 }
 
-// ---- predictor
-
-// ---- experience
-
-void experience::learn(int distance, int32_t rank, bool right) {
-    static constexpr float at_first = 0.6f, weight = 1.0f / 64;
-
-    std::vector<float> & shares = right_[distance];
-    if ((size_t) rank >= shares.size()) {
-        shares.resize(rank + 1, at_first);
-    }
-    shares[rank] += ((right ? 1.0f : 0.0f) - shares[rank]) * weight;
-}
-
-bool experience::trusts(int distance, int32_t rank) const {
-    return (size_t) rank >= right_[distance].size() || right_[distance][rank] > 0.5f;
-}
-
-void experience::count_gain(double us) {
-    gain_us_ += (us - gain_us_) / 64;
-}
-
-void experience::count_cost(double us) {
-    cost_us_ += (us - cost_us_) / 64;
-}
-
-bool experience::pays() {
-    static constexpr uint64_t look_again = 16;
-
-    const bool pays = gain_us_ > cost_us_;
-    skipped_        = pays ? 0 : skipped_ + 1;
-    return pays || skipped_ % look_again == 0;
-}
-
 // ---- multiplying
 
-predictor::predictor(ggml_backend_t inner) : cpu_(inner) {
+router_products::router_products(ggml_backend_t inner) : cpu_(inner) {
     ggml_backend_dev_t dev = ggml_backend_get_device(inner);
     if (dev == nullptr || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
         own_.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
@@ -99,8 +65,8 @@ predictor::predictor(ggml_backend_t inner) : cpu_(inner) {
     }
 }
 
-bool predictor::multiply(const std::vector<router *> & routers, std::vector<float> & normed, int64_t n_tokens,
-                         std::vector<const float *> & products) {
+bool router_products::multiply(const std::vector<router *> & routers, std::vector<float> & normed, int64_t n_tokens,
+                               std::vector<const float *> & products) {
     static constexpr size_t most = 16; // nodes
 
     if (cpu_ == nullptr || routers.size() * 3 > most) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Predictor: which experts a layer will probably choose, from the hidden state that an earlier layer's experts get: the
+// Router: which experts a layer will probably choose, from the hidden state that an earlier layer's experts get: the
 // later layer's router applied early. A hint only; exactness does not rest on it.
 // Idea: Eliseev and Mazur, "Fast inference of mixture-of-experts language models with offloading", arXiv 2312.17238.
 // Threading: none of its own; the pool locks.
@@ -45,37 +45,10 @@ class router {
     std::vector<float> bias_, selection_;
 };
 
-// An expert foretold for a layer, and its place in the ranking.
-struct guess {
-    int32_t expert;
-    int32_t rank;
-};
-
-// What predictions were worth so far, and so which to follow. A wrong read keeps the disk from a right one for as long as
-// a right one would have saved, so a rank is followed where it is right more often than not; and nothing is foretold
-// where the reads that it foresees take less time than foretelling does.
-class experience {
-  public:
-    static constexpr int n_distances = 2; // layers ahead
-
-    void learn(int distance, int32_t rank, bool right);
-    void count_gain(double us); // the disk's time for what a lookup missed and trusted guesses had named
-    void count_cost(double us); // of foretelling once
-
-    bool trusts(int distance, int32_t rank) const;
-    bool pays(); // whether to foretell now: if not, then still from time to time, to see when it does again
-
-  private:
-    std::vector<float> right_[n_distances]; // [rank] share of the guesses at absent experts that were right
-    double             gain_us_ = 1000;
-    double             cost_us_ = 0;
-    uint64_t           skipped_ = 0;
-};
-
 // Multiplies a state with several routers, on the CPU with the backend's own kernels and threads.
-class predictor {
+class router_products {
   public:
-    explicit predictor(ggml_backend_t inner);
+    explicit router_products(ggml_backend_t inner);
 
     // normed[n_embd, n_tokens] -> for each router its products[n_expert, n_tokens], valid until the next call; false if
     // it could not be computed.
