@@ -351,8 +351,8 @@ def with_little_address_space(model):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used - (64 << 20), -1))
     llama.rotary_set_budget("5 slots")
-    llama.eval([1, 2, 3])
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    llama.eval([1, 2, 3])
     return llama.rotary_stats()
 
 
