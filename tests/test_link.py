@@ -8,6 +8,7 @@ for what it needs: its streams run late, and by chance later.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import resource
 from pathlib import Path
@@ -363,6 +364,42 @@ def test_a_tier_that_the_system_refuses_is_announced(synthetic, late):
     refused = [text for text in stats["notices"] if "no slots in RAM" in text]
     assert len(refused) == 1 and "the system refuses" in refused[0]
     assert stats["ram_bytes"] == 0 < stats["misses"]
+
+
+def memory_where_the_file_was(model):
+    """Whether what is mapped into the holes that llama.cpp leaves of a file stays what it was."""
+    from rotary_llamacpp import paging
+
+    load_late()
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    fixed_private_anonymous = 0x100000 | 2 | 32  # MAP_FIXED_NOREPLACE
+    holes, size = [], 64 << 10
+    start = paging.Paging.start
+
+    def fill_holes(self, llama, config):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        pieces = [
+            [int(end, 16) for end in each.split()[0].split("-")] for each in lines if str(model) in each
+        ]
+        for (_, begin), (end, _) in itertools.pairwise(pieces):
+            for at in range(begin, end, size):  # some of it may be somebody's by now
+                if libc.mmap(at, size, 3, fixed_private_anonymous, -1, 0) == at:
+                    ctypes.memset(at, 0xA5, size)
+                    holes.append(at)
+        start(self, llama, config)
+
+    paging.Paging.start = fill_holes
+    llama = make(model, {"inner": "LATE0", "budget": "min", "store": "direct"}, n_gpu_layers=-1, **BATCHES)
+    llama.eval([1, 2, 3])
+    return [ctypes.string_at(at, size) == b"\xa5" * size for at in holes]
+
+
+def test_nobody_elses_memory_is_given_back(synthetic, late):
+    # Weights that go to the device are unmapped by llama.cpp: what comes there then is nothing of ours.
+    untouched = apart(memory_where_the_file_was, synthetic(type="q8_0", vocab=40000), environment=late)
+    assert len(untouched) > 20 and all(untouched)
 
 
 def fail_reads(model, starts):

@@ -222,8 +222,9 @@ int64_t detach_mapping(const std::vector<memory_range> & experts, const std::vec
     for (const memory_range & each : experts) {
         add(each, true);
     }
+    // llama.cpp has unmapped what it copied from the ends of the file: by now that may be anybody's memory.
     for (const memory_range & each : others) {
-        add(each, false);
+        add({ std::max(each.begin, whole.range.begin), std::min(each.end, whole.range.end) }, false);
     }
     std::sort(stretches.begin(), stretches.end(), [](const auto & a, const auto & b) { return a.begin < b.begin; });
     stretches.push_back({ whole.range.end, whole.range.end, false });
