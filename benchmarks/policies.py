@@ -77,21 +77,22 @@ def folds(trace: Trace) -> dict[str, Trace]:
     return parts
 
 
-def closed(trace: Trace, policy: policies.Factory | str, n_slots: list[int]) -> float:
-    """Share of the gap between LRU and Belady."""
+def closed(trace: Trace, policy: policies.Factory | str, n_slots: list[int], adaptive: bool = False) -> float:
+    """Share of the gap between LRU and Belady, both with as many slots in each layer."""
     lru = simulation.replay(trace, "lru", n_slots).hit_rate or 0.0
     best = simulation.belady(trace, n_slots).hit_rate or 0.0
-    found = simulation.replay(trace, policy, n_slots).hit_rate or 0.0
+    found = simulation.replay(trace, policy, n_slots, adaptive=adaptive).hit_rate or 0.0
     return (found - lru) / (best - lru) if best > lru else 1.0
 
 
-def cost_us(trace: Trace, policy: str, n_slots: list[int]) -> float:
+def cost_us(trace: Trace, policy: str, n_slots: list[int], adaptive: bool) -> float:
     """Microseconds of a request in native code, the slot table included: the median of five replays."""
     index = np.searchsorted(trace.layers, trace.layer).astype(np.int32)
     ids = np.ascontiguousarray(trace.experts, np.int32)
     times = []
     for _ in range(5):
-        cache = _replay.Cache(_native.load(), policy, trace.n_expert, n_slots)
+        least = trace.experts.shape[1] if adaptive else None
+        cache = _replay.Cache(_native.load(), policy, trace.n_expert, n_slots, least)
         start = time.perf_counter()
         cache.replay(index, ids)
         times.append(1e6 * (time.perf_counter() - start) / int((ids >= 0).sum()))
@@ -106,14 +107,16 @@ def eviction(trace: Trace, share: float) -> list[list[str]]:
     n_slots = simulation.slots_for(trace, share)
     best = simulation.belady(trace, n_slots).hit_rate
     rows = []
-    for name in policies.NATIVE:
-        rate = simulation.replay(trace, name, n_slots).hit_rate
+    for name, adaptive in (*((name, False) for name in policies.NATIVE), ("recall", True)):
+        rate = simulation.replay(trace, name, n_slots, adaptive=adaptive).hit_rate
         gaps = [
-            percent(closed(part, name, [n_slots[0]] * len(part.layers))) for part in folds(trace).values()
+            percent(closed(part, name, [n_slots[0]] * len(part.layers), adaptive))
+            for part in folds(trace).values()
         ]
         rows.append(
-            [name, percent(rate), percent(closed(trace, name, n_slots)), " ".join(gaps),
-             f"{cost_us(trace, name, n_slots):.2f}"]
+            [f"{name}, adaptive split" if adaptive else name, percent(rate),
+             percent(closed(trace, name, n_slots, adaptive)), " ".join(gaps),
+             f"{cost_us(trace, name, n_slots, adaptive):.2f}"]
         )  # fmt: skip
     for n in (1, 2, 4, 8):
         rate = simulation.replay(trace, knowing(trace, n), n_slots).hit_rate

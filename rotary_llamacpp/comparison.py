@@ -145,18 +145,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         cells = [
             f"{100 * row['budget']:g} %", str(row["n_slots"]), row["policy"], row["predictor"],
-            _percent(row["hit_rate"]),
+            percent(row["hit_rate"]),
         ]  # fmt: skip
         if timed and row["policy"] != "belady":
             used, ahead, late = row["prefetch_used"], row["prefetched"], row["late_hits"]
             cells += [
-                _percent(row["byte_hit_rate"]), f"{row['tokens_per_second']:.1f}",
-                f"{row['stall_us'] / 1000:.2f}", _percent(used / ahead if ahead else None),
-                _percent(1 - late / used if used else None),
+                percent(row["byte_hit_rate"]), f"{row['tokens_per_second']:.1f}",
+                f"{row['stall_us'] / 1000:.2f}", percent(used / ahead if ahead else None),
+                percent(1 - late / used if used else None),
             ]  # fmt: skip
         lines.append("  ".join(cell.rjust(9) for cell in cells))
     return lines
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share as text, "-" if there is none."""
     return "-" if value is None else f"{100 * value:.1f} %"

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from .comparison import percent
 from .config import MIB
 from .figures import Figures, Interval, prompt_share
 from .generation import Watcher
@@ -159,14 +160,14 @@ def _figures(figures: Figures, width: int, symbols: Symbols) -> list[Text]:
     if not stats["active"]:
         return _row("not paged", [_plain(stats["reason"]), notices], width)
     n_columns = max(1, min(_N_POLLS, width - _LABEL_COLUMNS))
-    hits = [_plain(f"{_percent(last.hit_rate)} now"), _plain(f"{_percent(stats['hit_rate'])} average")]
+    hits = [_plain(f"{percent(last.hit_rate)} now"), _plain(f"{percent(stats['hit_rate'])} average")]
     spark = _levels(figures.hit_rates()[-n_columns:], symbols)
     spark.pad_left(n_columns - len(spark))  # the newest at the right
     rows = _row("hits", [*hits, spark], width)
     rows += _row("layers", _strip(window, max(1, width - _LABEL_COLUMNS), symbols), width)
     if stats["predicted"] or stats["prefetched"]:
         measures = ("accuracy", "coverage", "timeliness")
-        rates = [_plain(f"{name} {_percent(stats[f'prefetch_{name}'])}") for name in measures]
+        rates = [_plain(f"{name} {percent(stats[f'prefetch_{name}'])}") for name in measures]
         rows += _row("prefetch", rates, width)
     rows += _row("time", _times(last, n_columns, symbols), width)
     moved = [_plain(f"paged {_speed(last, 'bytes_paged')}")]
@@ -195,7 +196,7 @@ def _strip(window: Interval, n_columns: int, symbols: Symbols) -> list[Text]:
     ]
     if known:
         rate, il = min(known)
-        parts.append(_plain(f"lowest {_percent(rate)} in layer {il}"))
+        parts.append(_plain(f"lowest {percent(rate)} in layer {il}"))
     return [*parts, _plain(f"last {window.seconds:.0f} s")]
 
 
@@ -260,10 +261,6 @@ def _range(numbers: Sequence[int]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{100 * rate:.1f} %"
 
 
 def _speed(interval: Interval, counter: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .comparison import compare_trace
+from .comparison import compare_trace, percent
 from .simulation import Link, misses_of, slots_for
 from .traces import DECODE, Trace
 
@@ -150,10 +150,16 @@ def _ahead(rows: list[dict[str, Any]]) -> str:
         used, ahead = row["prefetch_used"], row["prefetched"]
         missed = row["misses"] + used - row["late_hits"]
         body.append(
-            [row["predictor"], _percent(used, ahead), _percent(used if ahead else 0, missed if ahead else 0),
-             _percent(used - row["late_hits"], used), f"{100 * row['hit_rate']:.1f} %",
-             f"{100 * row['byte_hit_rate']:.1f} %", f"{row['tokens_per_second']:.1f}"]
-        )  # fmt: skip
+            [
+                row["predictor"],
+                percent(used / ahead if ahead else None),
+                percent(used / missed if ahead and missed else None),
+                percent(1 - row["late_hits"] / used if used else None),
+                percent(row["hit_rate"]),
+                percent(row["byte_hit_rate"]),
+                f"{row['tokens_per_second']:.1f}",
+            ]
+        )
     cells = "".join(
         "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in line) + "</tr>" for line in body
     )
@@ -232,7 +238,3 @@ def _key(colours: dict[str, str]) -> str:
 def _svg(content: str, height: float) -> str:
     width = _LEFT + _WIDTH + 70
     return f'<svg viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}">{content}</svg>'
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
