@@ -51,7 +51,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror native/src/*.* native/src/policies/* native/cuda/* tests/conformance/*.c tests/*.c tests/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror native/src/*.* native/src/policies/* native/src/predictors/* native/cuda/* tests/conformance/*.c tests/*.c tests/*.cpp
 
 clean:
 	rm -rf $(VENV) build/native build/conformance build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include

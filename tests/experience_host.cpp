@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MIT
+//
+// What foretelling is worth (native/src/experience.hpp), for test_experience.py.
+
+#include "experience.hpp"
+
+extern "C" {
+
+rotary::experience * experience_new() {
+    return new rotary::experience;
+}
+
+void experience_free(rotary::experience * its) {
+    delete its;
+}
+
+void experience_learn(rotary::experience * its, int distance, int rank, bool right) {
+    its->learn(distance, rank, right);
+}
+
+bool experience_trusts(rotary::experience * its, int distance, int rank) {
+    return its->trusts(distance, rank);
+}
+
+void experience_count_read(rotary::experience * its, size_t bytes) {
+    its->count_read(bytes);
+}
+
+void experience_count_layer(rotary::experience * its, double us) {
+    its->count_layer(us);
+}
+
+double experience_layer_us(rotary::experience * its) {
+    return its->layer_us();
+}
+
+int experience_depth(rotary::experience * its, size_t window) {
+    return its->depth(window);
+}
+
+void experience_count(rotary::experience * its, double gain_us, double cost_us) {
+    its->count_gain(gain_us);
+    its->count_cost(cost_us);
+}
+
+bool experience_pays(rotary::experience * its) {
+    return its->pays();
+}
+}
