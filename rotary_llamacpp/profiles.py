@@ -114,6 +114,7 @@ def load(path: str | os.PathLike[str]) -> Profile:
             raise ValueError(f"format {meta['format']}, {n_layers} layers")
         if pairs.shape != (n_layers - 1, n_expert, n_expert) or popularity.dtype.kind != "f":
             raise ValueError("arrays of different shapes")
+        popularity = np.ascontiguousarray(popularity, np.float32)  # the library reads it so
         layers = [int(layer) for layer in meta["layers"]]
         return Profile(layers, popularity, pairs, int(meta["n_tokens"]), dict(meta["about"]))
     except OSError as error:

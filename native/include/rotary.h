@@ -146,7 +146,7 @@ typedef struct rotary_config {
     const char * store;         // "auto", "mmap" or "direct"; NULL is "auto": direct where the experts do not fit into
                                 // the memory that is available
     int32_t      prefetch;      // 1 reads the experts that the next layers will probably want while the disk is idle
-    int32_t      adaptive;      // 1 lets slots move between layers, where lookups are resolved by the host
+    int32_t      adaptive;      // 1 lets slots move between layers, on a host inner device
     uint64_t     staging_bytes; // direct: memory for reads in flight; 0 for the default
     const char * pin;           // "auto", "on" or "off": whether experts may be page-locked where they lie, for a GPU to
                                 // read; NULL is "auto": if they take no more than 3/4 of the available memory

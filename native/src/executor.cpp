@@ -78,6 +78,8 @@ ggml_status executor::compute(ggml_cgraph * graph) {
     pool->count_reads(); // a reset of the counters is for what comes now
     pool->follow_memory();
     pool->move_a_slot(inner_);
+    pool->forget_guesses(); // at lookups that never came
+    looked_up_us_ = 0;      // what is between two graphs is no layer's time
 
     ggml_status status = pool->files_unchanged() ? run_nodes(*pool, graph) : GGML_STATUS_FAILED;
     if (status == GGML_STATUS_SUCCESS) {

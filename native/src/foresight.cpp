@@ -259,8 +259,8 @@ void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * no
 
     // As many layers ahead as fill the window of prefetches.
     std::vector<paged_layer *> layers, routed; // of these, those whose routers say it
-    const auto                 depth = (size_t) experience_.depth(store->prefetch_window());
-    for (paged_layer * next = layer.next; next != nullptr && layers.size() < depth; next = next->next) {
+    const int                  depth = experience_.depth(store->prefetch_window());
+    for (paged_layer * next = layer.next; next != nullptr && next->index - layer.index <= depth; next = next->next) {
         const bool by_router = !all && routers && next->gate.n_embd() == layer.gate.n_embd();
         if (next->table && !next->order.empty() && (all || by_router || pool.predictor() != nullptr)) {
             layers.push_back(next);

@@ -10,6 +10,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <map>
+#include <mutex>
 #include <sstream>
 #include <string>
 
@@ -96,22 +98,36 @@ host_memory host_memory_now() {
     return memory;
 }
 
-uint64_t host_memory_promised(const std::vector<memory_range> & except) {
+static std::mutex                           slots_mutex;
+static std::map<const void *, const void *> slots; // begin, end
+
+std::shared_ptr<void> host_memory_of_slots(const memory_range & range) {
+    const std::lock_guard<std::mutex> lock(slots_mutex);
+    slots[range.begin] = range.end;
+    return { range.begin, [](void * begin) {
+                const std::lock_guard<std::mutex> again(slots_mutex);
+                slots.erase(begin);
+            } };
+}
+
+uint64_t host_memory_promised() {
     static constexpr uint64_t stack_kib = 8 << 10; // and its guard page
 
     std::ifstream smaps("/proc/self/smaps");
     std::string   line;
     uint64_t      begin = 0, end = 0, kib = 0, promised = 0;
     bool          counts = false;
+
+    const std::lock_guard<std::mutex> lock(slots_mutex);
     while (std::getline(smaps, line)) {
         char     flags[5];
         uint64_t inode;
         if (sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %*x %*s %" SCNu64, &begin, &end, flags, &inode) == 4) {
-            const auto inside = [&](const memory_range & its) {
-                return begin < (uint64_t) its.end && end > (uint64_t) its.begin;
+            const auto inside = [&](const auto & its) {
+                return begin < (uint64_t) its.second && end > (uint64_t) its.first;
             };
             counts = flags[1] == 'w' && flags[3] == 'p' && inode == 0 && (end - begin) / 1024 > stack_kib + 4 &&
-                     std::none_of(except.begin(), except.end(), inside);
+                     std::none_of(slots.begin(), slots.end(), inside);
         } else if (counts && sscanf(line.c_str(), "Rss: %" SCNu64, &kib) == 1) {
             promised += end - begin > kib * 1024 ? end - begin - kib * 1024 : 0;
         }

@@ -5,7 +5,7 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 namespace rotary {
 
@@ -23,9 +23,11 @@ struct host_memory {
 host_memory host_memory_now();
 
 // Bytes of this process's own memory that it has asked for and not touched yet, such as the buffers of the first graph.
-// Large pieces only: threads' stacks are never touched whole. Our own slots and staging, which are touched on purpose or
-// not at all, are in `except`.
-uint64_t host_memory_promised(const std::vector<memory_range> & except);
+// Large pieces only: threads' stacks are never touched whole. Our own slots are left out.
+uint64_t host_memory_promised();
+
+// Slots, of any pool, are touched on purpose or not at all: known as such while the result lives.
+std::shared_ptr<void> host_memory_of_slots(const memory_range & range);
 
 // Share of the last ten seconds, in percent, in which something waited for memory: the kernel's pressure stall
 // information of this process's cgroup if it has one, else of the machine. 0 where the kernel keeps none.

@@ -151,12 +151,23 @@ ggml_backend_buffer_type_t pool::slot_buft(const paged_tensor & tensor) const {
     return ggml_backend_dev_buffer_type(inner_);
 }
 
-// Address space for the slots that layers may get from others; it costs nothing until it is touched.
-std::vector<int32_t> pool::with_room_to_move(std::vector<int32_t>         n_allocated,
+// Address space for the slots that layers may get from others. It costs nothing until it is touched, but systems refuse
+// more at once than there is memory: then layers may grow by less.
+std::vector<int32_t> pool::with_room_to_move(const std::vector<int32_t> & n_allocated,
                                              const std::vector<int32_t> & n_slots) const {
-    for (size_t i = 0; config.adaptive && inner_is_host_ && i < n_slots.size(); i++) {
-        if (n_slots[i] < layers_[i]->n_expert) {
-            n_allocated[i] = std::max(n_allocated[i], slot_split::most(n_slots[i], layers_[i]->n_expert));
+    const uint64_t available = host_memory_now().available;
+    for (int32_t part = 1; config.adaptive && inner_is_host_ && part <= 8; part *= 2) {
+        std::vector<int32_t> n_wanted = n_allocated;
+        uint64_t             bytes    = 0;
+        for (size_t i = 0; i < n_slots.size(); i++) {
+            if (n_slots[i] < layers_[i]->n_expert) {
+                const int32_t more = (slot_split::most(n_slots[i], layers_[i]->n_expert) - n_slots[i]) / part;
+                n_wanted[i]        = std::max(n_allocated[i], n_slots[i] + more);
+            }
+            bytes += layers_[i]->expert_bytes * n_wanted[i];
+        }
+        if (bytes <= available) {
+            return n_wanted;
         }
     }
     return n_allocated;
@@ -207,10 +218,10 @@ int32_t pool::prepare() {
         for (size_t i = 0; i < n_slots.size(); i++) {
             most_slot_bytes_ += sizes[i].expert_bytes * n_allocated[i];
         }
-        status_ = allocate(n_slots, with_room_to_move(n_allocated, n_slots));
-        if (status_ == ROTARY_ERR_MEMORY && config.adaptive && inner_is_host_) {
+        const std::vector<int32_t> with_room = with_room_to_move(n_allocated, n_slots);
+        status_                              = allocate(n_slots, with_room);
+        if (status_ == ROTARY_ERR_MEMORY && with_room != n_allocated) {
             const std::string why = last_error();
-            config.adaptive       = false;
             status_               = allocate(n_slots, n_allocated);
             if (status_ == ROTARY_OK) {
                 notice(format("%s: slots stay as they are divided between layers: no address space to move them (%s)",
@@ -297,7 +308,7 @@ void pool::release() {
     ids_context_.reset();
     ids_capacity_ = 0;
     scratch_.reset();
-    buffers_.clear();
+    free_slots();
     contexts_.clear();
     by_data_.clear();
     const std::lock_guard<std::mutex> lock(counter_mutex_);

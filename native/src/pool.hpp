@@ -198,6 +198,7 @@ class pool {
     // What is foretold from: the next layers' routers, and routings where those cannot be had or others are asked for.
     bool                applies_routers() const;
     rotary::predictor * predictor() const { return predictor_.get(); } // from routings; NULL if there is none
+    void                forget_guesses();
     void                no_router(const paged_layer & layer, const std::string & why); // that can be applied early
     std::string         predictor_name() const;
 
@@ -261,7 +262,7 @@ class pool {
   private:
     void                 build_layers();
     int32_t              allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated);
-    std::vector<int32_t> with_room_to_move(std::vector<int32_t>         n_allocated,
+    std::vector<int32_t> with_room_to_move(const std::vector<int32_t> & n_allocated,
                                            const std::vector<int32_t> & n_slots) const;
     void                 choose_policy();
     int32_t              fill_slots(paged_layer & layer, const std::vector<rotary_load> & loads);
@@ -283,8 +284,10 @@ class pool {
 
     void resize(uint64_t bytes);
     void start_split();
+    void free_slots();
     void choose_predictor();
     void make_predictor(const std::string & name);
+    void drop_predictor();
     bool has_experts_on_device() const;
     void touch(const paged_layer & layer, int32_t first, int32_t last);
     void give_back(const paged_layer & layer, int32_t first, int32_t last);
@@ -324,9 +327,9 @@ class pool {
     uint64_t                                   most_slot_bytes_ = 0; // that slots may grow to
     slot_split                                 split_;
     std::unique_ptr<rotary::predictor>         predictor_;
-    size_t                                     predicted_layers_ = 0; // that it was made for
-    bool                                       no_router_said_   = false;
-    std::string                                predictor_name_;       // guarded by counter_mutex_
+    std::pair<size_t, int32_t>                 predicted_;      // layers and experts that it was made for
+    bool                                       no_router_said_ = false;
+    std::string                                predictor_name_; // guarded by counter_mutex_
 
     struct locked_range {
         char *       begin;
@@ -356,6 +359,7 @@ class pool {
 
     std::vector<ggml_context_ptr>        contexts_;  // of the slot tensors, one for each buffer type
     std::vector<ggml_backend_buffer_ptr> buffers_;
+    std::vector<std::shared_ptr<void>>   known_;     // while the buffers live: host_memory_promised()
     ggml_context_ptr                     ids_context_;
     ggml_backend_buffer_ptr              ids_buffer_;
     int64_t                              ids_capacity_ = 0; // elements for each layer

@@ -183,8 +183,8 @@ void pool::reset_counters() {
         layer->stats             = fresh;
     }
     rotary_stats & t = totals_;
-    t.ram_hits = t.device_lookups = t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read = t.bytes_in_place =
-        t.read_us = t.stall_us = t.shrinks = 0;
+    t.slot_moves = t.ram_hits = t.device_lookups = t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read =
+        t.bytes_in_place = t.read_us = t.stall_us = t.shrinks = 0;
     t.predicted = t.predicted_right = t.prefetched = t.prefetch_used = t.late_hits = 0;
     reset_direct_                                                                  = true;
 }

@@ -28,10 +28,14 @@ std::string pool::predictor_name() const {
 
 // Slots have been allocated. What a predictor has learnt stays when they are allocated anew.
 void pool::choose_predictor() {
-    if (!config.prefetch || (direct_ == nullptr && !has_experts_on_device())) {
+    const bool by_device =
+        std::any_of(layers_.begin(), layers_.end(), [&](const auto & layer) { return resolves_on_device(*layer, 1); });
+    if (!config.prefetch || (direct_ == nullptr && !by_device)) {
+        drop_predictor();
+        learnt_.clear();
         return;
     }
-    if (has_experts_on_device()) {
+    if (by_device) {
         if (!applies_routers()) {
             notice(format("%s: the GPU resolves lookups itself, so what it copies ahead is named by the next layers' "
                           "routers, not by %s",
@@ -42,20 +46,31 @@ void pool::choose_predictor() {
         make_predictor(config.own_predictor != nullptr ? "own" : config.predictor);
         return;
     }
+    if (predictor_) {
+        make_predictor(best_without_router);
+        return;
+    }
     const std::lock_guard<std::mutex> lock(counter_mutex_);
-    predictor_name_ = predictor_name_.empty() ? router_predictor : predictor_name_;
+    predictor_name_ = router_predictor;
+}
+
+void pool::drop_predictor() {
+    predictor_.reset();
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    predictor_name_.clear();
 }
 
 void pool::make_predictor(const std::string & name) {
-    if (predictor_ && predicted_layers_ == layers_.size()) {
-        return;
-    }
     int32_t n_expert = 1;
     for (const auto & layer : layers_) {
         n_expert = std::max(n_expert, layer->n_expert);
     }
-    predictor_        = predictor_new(name, { (int32_t) layers_.size(), n_expert, config.own_predictor });
-    predicted_layers_ = layers_.size();
+    const std::pair<size_t, int32_t> shape{ layers_.size(), n_expert };
+    if (predictor_ && predicted_ == shape) {
+        return;
+    }
+    predictor_ = predictor_new(name, { (int32_t) layers_.size(), n_expert, config.own_predictor });
+    predicted_ = shape;
     for (const auto & layer : layers_) {
         const auto its = learnt_.find(layer->il);
         if (its != learnt_.end() && its->second.popularity.size() == (size_t) n_expert) {
@@ -68,7 +83,15 @@ void pool::make_predictor(const std::string & name) {
     }
     learnt_.clear(); // it has them
     const std::lock_guard<std::mutex> lock(counter_mutex_);
-    predictor_name_ += (predictor_name_.empty() ? "" : ", ") + name;
+    predictor_name_ = (applies_routers() ? std::string(router_predictor) + ", " : "") + name;
+}
+
+void pool::forget_guesses() {
+    for (const auto & layer : layers_) {
+        for (std::vector<guess> & guesses : layer->foretold) {
+            guesses.clear();
+        }
+    }
 }
 
 void pool::no_router(const paged_layer & layer, const std::string & why) {

@@ -38,15 +38,10 @@ uint64_t pool::free_bytes() const {
     uint64_t wanted = margin_bytes(total);
     uint64_t left   = free;
     if (inner_is_host_) { // the CPU backend reports all of the machine's memory as free
-        const host_memory         memory = host_memory_now();
-        std::vector<memory_range> ours;
-        for (const auto & buffer : buffers_) {
-            char * base = (char *) ggml_backend_buffer_get_base(buffer.get());
-            ours.push_back({ base, base + ggml_backend_buffer_get_size(buffer.get()) });
-        }
-        left = memory.available;
+        const host_memory memory = host_memory_now();
+        left                     = memory.available;
         // What graphs have not touched by now they seldom touch at once: half of it, and the margin, will do.
-        const uint64_t promised = host_memory_promised(ours);
+        const uint64_t promised = host_memory_promised();
         wanted                  = margin_bytes(memory.total) + (buffers_.empty() ? promised : promised / 2);
     }
     return left > wanted ? left - wanted : 0;
@@ -164,7 +159,7 @@ void pool::follow_memory() {
 
     const host_memory memory = host_memory_now();
     const uint64_t    margin = margin_bytes(memory.total);
-    const uint64_t    now    = totals_.slot_bytes;
+    const uint64_t    now    = totals_.slot_bytes + split_.spare();
     uint64_t          wanted = now;
     // Between half of the margin and one and a half nothing changes, so that sizes do not swing.
     if (memory.available < margin / 2 || (memory.available < margin && host_memory_pressure() > too_much)) {

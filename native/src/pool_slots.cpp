@@ -18,7 +18,7 @@ namespace rotary {
 
 int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated) {
     contexts_.clear();
-    buffers_.clear();
+    free_slots();
     generation_++;
     choose_policy();
 
@@ -77,13 +77,16 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
                                            ? allocate_in_place(buft)
                                            : ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);
         if (buffer == nullptr) {
-            buffers_.clear();
+            free_slots();
             return fail(ROTARY_ERR_MEMORY,
                         format("%s: no memory for %s of slots on %s; lower the budget", config.model.c_str(),
                                mib(slot_bytes).c_str(), ggml_backend_dev_name(inner_)));
         }
         buffers_.emplace_back(buffer);
-        if (!inner_is_host_) {
+        if (inner_is_host_) {
+            char * base = (char *) ggml_backend_buffer_get_base(buffer);
+            known_.push_back(host_memory_of_slots({ base, base + ggml_backend_buffer_get_size(buffer) }));
+        } else {
             // A GPU kernel may read past an expert's end into the next slot and multiply by zero: no NaN may be there.
             ggml_backend_buffer_clear(buffer, 0);
         }
@@ -108,6 +111,11 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
     lock.lock();
     totals_.slot_bytes = slot_bytes;
     return ROTARY_OK;
+}
+
+void pool::free_slots() {
+    known_.clear();
+    buffers_.clear();
 }
 
 // Of names that stay: figures are read while a graph runs.

@@ -4,6 +4,8 @@
 
 #include "split.hpp"
 
+#include <cmath>
+
 namespace rotary {
 
 slot_split::slot_split(const std::vector<layer_slots> & layers) {
@@ -35,11 +37,22 @@ void slot_split::resize(layer_use & its) {
 void slot_split::note(int32_t layer, const int32_t * ids, int32_t n_used, int32_t n_tokens) {
     static constexpr double  keep        = 0.99; // of what was, with each token
     static constexpr int32_t most_tokens = 16;   // of a prompt: the last
+    static constexpr double  less        = 0.02; // slots that a demand is forgotten by with each lookup
 
-    if (layers_.empty() || !layers_[layer].fewer) {
+    // One that wants all experts, as llama.cpp's warming up does, is nobody's routing.
+    if (layers_.empty() || !layers_[layer].fewer || n_used > layers_[layer].floor) {
         return;
     }
     layer_use & its = layers_[layer];
+    if (n_tokens <= most_tokens) { // several sequences at once: what they want must fit, or it is paged in waves
+        seen_.assign(its.now.n_expert, false);
+        int32_t n_distinct = 0;
+        for (int32_t i = 0; i < n_used * n_tokens; i++) {
+            n_distinct += !seen_[ids[i]];
+            seen_[ids[i]] = true;
+        }
+        its.demand = std::max(its.demand - less, (double) n_distinct);
+    }
     slot_ids_.resize(n_used);
     loads_.resize(n_used);
     for (int32_t t = std::max(0, n_tokens - most_tokens); t < n_tokens; t++) {
@@ -47,6 +60,7 @@ void slot_split::note(int32_t layer, const int32_t * ids, int32_t n_used, int32_
         its.saved *= keep;
         its.saved += its.fewer->resolve(row, nullptr, n_used, 1, slot_ids_.data(), loads_.data());
         its.saved -= its.more->resolve(row, nullptr, n_used, 1, slot_ids_.data(), loads_.data());
+        its.saved = std::max(its.saved, 0.0);
     }
 }
 
@@ -64,7 +78,7 @@ bool slot_split::propose(move & its) const {
         }
     }
     for (const layer_use & each : layers_) {
-        if (each.fewer && &each != to && each.now.n_slots > each.now.least &&
+        if (each.fewer && &each != to && each.now.n_slots > std::max((double) each.now.least, each.demand) &&
             (from == nullptr || each.worth() < from->worth())) {
             from = &each;
         }
@@ -77,7 +91,7 @@ bool slot_split::propose(move & its) const {
     its.from              = (int32_t) (from - layers_.data());
     its.to                = (int32_t) (to - layers_.data());
     its.n                 = (int32_t) ((wanted + from->now.expert_bytes - 1) / from->now.expert_bytes);
-    return from->now.n_slots - its.n >= from->now.least;
+    return from->now.n_slots - its.n >= std::max((double) from->now.least, from->demand);
 }
 
 void slot_split::moved(const move & its) {

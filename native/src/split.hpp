@@ -12,7 +12,6 @@
 #include "slots.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -48,16 +47,19 @@ class slot_split {
     bool propose(move & its) const; // at the most one is worth it; false if none
     void moved(const move & its);
 
+    uint64_t spare() const { return spare_; }
+
   private:
     struct layer_use {
         layer_slots                 now;
-        int32_t                     floor = 0; // one token's experts
+        int32_t                     floor = 0;  // one token's experts
         std::unique_ptr<slot_table> fewer, more;
-        double                      saved = 0; // misses by more slots, a token's counting less with each
+        double                      saved  = 0; // misses by more slots, a token's counting less with each
+        double                      demand = 0; // slots that lookups of few tokens want, lately
 
-        double unit() const;                   // misses a byte of a slot, of a miss saved
+        double unit() const;                    // misses a byte of a slot, of a miss saved
         double worth() const { return saved * unit(); }
-        double variance() const { return std::abs(saved) * unit() * unit(); }
+        double variance() const { return saved * unit() * unit(); }
     };
 
     void resize(layer_use & its);
@@ -65,6 +67,7 @@ class slot_split {
     std::vector<layer_use>   layers_;
     std::vector<int32_t>     slot_ids_;
     std::vector<rotary_load> loads_;
+    std::vector<bool>        seen_;
     uint64_t                 spare_ = 0; // bytes that moves have left over
 };
 
