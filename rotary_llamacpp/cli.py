@@ -328,28 +328,46 @@ def simulate(
     show_default=True,
     help="File of rotary profile to store; auto is the one beside IN, or what IN has; off is none.",
 )
+@click.option(
+    "--experts", metavar="TYPE", help="Quantise the experts: Q3_K, IQ4_XS, ...  [default: as they are]"
+)
+@click.option("--rest", metavar="TYPE", help="Quantise all other weights.  [default: as they are]")
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="Type of tensors whose name has this regular expression; the first that fits counts, before the two "
+    "above.",
+)
+@click.option(
+    "--imatrix", type=click.Path(), help="Importance matrix to quantise with, a GGUF of llama-imatrix."
+)
 @click.option("--verify", is_flag=True, help="Read all of it again and compare every tensor.")
 @click.option("--force", is_flag=True, help="Replace OUT.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.option("--no-progress", is_flag=True, help="Show no progress on a terminal.")
 def convert_(
-    source: str, out: str, split_size: str | None, alignment: int, profile: str, verify: bool, force: bool,
-    dry_run: bool, no_progress: bool,
+    source: str, out: str, split_size: str | None, alignment: int, profile: str, experts: str | None,
+    rest: str | None, types: tuple[str, ...], imatrix: str | None, verify: bool, force: bool, dry_run: bool,
+    no_progress: bool,
 ) -> None:  # fmt: skip
     """Write a model again as paging wants it: experts together and page-aligned.
 
-    IN is a GGUF, or the first of its shards. OUT is a GGUF that stock llama.cpp loads too, with the same
+    IN is a GGUF, the first of its shards, or a Hugging Face folder of safetensors. OUT is a GGUF that stock llama.cpp loads too, with the same
     output.
     Interrupted, the same command goes on where it was.
     """
     with _one_line_errors():
         from .convert import Options, convert
         from .live import bars
+        from .quantising import Wish
 
         options = Options(
             alignment=alignment,
             split_bytes=None if split_size is None else parse_bytes(split_size),
             profile=profile,
+            wish=Wish(experts, rest, types, imatrix),
             verify=verify,
             force=force,
         )

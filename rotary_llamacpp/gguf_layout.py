@@ -281,6 +281,7 @@ def lay_out(
     alignment: int = PAGE,
     split_bytes: int | None = None,
     changes: Mapping[str, bytes | None] | None = None,
+    described_by: Sequence[GGUFHeader] | None = None,
 ) -> Layout:
     """Plan the files of a converted model.
 
@@ -294,6 +295,8 @@ def lay_out(
         A file has at most so many bytes, unless its only tensor has more.
     changes : mapping, optional
         As for `metadata_of`.
+    described_by : sequence of GGUFHeader, optional
+        Whose metadata the result has; that of `headers` otherwise.
 
     Raises
     ------
@@ -308,7 +311,7 @@ def lay_out(
             f"give {PAGE}"
         )
     weights = weights_of(headers)
-    fields, notes = metadata_of(headers, alignment, changes or {})
+    fields, notes = metadata_of(described_by or headers, alignment, changes or {})
     joined = sum(len(weight.pieces) > 1 for weight in weights)
     groups = [weights] if split_bytes is None else _shards(weights, fields, alignment, split_bytes)
     if len(groups) > _MOST_SHARDS:

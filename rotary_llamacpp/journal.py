@@ -27,6 +27,16 @@ def identity(path: Path) -> list[Any]:
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
+def note_path(out: Path) -> Path:
+    """Where the journal of a conversion to `out` is."""
+    return part(out).with_name(part(out).name + ".json")
+
+
+def exists(out: Path) -> bool:
+    """Whether a conversion to `out` can go on."""
+    return note_path(out).exists()
+
+
 class Journal:
     """``OUT.part.json``: what is being made out of what, and how many bytes of it are durable.
 
@@ -35,7 +45,7 @@ class Journal:
     """
 
     def __init__(self, out: Path, subject: Mapping[str, Any]) -> None:
-        self.path = part(out).with_name(part(out).name + ".json")
+        self.path = note_path(out)
         self.subject = json.loads(json.dumps(subject))
         self.stages: dict[str, Any] = {}  # temporary inputs that are whole, by name
         self.done = [0, 0]  # file, bytes of it
@@ -72,7 +82,7 @@ class Journal:
         digest = hashlib.sha256()
         for output in layout.outputs:
             digest.update(f"{output.path}\n{output.n_bytes}\n".encode() + output.header)
-        there = (_size(part(output.path)) == output.n_bytes for output in layout.outputs)
+        there = (size(part(output.path)) == output.n_bytes for output in layout.outputs)
         n_needed = self.done[0] + (self.done[1] > 0)
         if self._layout != digest.hexdigest() or not all(itertools.islice(there, n_needed)):
             self.done = [0, 0]
@@ -107,10 +117,10 @@ class Journal:
 
 def missing_bytes(layout: Layout) -> int:
     """Disk space that is still to be taken."""
-    return sum(max(0, output.n_bytes - _size(part(output.path))) for output in layout.outputs)
+    return sum(max(0, output.n_bytes - size(part(output.path))) for output in layout.outputs)
 
 
-def _size(path: Path) -> int:
+def size(path: Path) -> int:
     """0 where there is no file."""
     try:
         return path.stat().st_size
