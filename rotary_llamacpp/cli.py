@@ -354,13 +354,13 @@ def convert_(
 ) -> None:  # fmt: skip
     """Write a model again as paging wants it: experts together and page-aligned.
 
-    IN is a GGUF, the first of its shards, or a Hugging Face folder of safetensors. OUT is a GGUF that stock llama.cpp loads too, with the same
-    output.
-    Interrupted, the same command goes on where it was.
+    IN is a GGUF, the first of its shards, or a Hugging Face folder of safetensors. OUT is a GGUF that stock
+    llama.cpp loads too, with the same output unless it is quantised. Interrupted, the same
+    command goes on where it was.
     """
     with _one_line_errors():
+        from .bars import bars
         from .convert import Options, convert
-        from .live import bars
         from .quantising import Wish
 
         options = Options(

@@ -129,27 +129,24 @@ def _convert(source: Path, out: Path, options: Options, dry_run: bool, say: Say,
         say("what is in that is known then")
         return [out]
     _check_folder(out.parent, n_bytes)
-    # What is quantised and copied is named by this file, so that an interrupted conversion goes on with it.
     made = journals.part(out.with_name(out.name + ".folder"))
-    noted = journals.part(out.with_name(out.name + ".folder.json"))
+    noted = journals.part(out.with_name(out.name + ".folder.json"))  # is there once the other is whole
     subject = json.dumps([journals.identity(file) for file in files])
-    keep = made.is_file() and noted.is_file() and noted.read_text() == subject
+    keep = False
     try:
-        if keep:
+        if made.is_file() and noted.is_file() and noted.read_text() == subject:
             say("going on with the GGUF that was made of it")
         else:
+            noted.unlink(missing_ok=True)
             with bar("read safetensors", n_bytes):
                 folders.to_gguf(source, made)
             noted.write_text(subject)
-            keep = True
         return _convert_files(read_shards(made), source, out, options, dry_run, say, bar)
     except KeyboardInterrupt:
-        raise
-    except BaseException:
-        keep = False
+        keep = noted.is_file()
         raise
     finally:
-        if not keep or not journals.exists(out):
+        if not keep:
             made.unlink(missing_ok=True)
             noted.unlink(missing_ok=True)
 
@@ -248,7 +245,7 @@ class _Work:
         return read_header(self.quantised)
 
     def _lay_out(self, headers: list[GGUFHeader]) -> Layout:
-        changes: dict[str, bytes | None] = {HISTORY_KEY: _history(self.headers, self.options)}
+        changes: dict[str, bytes | None] = {HISTORY_KEY: _history(self.headers, self.source, self.options)}
         changes[PROFILE_KEY] = _profile(self.source, self.options)
         if not changes[PROFILE_KEY] and self.options.profile == "auto":
             del changes[PROFILE_KEY]  # what the source has stays
@@ -287,12 +284,12 @@ def _profile(source: Path, options: Options) -> bytes | None:
     return encode(PROFILE_KEY, path.read_bytes())
 
 
-def _history(headers: list[GGUFHeader], options: Options) -> bytes:
+def _history(headers: list[GGUFHeader], source: Path, options: Options) -> bytes:
     raw = raw_fields(headers[0]).get(HISTORY_KEY)
     before = array_strings(raw, HISTORY_KEY) if raw else []
     n_bytes = sum(header.n_bytes for header in headers)
     line = (
-        f"rotary-llamacpp {_version()}: {headers[0].path.name}, {n_bytes} bytes in {len(headers)} "
+        f"rotary-llamacpp {_version()}: {source.name}, {n_bytes} bytes in {len(headers)} "
         f"file{'s' * (len(headers) > 1)}; alignment {options.alignment}"
         + (f"; {options.wish}" if options.wish else "")
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Makes a GGUF of a Hugging Face folder with the converter of the pinned llama.cpp source, in its own process.
+"""Makes a GGUF of a Hugging Face folder with the converter of the pinned llama.cpp source, as a program.
 
 That converter knows the architectures; nothing of it is repeated here. It is no part of a wheel, so that the
 source must be there: ROTARY_LLAMA_CPP_DIR, or build/sdist of a checkout, where ``make setup`` unpacks it.
@@ -31,11 +31,11 @@ def weights_of(folder: Path) -> list[Path]:
         It is no folder of a model.
     """
     found = sorted(folder.glob("*.safetensors"))
-    if not found or not (folder / "config.json").is_file():
+    config = (folder / "config.json").is_file()
+    if not found or not config:
         raise ModelError(
-            f"{folder}: {len(found)} safetensors files and "
-            f"{'a' if (folder / 'config.json').is_file() else 'no'} config.json; a Hugging Face model has both; "
-            "give its folder, or a GGUF file"
+            f"{folder}: {len(found)} safetensors files and {'a' if config else 'no'} config.json; "
+            "a Hugging Face model has both; give its folder, or a GGUF file"
         )
     return found
 
@@ -53,8 +53,8 @@ def converter() -> Path:
     source = Path(os.environ.get("ROTARY_LLAMA_CPP_DIR", unpacked))
     if not (source / _SCRIPT).is_file():
         raise RotaryError(
-            f"{source / _SCRIPT}: not there; safetensors are read by the converter of llama.cpp's source; run "
-            f"`make setup` in a checkout, or set ROTARY_LLAMA_CPP_DIR to vendor/llama.cpp of the "
+            f"{source / _SCRIPT}: not there; safetensors are read by the converter of llama.cpp's source; "
+            f"run `make setup` in a checkout, or set ROTARY_LLAMA_CPP_DIR to vendor/llama.cpp of the "
             f"llama-cpp-python {pinned.LLAMA_CPP_PYTHON} sdist"
         )
     missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]

@@ -71,30 +71,6 @@ def watching(off: bool = False, panel: bool = False) -> Iterator[Watcher | None]
             yield watcher
 
 
-def bars(
-    off: bool = False,
-) -> Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], object]]]:
-    """Makes bars of bytes with rate and time left, on standard error; ones that show nothing if that is no
-    terminal, or `off`.
-    """
-
-    @contextlib.contextmanager
-    def bar(what: str, n_bytes: int) -> Iterator[Callable[[int], object]]:
-        hidden = off or not sys.stderr.isatty()
-        with tqdm(
-            total=n_bytes,
-            desc=what,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            leave=False,
-            disable=hidden,
-        ) as made:
-            yield made.update
-
-    return bar
-
-
 def _why_no_panel() -> str | None:
     if not sys.stderr.isatty():
         return "standard error is not a terminal"

@@ -107,7 +107,7 @@ def rules(wish: Wish, headers: Sequence[GGUFHeader]) -> list[tuple[str, int]]:
 
 
 def announced(wish: Wish) -> int | None:
-    """What general.file_type becomes: the experts' type, else the rest's; None where only patterns are given."""
+    """What general.file_type becomes: the experts' type, else the rest's; None with patterns alone."""
     kind = wish.experts or wish.rest
     if kind is None:
         return None
