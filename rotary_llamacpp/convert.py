@@ -29,7 +29,6 @@ from .gguf_layout import PAGE, Layout, lay_out
 from .info import read_shards
 from .quantising import Wish
 
-PROFILE_KEY = "rotary.profile"  # array of bytes: the archive that profiles.py writes
 HISTORY_KEY = "rotary.convert.history"  # array of strings: one line a conversion, the oldest first
 _LONGEST_HISTORY = 32
 _MIB = 1 << 20
@@ -246,9 +245,9 @@ class _Work:
 
     def _lay_out(self, headers: list[GGUFHeader]) -> Layout:
         changes: dict[str, bytes | None] = {HISTORY_KEY: _history(self.headers, self.source, self.options)}
-        changes[PROFILE_KEY] = _profile(self.source, self.options)
-        if not changes[PROFILE_KEY] and self.options.profile == "auto":
-            del changes[PROFILE_KEY]  # what the source has stays
+        changes[profiles.KEY] = _profile(self.source, self.options)
+        if not changes[profiles.KEY] and self.options.profile == "auto":
+            del changes[profiles.KEY]  # what the source has stays
         if self.options.wish:
             if (number := quantising.announced(self.options.wish)) is not None:
                 changes["general.file_type"] = encode("general.file_type", number)
@@ -281,11 +280,11 @@ def _profile(source: Path, options: Options) -> bytes | None:
     if options.profile == "auto" and not path.is_file():
         return None
     profiles.load(path)  # so that nothing else is stored
-    return encode(PROFILE_KEY, path.read_bytes())
+    return encode(profiles.KEY, path.read_bytes())
 
 
 def _history(headers: list[GGUFHeader], source: Path, options: Options) -> bytes:
-    raw = raw_fields(headers[0]).get(HISTORY_KEY)
+    raw = raw_fields(headers[0], [HISTORY_KEY]).get(HISTORY_KEY)
     before = array_strings(raw, HISTORY_KEY) if raw else []
     n_bytes = sum(header.n_bytes for header in headers)
     line = (

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .gguf_header import GGUFHeader
 
@@ -30,11 +30,13 @@ def encode(key: str, value: int | str | bytes | Sequence[str], kind: str = "I") 
     return name + struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text_bytes, value))
 
 
-def raw_fields(header: GGUFHeader) -> dict[str, bytes]:
-    """The encoded fields of a file, by key."""
+def raw_fields(header: GGUFHeader, keys: Collection[str] | None = None) -> dict[str, bytes]:
+    """The encoded fields of a file, by key; only those of `keys` if given."""
     with open(header.path, "rb") as file:
         found = {}
         for entry in header.fields:
+            if keys is not None and entry.key not in keys:
+                continue
             file.seek(entry.start)
             found[entry.key] = file.read(entry.end - entry.start)
         return found
