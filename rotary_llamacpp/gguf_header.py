@@ -178,8 +178,8 @@ class _Cursor:
             raise self.damaged(f"a name of {length} bytes")
         self.advance(length)
         name = self.data[self.at - length : self.at].decode("utf-8", "replace")
-        if name in known:
-            raise self.damaged(f"{name!r} a second time")
+        if name in known or not name.isprintable():
+            raise self.damaged(f"{name!r} a second time" if name in known else f"{name!r} as a name")
         return name
 
     def value(self, kind: int) -> Any:
