@@ -151,7 +151,8 @@ SMALL = small_model()
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     changes=st.lists(
-        st.tuples(st.integers(4, len(SMALL) - 1), st.sampled_from([0, 1, 8, 9, 10, 0x7F, 0x80, 0xFF])), max_size=4
+        st.tuples(st.integers(4, len(SMALL) - 1), st.sampled_from([0, 1, 8, 9, 10, 0x7F, 0x80, 0xFF])),
+        max_size=4,
     ),
     n_bytes=st.one_of(st.just(len(SMALL)), st.integers(0, len(SMALL))),
 )
