@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Speed of `rotary convert` against `cp`, and of paging from the converted model against the original.
 
-Copying: cp, cp with sync of its result, and the whole command, which syncs too, in turn, each onto a quiet
-disk; with the source in the page cache and not. Paging: by direct reads, random tokens, in turn.
+Copying: cp, cp with sync of its result, and converting, which syncs too and is timed without the half second
+that Python takes to start; in turn, each onto a quiet disk; with the source in the page cache and not.
+Paging: by direct reads, random tokens, in turn.
 
     python benchmarks/convert.py                            a model of the generator's, of 2 GiB
     python benchmarks/convert.py MODEL --budget 25%
@@ -22,31 +23,45 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
 
-from benchmarks.common import MIB, MODELS, ROOT, cpu_name, in_process, synthetic
+from benchmarks.common import MIB, MODELS, cpu_name, in_process, synthetic
 from benchmarks.disks import drop, fill_cache
 
 
-def copies(source: Path, target: Path) -> dict[str, list[list[str]]]:
-    """The commands of each way to copy."""
-    convert = [sys.executable, "-m", "rotary_llamacpp.cli", "convert", str(source), str(target)]
+def timed(source: str, target: str, verify: bool) -> dict:
+    """Convert, in this process; how long it took."""
+    from rotary_llamacpp.convert import Options, convert
+
+    begin = time.perf_counter()
+    convert(source, target, Options(verify=verify))
+    return {"seconds": time.perf_counter() - begin}
+
+
+def ways(source: Path, target: Path) -> dict[str, Callable[[], float]]:
+    """Each way to copy; returns seconds."""
     plain = ["cp", str(source), str(target)]
+
+    def programs(*commands: list[str]) -> float:
+        begin = time.perf_counter()
+        for command in commands:
+            subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - begin
+
+    def ours(verify: bool) -> float:
+        return in_process("benchmarks.convert", "timed", str(source), str(target), verify)["seconds"]
+
     return {
-        "cp": [plain],
-        "cp, sync": [plain, ["sync", str(target)]],
-        "rotary convert": [convert],
-        "rotary convert --verify": [[*convert, "--verify"]],
+        "cp": lambda: programs(plain),
+        "cp, sync": lambda: programs(plain, ["sync", str(target)]),
+        "rotary convert": lambda: ours(False),
+        "rotary convert --verify": lambda: ours(True),
     }
 
 
-def time_of(commands: list[list[str]], target: Path) -> float:
-    """Seconds that they take together, from a disk that has nothing left to write."""
+def quiet(target: Path) -> None:
+    """Remove what a way has written, and wait until the disk has nothing left to write."""
     target.unlink(missing_ok=True)
     os.sync()
     time.sleep(1)
-    begin = time.perf_counter()
-    for command in commands:
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    return time.perf_counter() - begin
 
 
 def copying(
@@ -55,10 +70,10 @@ def copying(
     """MiB/s of each way and round; `prepare` is done with the source before each."""
     rates: dict[str, list[float]] = {}
     for _ in range(rounds):
-        for name, commands in copies(source, target).items():
+        for name, way in ways(source, target).items():
+            quiet(target)
             prepare(source)
-            seconds = time_of(commands, target)
-            rates.setdefault(name, []).append(source.stat().st_size / MIB / seconds)
+            rates.setdefault(name, []).append(source.stat().st_size / MIB / way())
     return rates
 
 
@@ -170,7 +185,8 @@ def main(
         if only != "paging":
             copy_table(source, target, rounds)
         if only != "copy":
-            time_of(copies(source, target)["rotary convert"], target)
+            quiet(target)
+            ways(source, target)["rotary convert"]()
             paging_table(source, target, rounds, budget, n_decode, threads)
     finally:
         target.unlink(missing_ok=True)

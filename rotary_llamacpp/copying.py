@@ -261,6 +261,8 @@ def verify(layout: Layout, sources: Sequence[Path], progress: Progress = lambda 
             for move in moves(output):
                 for begin in range(0, move.n_bytes, _BUFFER_BYTES):
                     n_bytes = min(_BUFFER_BYTES, move.n_bytes - begin)
+                    _soon(fd, move.to + begin + n_bytes)
+                    _soon(fds[move.source], move.at + begin + n_bytes)
                     n_ours = _read_into(fd, ours[:n_bytes], move.to + begin)
                     n_theirs = _read_into(fds[move.source], theirs[:n_bytes], move.at + begin)
                     if n_ours != n_theirs or not np.array_equal(ours[:n_ours], theirs[:n_ours]):
@@ -270,6 +272,12 @@ def verify(layout: Layout, sources: Sequence[Path], progress: Progress = lambda 
                             f"bytes from {move.to + begin}; a copy is equal; check disk and memory, try again"
                         )
                     progress(n_bytes)
+
+
+def _soon(fd: int, at: int) -> None:
+    """Have the disk read on while what is there is compared; its own read-ahead is short."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, at, 2 * _BUFFER_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _read_into(fd: int, view: NDArray[np.uint8], at: int) -> int:

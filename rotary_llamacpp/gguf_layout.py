@@ -138,13 +138,13 @@ def _direct_lines(experts: Sequence[tuple[Weight, int]]) -> list[str]:
                 others[each] = others.get(each, 0) + 1
     lines = [f"direct reads    {aligned} of {total} expert matrices are whole pages of {PAGE} bytes"]
     for each, count in sorted(others.items()):
-        if each % PAGE:
-            why = "no multiple of a page, " + (
-                f"but of a sector of {SECTOR}" if each % SECTOR == 0 else f"nor of a sector of {SECTOR}"
-            )
+        if each % SECTOR:
+            why = f"no multiple of a sector of {SECTOR}: read with their neighbours' edges"
+        elif each % PAGE:
+            why = f"no multiple of a page, but of {SECTOR}: whole where the disk's sectors are so"
         else:
             why = "whole pages, but do not begin on one"
-        lines.append(f"                {count} are {each} bytes: {why}; read with their neighbours' edges")
+        lines.append(f"                {count} are {each} bytes: {why}")
     return lines
 
 
