@@ -196,6 +196,7 @@ class _Work:
         subject = {
             "sources": [journals.identity(header.path) for header in self.headers],
             "options": {k: v for k, v in asdict(self.options).items() if k not in ("verify", "force")},
+            "imatrix": journals.identity(Path(imatrix)) if (imatrix := self.options.wish.imatrix) else None,
             "version": _version(),
         }
         journal = journals.Journal(self.out, subject)
