@@ -55,7 +55,7 @@ lint: $(VENV)/.lint
 
 clean:
 	rm -rf $(VENV) build/native build/conformance build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include
-	rm -rf *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find rotary_llamacpp models tests -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- set up --------------------------------------------------------------------------------------------------------

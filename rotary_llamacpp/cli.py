@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command ``rotary``: thin click commands over the package, and nothing else.
+"""The command ``rotary``: thin click commands over the package, and nothing else; long for its many options.
 
 Exit status: 0 done, 1 the doctor found a failure, 2 bad input (one line on stderr), 130 interrupted.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import click
 
-from .config import PINS, SPLITS, STORES, RotaryConfig
+from .config import PINS, SPLITS, STORES, RotaryConfig, parse_bytes
 from .errors import LibraryError, RotaryError
 from .policies import AUTO, NATIVE
 from .predictors import NAMES as PREDICTORS
@@ -315,6 +315,68 @@ def simulate(
             click.echo(json.dumps(rows))
         else:
             click.echo("\n".join(table(rows)))
+
+
+@main.command("convert", epilog=_example("rotary convert model-00001-of-00009.gguf paged.gguf --dry-run"))
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT")
+@click.option("--split-size", metavar="SIZE", help="Most bytes of a file, such as 40GB.  [default: one file]")
+@click.option("--alignment", default=4096, show_default=True, help="Of every tensor, in bytes.")
+@click.option(
+    "--profile",
+    default="auto",
+    show_default=True,
+    help="File of rotary profile to store; auto is the one beside IN, or what IN has; off is none.",
+)
+@click.option(
+    "--experts", metavar="TYPE", help="Quantise the experts: Q3_K, IQ4_XS, ...  [default: as they are]"
+)
+@click.option("--rest", metavar="TYPE", help="Quantise all other weights.  [default: as they are]")
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="Type of tensors whose name has this regular expression; the first that fits counts, before the two "
+    "above.",
+)
+@click.option(
+    "--imatrix", type=click.Path(), help="Importance matrix to quantise with, a GGUF of llama-imatrix."
+)
+@click.option("--verify", is_flag=True, help="Read all of it again and compare every tensor.")
+@click.option("--force", is_flag=True, help="Replace OUT.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
+@click.option("--no-progress", is_flag=True, help="Show no progress on a terminal.")
+def convert_(
+    source: str, out: str, split_size: str | None, alignment: int, profile: str, experts: str | None,
+    rest: str | None, types: tuple[str, ...], imatrix: str | None, verify: bool, force: bool, dry_run: bool,
+    no_progress: bool,
+) -> None:  # fmt: skip
+    """Write a model again as paging wants it: experts together and page-aligned.
+
+    IN is a GGUF, the first of its shards, or a Hugging Face folder of safetensors. OUT is a GGUF that stock
+    llama.cpp loads too, with the same output unless it is quantised. Interrupted, the same
+    command goes on where it was.
+    """
+    with _one_line_errors():
+        from .bars import bars
+        from .convert import Options, convert
+        from .quantising import Wish
+
+        options = Options(
+            alignment=alignment,
+            split_bytes=None if split_size is None else parse_bytes(split_size),
+            profile=profile,
+            wish=Wish(experts, rest, types, imatrix),
+            verify=verify,
+            force=force,
+        )
+        paths = convert(
+            source, out, options, dry_run=dry_run, say=lambda line: click.echo(line, err=not dry_run),
+            bar=bars(off=no_progress),
+        )  # fmt: skip
+        if not dry_run:
+            click.echo(str(paths[0]))
 
 
 @main.command("report", epilog=_example("rotary report model.trace -o report.html"))

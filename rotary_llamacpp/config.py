@@ -170,7 +170,7 @@ class RotaryConfig:
         where they serve more, on the CPU; ``"even"``, evenly for good.
     profile : str
         What slots begin with: ``"auto"``, what the file that ``rotary profile`` has written beside the model
-        says, if there is one; a profile's path; or ``"off"``.
+        says, or what ``rotary convert`` has stored in it, if there is one; a profile's path; or ``"off"``.
     verbose : bool
         Say what was chosen in one line on the logger ``rotary_llamacpp``. Warnings are always logged.
     """

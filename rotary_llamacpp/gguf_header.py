@@ -3,7 +3,7 @@
 
 gguf.GGUFReader is not used for this: it makes several numpy arrays per vocabulary entry (tens of seconds for
 a vocabulary of 150 000) and loops for hours on a damaged count. Here every count is checked against the bytes
-that are left, so a damaged file ends in a ModelError at once.
+that are left, and names against those before: a damaged file ends in a ModelError at once, whatever its size.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -14,6 +14,7 @@ import itertools
 import mmap
 import os
 import struct
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,14 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING = 8
 _ARRAY = 9
 _LONGEST_KEPT_ARRAY = 4096  # per-layer values are kept, vocabularies are walked over
+_LONGEST_NAME = 65535  # bytes of a key or of a tensor's name, as the format has it
+_LONGEST_KEPT_STRING = 1 << 24  # bytes; chat templates are some thousand
+_MOST_STRINGS = 1 << 22  # in arrays of one header; large vocabularies with merges are under a million
+_LARGEST = 1 << 29  # bytes of metadata; those of large vocabularies are some ten million
 _SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 _TYPE_NAMES = {int(kind): kind.name for kind in GGML_QUANT_SIZES}
+_SIZES.setdefault(42, (64, 18))  # of the pinned llama.cpp, and not yet in every gguf package
+_TYPE_NAMES.setdefault(42, "Q2_0")
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,32 @@ class TensorInfo:
     type_name: str
     offset: int
     n_bytes: int
+    type_number: int
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where one key and its value lie in the file, from byte `start` to before byte `end`."""
+
+    key: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """Metadata and tensors of one file. Arrays of strings, and arrays of over 4096 values, are left out."""
+    """Metadata and tensors of one file.
+
+    `metadata` leaves out arrays of strings, arrays of over 4096 values and strings of over 16 MiB; `fields`
+    has all, as ranges of the file.
+    """
 
     path: Path
     n_bytes: int
     metadata: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
+    fields: tuple[Field, ...]
+    alignment: int
 
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
@@ -84,6 +107,7 @@ class _Cursor:
         self.data = data
         self.size = len(data)
         self.at = 4
+        self.strings = 0  # passed over in arrays
 
     def header(self) -> GGUFHeader:
         version = self.scalar("I")
@@ -92,18 +116,27 @@ class _Cursor:
                 f"{self.path}: GGUF version {version:#x}; 2 and 3 are supported; convert it again"
             )
         n_tensors, n_fields = self.count(24), self.count(12)
-        metadata = {}
+        metadata: dict[str, Any] = {}
+        fields: dict[str, Field] = {}
         for _ in range(n_fields):
-            key = self.string()
+            start = self.at
+            key = self.name(fields)
             value = self.value(self.scalar("I"))
+            if self.at > _LARGEST:
+                raise self.damaged(f"metadata of over {_LARGEST} bytes")
+            fields[key] = Field(key, start, self.at)
             if value is not None:
                 metadata[key] = value
-        entries = [self.tensor_entry() for _ in range(n_tensors)]
-        alignment = int(metadata.get("general.alignment", 32))
-        if alignment < 1:
-            raise self.damaged(f"alignment is {alignment}")
+        entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        for _ in range(n_tensors):
+            entry = self.tensor_entry(entries)
+            entries[entry[0]] = entry
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self.damaged(f"alignment is {alignment!r}, no power of two,")
         start = -(-self.at // alignment) * alignment
-        return GGUFHeader(self.path, self.size, metadata, self.placed(entries, start))
+        tensors = self.placed(list(entries.values()), start)
+        return GGUFHeader(self.path, self.size, metadata, tensors, tuple(fields.values()), alignment)
 
     def placed(
         self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int
@@ -126,17 +159,28 @@ class _Cursor:
                     f"the file has {self.size}; download or convert it again"
                 )
             tensors.append(
-                TensorInfo(name, shape, _TYPE_NAMES.get(kind, f"type {kind}"), start + offset, n_bytes)
+                TensorInfo(name, shape, _TYPE_NAMES.get(kind, f"type {kind}"), start + offset, n_bytes, kind)
             )
         return tuple(tensors)
 
-    def tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.string()
+    def tensor_entry(self, known: Container[str]) -> tuple[str, tuple[int, ...], int, int]:
+        name = self.name(known)
         n_dims = self.scalar("I")
         if n_dims > 8:
             raise self.damaged(f"tensor {name!r} has {n_dims} dimensions")
         shape = tuple(self.scalar("Q") for _ in range(n_dims))
         return name, shape, self.scalar("I"), self.scalar("Q")
+
+    def name(self, known: Container[str]) -> str:
+        """A key or a tensor's name, which are not empty and differ; in a damaged file they soon do not."""
+        length = self.scalar("Q")
+        if not 0 < length <= _LONGEST_NAME:
+            raise self.damaged(f"a name of {length} bytes")
+        self.advance(length)
+        name = self.data[self.at - length : self.at].decode("utf-8", "replace")
+        if name in known or not name.isprintable():
+            raise self.damaged(f"{name!r} a second time" if name in known else f"{name!r} as a name")
+        return name
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -147,8 +191,7 @@ class _Cursor:
             raise self.damaged(f"unknown value type {kind}")
         item = self.scalar("I")
         if item == _STRING:
-            for _ in range(self.count(8)):
-                self.advance(self.scalar("Q"))
+            self.pass_strings(self.count(8))
             return None
         if item not in _SCALARS:
             raise self.damaged(f"unknown array item type {item}")
@@ -160,6 +203,19 @@ class _Cursor:
             return None
         return list(struct.unpack_from(f"<{n_items}{_SCALARS[item]}", self.data, at))
 
+    def pass_strings(self, n_items: int) -> None:
+        self.strings += n_items
+        if self.strings > _MOST_STRINGS:
+            raise self.damaged(f"{self.strings} strings in arrays, over {_MOST_STRINGS}")
+        at, size, data, length_at = self.at, self.size, self.data, struct.Struct("<Q").unpack_from
+        for _ in range(n_items):
+            if at > size - 8:
+                self.at = at
+                raise self.damaged("8 bytes wanted")
+            at += 8 + length_at(data, at)[0]
+        self.at = min(at, size)
+        self.advance(at - self.at)
+
     def count(self, item_bytes: int) -> int:
         """A number of items, each of at least `item_bytes`, that must still fit into the file."""
         n_items = self.scalar("Q")
@@ -167,10 +223,12 @@ class _Cursor:
             raise self.damaged(f"{n_items} items announced")
         return int(n_items)
 
-    def string(self) -> str:
+    def string(self) -> str | None:
         length = self.scalar("Q")
         at = self.at
         self.advance(length)
+        if length > _LONGEST_KEPT_STRING:
+            return None
         return self.data[at : self.at].decode("utf-8", "replace")
 
     def scalar(self, code: str) -> Any:

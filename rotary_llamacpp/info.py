@@ -17,8 +17,8 @@ from .errors import ModelError
 from .gguf_header import GGUFHeader, TensorInfo, read_header
 
 # The tensors that llama.cpp multiplies with MUL_MAT_ID. Their .bias and .scale companions stay resident.
-_EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_(exps|chexps)\.weight")
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_(exps|chexps)\.weight")
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ModelInfo:
         ModelError
             A file is missing, truncated or not a GGUF, or `path` is not the first shard of a split model.
         """
-        headers = _read_shards(Path(path))
+        headers = read_shards(Path(path))
         metadata = headers[0].metadata
         arch = str(metadata.get("general.architecture", "unknown"))
         tensors = [tensor for header in headers for tensor in header.tensors]
@@ -152,13 +152,20 @@ class ModelInfo:
         return plain
 
 
-def _read_shards(path: Path) -> list[GGUFHeader]:
+def read_shards(path: Path) -> list[GGUFHeader]:
+    """Headers of a model's files, in their order.
+
+    Raises
+    ------
+    ModelError
+        As for `ModelInfo.read`.
+    """
     first = read_header(path)
     n_split = int(first.metadata.get("split.count", 0))
     if n_split < 2:
         return [first]
     number = int(first.metadata.get("split.no", 0))
-    match = _SHARD.fullmatch(path.name)
+    match = SHARD.fullmatch(path.name)
     if number != 0:
         raise ModelError(
             f"{path}: shard {number + 1} of {n_split}; a split model is loaded by its first; give that one"
@@ -175,7 +182,7 @@ def _read_shards(path: Path) -> list[GGUFHeader]:
 def _expert_layers(tensors: list[TensorInfo], used: int | list[int]) -> tuple[LayerInfo, ...]:
     groups: dict[tuple[int, str], list[TensorInfo]] = {}
     for tensor in tensors:
-        match = _EXPERT_TENSOR.fullmatch(tensor.name)
+        match = EXPERT_TENSOR.fullmatch(tensor.name)
         if match and len(tensor.shape) == 3:
             groups.setdefault((int(match[1]), match[2]), []).append(tensor)
     layers = []

@@ -144,11 +144,16 @@ class Paging:
     def warm(self, model_path: str, chosen: str) -> None:
         """Have slots begin with what the model's profile says, if it has one."""
         assert self.pools is not None and self.info is not None
-        path = profiles.beside(model_path) if chosen == "auto" else Path(chosen)
-        if chosen == "off" or (chosen == "auto" and not path.is_file()):
+        if chosen == "off":
             return
+        path = profiles.beside(model_path) if chosen == "auto" else Path(chosen)
         try:
-            profile = profiles.load(path)
+            if chosen != "auto" or path.is_file():
+                profile = profiles.load(path)
+            elif (in_model := profiles.stored(model_path)) is not None:
+                profile, path = in_model, Path(model_path)
+            else:
+                return
             layers = {layer.il: layer.n_expert for layer in self.info.layers}
             if profile.layers != sorted(layers) or profile.n_expert != max(layers.values()):
                 raise RotaryError(

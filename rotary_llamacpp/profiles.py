@@ -4,11 +4,12 @@
 ``model.gguf`` has its profile in ``model.gguf.profile``: a NumPy archive of ``popularity`` float32 [n_layers,
 n_expert], the share of tokens that chose each expert; ``pairs`` float16 [n_layers - 1, n_expert, n_expert],
 how often an expert followed one of the layer before, of the latter's uses; ``meta``, JSON with the layer
-numbers, tokens and where they come from.
+numbers, tokens and where they come from. ``rotary convert`` stores the same archive in the model itself.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -20,9 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RotaryError
+from .gguf_fields import array_bytes, raw_fields
+from .gguf_header import read_header
 from .traces import DAMAGED, Trace, writing
 
 FORMAT = 1
+KEY = "rotary.profile"  # of the model's metadata: array of bytes, the archive
 
 
 @dataclass
@@ -105,8 +109,28 @@ def load(path: str | os.PathLike[str]) -> Profile:
     RotaryError
         No such file, or no profile, or damaged.
     """
+    return _read(path, path)
+
+
+def stored(model: str | os.PathLike[str]) -> Profile | None:
+    """The profile in a model's own metadata; None if it has none.
+
+    Raises
+    ------
+    ModelError
+        The model cannot be read.
+    RotaryError
+        What it has is no profile.
+    """
+    raw = raw_fields(read_header(model), [KEY]).get(KEY)
+    if raw is None:
+        return None
+    return _read(io.BytesIO(array_bytes(raw, KEY) or b""), f"{os.fspath(model)}: {KEY}")
+
+
+def _read(file: str | os.PathLike[str] | io.BytesIO, name: object) -> Profile:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(file, allow_pickle=False) as archive:
             meta = json.loads(archive["meta"].tobytes())
             popularity, pairs = archive["popularity"], archive["pairs"]
         n_layers, n_expert = popularity.shape
@@ -119,9 +143,9 @@ def load(path: str | os.PathLike[str]) -> Profile:
         return Profile(layers, popularity, pairs, int(meta["n_tokens"]), dict(meta["about"]))
     except OSError as error:
         raise RotaryError(
-            f"{path}: cannot be read, {error.strerror or error}; a profile of `rotary profile`; check it"
+            f"{name}: cannot be read, {error.strerror or error}; a profile of `rotary profile`; check it"
         ) from error
     except DAMAGED as error:
         raise RotaryError(
-            f"{path}: not a profile, or damaged ({error}); an archive of `rotary profile`; make it anew"
+            f"{name}: not a profile, or damaged ({error}); an archive of `rotary profile`; make it anew"
         ) from error

@@ -232,6 +232,14 @@ def test_gpu_without_a_gpu(native, tmp_path):
 
 
 @pytest.mark.slow
+def test_convert(native, tiny_model, tmp_path):
+    result = script("convert.py", tiny_model, "--rounds", "1", "-n", "4", "--folder", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("rotary convert,") == 2 and "| converted, slots repacked |" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_beyond_ram_leaves_nothing_behind(tmp_path):
     reason = cgroups.unavailable()
     if reason:

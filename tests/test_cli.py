@@ -29,6 +29,7 @@ def test_every_command_is_documented_with_an_example():
         "trace",
         "profile",
         "simulate",
+        "convert",
         "report",
         "doctor",
         "backend-path",

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""Conversions that are interrupted, at every kind of moment, and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from test_convert import assert_nothing_else, tensor_bytes
+from test_convert_faults import MIB, at_call, small_steps  # noqa: F401 (a fixture)
+
+from rotary_llamacpp import quantising
+from rotary_llamacpp.convert import Options, convert
+from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.info import read_shards
+from rotary_llamacpp.journal import note_path, part
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("options", [Options(), Options(split_bytes=8 * MIB), Options(verify=True)])
+@pytest.mark.parametrize("number", [1, 3, 60, 70])
+def test_an_interrupted_copy_goes_on(tiny_model, tmp_path, monkeypatch, options, number):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    expected = [path.read_bytes() for path in convert(tiny_model, whole / "out.gguf", options)]
+    folder = tmp_path / "interrupted"
+    folder.mkdir()
+    said: list[str] = []
+    copied: list[int] = []
+    real = os.copy_file_range
+    monkeypatch.setattr(os, "copy_file_range", at_call(number, real, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_model, folder / "out.gguf", options, say=said.append)
+    assert not [path for path in folder.iterdir() if ".part" not in path.name], "nothing has its final name"
+    resumable = "the same command goes on" in said[-1]
+    assert resumable or (number == 1 and said[-1] == "interrupted; nothing is left")
+    assert bool(list(folder.iterdir())) == resumable
+
+    def counted(*args: Any) -> int:
+        copied.append(real(*args))
+        return copied[-1]
+
+    monkeypatch.setattr(os, "copy_file_range", counted)
+    paths = convert(tiny_model, folder / "out.gguf", options, say=said.append)
+    assert [path.read_bytes() for path in paths] == expected
+    assert_nothing_else(folder, *paths)
+    total = sum(tensor.n_bytes for tensor in read_header(tiny_model).tensors)
+    if number >= 60:
+        assert "going on after" in "\n".join(said) and 0 < sum(copied) < total - 3 * MIB
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_another_conversion_begins_anew(tiny_model, tmp_path, monkeypatch):
+    out, split = tmp_path / "out.gguf", Options(split_bytes=8 * MIB)
+    real = os.copy_file_range
+    for options in (Options(), split):
+        monkeypatch.setattr(os, "copy_file_range", at_call(60, real, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            convert(tiny_model, out, options)
+    monkeypatch.setattr(os, "copy_file_range", real)
+    said: list[str] = []
+    paths = convert(tiny_model, out, Options(alignment=512), say=said.append)
+    assert "another conversion was begun here; this one begins anew" in said
+    assert_nothing_else(tmp_path, *paths)
+    assert tensor_bytes(read_shards(paths[0])) == tensor_bytes([read_header(tiny_model)])
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("spoil", ["journal", "part", "shorter part"])
+def test_what_is_left_is_not_trusted_blindly(tiny_model, tmp_path, monkeypatch, spoil):
+    out, real = tmp_path / "out.gguf", os.copy_file_range
+    monkeypatch.setattr(os, "copy_file_range", at_call(60, real, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_model, out)
+    monkeypatch.setattr(os, "copy_file_range", real)
+    if spoil == "journal":
+        note_path(out).write_text(note_path(out).read_text()[:-9])
+    elif spoil == "part":
+        part(out).unlink()
+    else:
+        os.truncate(part(out), 5 * MIB)
+    convert(tiny_model, out)
+    assert tensor_bytes([read_header(out)]) == tensor_bytes([read_header(tiny_model)])
+    assert_nothing_else(tmp_path, out)
+
+
+def test_what_is_quantised_is_kept_when_the_copy_is_interrupted(tiny_model, tmp_path, monkeypatch):
+    out, options = tmp_path / "out.gguf", Options(wish=quantising.Wish("Q4_0"))
+    real = os.copy_file_range
+    monkeypatch.setattr(os, "copy_file_range", at_call(30, real, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_model, out, options)
+    monkeypatch.setattr(os, "copy_file_range", real)
+    monkeypatch.setattr(quantising, "quantise", lambda *_: pytest.fail("it was quantised again"))
+    said: list[str] = []
+    convert(tiny_model, out, options, say=said.append)
+    assert "going on with what is quantised" in said
+    assert_nothing_else(tmp_path, out)
+
+
+SLOWLY = """
+import os, sys, time
+from rotary_llamacpp import cli, copying
+copying.CHUNK_BYTES, copying._NOTE_BYTES = 1 << 16, 1 << 20
+real = os.copy_file_range
+def slow(*args):
+    time.sleep(0.005)
+    return real(*args)
+os.copy_file_range = slow
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals(tiny_model, tmp_path, how):
+    """A real signal to a real process, at several moments."""
+    out = tmp_path / "out.gguf"
+    command = [sys.executable, "-c", SLOWLY, "convert", tiny_model, out]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for _ in range(3):
+        before = _noted(out)
+        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and _noted(out) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(how)
+        _, said = process.communicate(timeout=60)
+        assert not out.exists()
+        if how == signal.SIGINT:
+            assert (
+                process.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
+            )
+        else:
+            assert process.returncode == -how
+    ran = subprocess.run(
+        [sys.executable, "-m", "rotary_llamacpp.cli", "convert", tiny_model, out, "--verify"],
+        env=env, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    going_on = re.search(r"going on after ([\d.]+) MiB", ran.stderr)
+    assert going_on and float(going_on[1]) > 1
+    assert tensor_bytes([read_header(out)]) == tensor_bytes([read_header(tiny_model)])
+    assert_nothing_else(tmp_path, out)
+
+
+def _noted(out: Path) -> int:
+    """Bytes that are noted to be durable."""
+    try:
+        return json.loads(note_path(out).read_text())["done"][1]
+    except (OSError, ValueError):
+        return 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_quantiser(synthetic, tmp_path):
+    model = synthetic(type="f16", layers=4, experts=16, embd=512, ff=512)
+    target = part(tmp_path / "out.gguf.quantised")
+    interrupted = threading.Event()
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not target.exists():
+            time.sleep(0.002)
+        interrupted.set()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, tmp_path / "out.gguf", Options(wish=quantising.Wish("IQ4_XS", "Q6_K")))
+    thread.join()
+    assert interrupted.is_set() and time.monotonic() - begin < 30
+    assert_nothing_else(tmp_path)
