@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,17 @@ class ModelInfo:
         ModelError
             A file is missing, truncated or not a GGUF, or `path` is not the first shard of a split model.
         """
-        headers = _read_shards(Path(path))
+        return cls.of(read_shards(path))
+
+    @classmethod
+    def of(cls, headers: Sequence[GGUFHeader]) -> ModelInfo:
+        """The same from the headers of a model's files, the first shard's first.
+
+        Raises
+        ------
+        ModelError
+            The tensors of a layer's experts disagree.
+        """
         metadata = headers[0].metadata
         arch = str(metadata.get("general.architecture", "unknown"))
         tensors = [tensor for header in headers for tensor in header.tensors]
@@ -152,7 +163,15 @@ class ModelInfo:
         return plain
 
 
-def _read_shards(path: Path) -> list[GGUFHeader]:
+def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
+    """The headers of a model's files, given the first of them.
+
+    Raises
+    ------
+    ModelError
+        As `ModelInfo.read`.
+    """
+    path = Path(path)
     first = read_header(path)
     n_split = int(first.metadata.get("split.count", 0))
     if n_split < 2:
