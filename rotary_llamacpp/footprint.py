@@ -17,6 +17,7 @@ from .info import LayerInfo, ModelInfo
 
 # Architectures whose files say how wide a window is, but not which layers have it: every so manieth sees all.
 _PATTERNS = {"gpt-oss": 2, "gemma2": 2, "gemma3": 6, "cohere2": 4, "llama4": 4, "exaone4": 4, "olmo2": 4}
+_VALUE_BYTES = 2  # f16
 _MOST_LAYERS = 4096  # more in a header is damage; nothing is sized by its numbers before this
 
 
@@ -44,8 +45,8 @@ class Footprint:
         Of the former, those of the output matrix, which a prompt computes for its last token only.
     layers : tuple of LayerInfo
         Layers with experts.
-    types : tuple of str
-        Types of the expert matrices.
+    expert_shape : (int, int)
+        Rows' length and their number in an expert's first matrix; of a hidden state's square without any.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Footprint:
     expert_flops: float
     output_flops: float
     layers: tuple[LayerInfo, ...]
-    types: tuple[str, ...]
+    expert_shape: tuple[int, int]
     cached: tuple[CachedLayer, ...]
 
     @property
@@ -80,27 +81,26 @@ class Footprint:
         """Of all weights."""
         return self.resident_bytes + self.expert_bytes
 
-    def kv_bytes(self, n_ctx: int, n_ubatch: int = 512, value_bytes: float = 2.0) -> int:
-        """Of the KV cache for a context; windows hold a micro-batch more, in llama.cpp's steps of 256 tokens.
+    def kv_bytes(self, n_ctx: int, windows: bool = True, n_ubatch: int = 512) -> int:
+        """Of the KV cache in f16 for a context of `n_ctx` tokens.
 
         Parameters
         ----------
-        value_bytes : float
-            Of one value: 2 for f16, 1.0625 for q8_0.
+        windows : bool
+            Layers that see a window only keep no more, and a micro-batch, in llama.cpp's steps of 256 tokens:
+            llama.cpp's programs. Its library, llama-cpp-python too, keeps the whole context unless told.
         """
         values = 0
         for layer in self.cached:
             cells = n_ctx
-            if layer.window:
-                cells = min(n_ctx, -(-(layer.window + n_ubatch) // 256) * 256)
+            if layer.window and windows:
+                cells = -(-min(n_ctx, layer.window + n_ubatch) // 256) * 256
             values += cells * layer.width
-        return int(values * value_bytes)
+        return _VALUE_BYTES * values
 
-    def kv_read_bytes(self, depth: int, value_bytes: float = 2.0) -> int:
+    def kv_read_bytes(self, depth: int) -> int:
         """Of the KV cache that one token reads after `depth` others."""
-        return int(
-            sum(min(depth, layer.window or depth) * layer.width for layer in self.cached) * value_bytes
-        )
+        return _VALUE_BYTES * sum(min(depth, layer.window or depth) * layer.width for layer in self.cached)
 
 
 def of_headers(headers: Sequence[GGUFHeader]) -> Footprint:
@@ -134,11 +134,16 @@ def of_headers(headers: Sequence[GGUFHeader]) -> Footprint:
             if (name := f"blk.{layer.il}.ffn_{part}_{layer.kind}.weight") in elements
         )
         chosen += its * layer.n_expert_used / layer.n_expert
+    n_embd = keys.number("embedding_length")
+    expert_shape = next(
+        ((tensor.shape[0], tensor.shape[1]) for tensor in tensors if _is_expert(tensor.name)),
+        (n_embd, n_embd),
+    )
     return Footprint(
         name=info.path.name,
         architecture=info.architecture,
         n_layer=info.n_layer,
-        n_embd=keys.number("embedding_length"),
+        n_embd=n_embd,
         n_vocab=embedding.shape[1] if embedding is not None and len(embedding.shape) > 1 else 0,
         n_ctx_train=info.n_ctx_train,
         n_params=n_params,
@@ -149,7 +154,7 @@ def of_headers(headers: Sequence[GGUFHeader]) -> Footprint:
         expert_flops=2.0 * chosen,
         output_flops=2.0 * output,
         layers=info.layers,
-        types=tuple(sorted({kind for layer in info.layers for kind in layer.types})),
+        expert_shape=expert_shape,
         cached=_cached(keys, info.n_layer),
     )
 

@@ -51,7 +51,7 @@ class Shape:
     shared: int = 0  # experts that every token uses
     window: int = 0  # of every other layer's attention
     biases: bool = False
-    # Multi-head latent attention: ranks, and dimensions of a head with and without position, and of its value.
+    # Latent attention (MLA): ranks; dimensions of a head with and without position, and of its value.
     q_lora: int = 0
     kv_lora: int = 0
     rope: int = 0
@@ -140,8 +140,10 @@ def _tensors(shape: Shape, kind: str) -> Iterator[tuple[Any, ...]]:
         blk = f"blk.{il}."
         yield blk + "attn_norm.weight", "F32", shape.embd
         yield blk + "ffn_norm.weight", "F32", shape.embd
-        yield from _latent_attention(shape, blk, matrix) if shape.kv_lora else _attention(
-            shape, blk, matrix, kind, more
+        yield from (
+            _latent_attention(shape, blk, matrix)
+            if shape.kv_lora
+            else _attention(shape, blk, matrix, kind, more)
         )
         yield from _feed_forward(shape, blk, il, matrix, kind, more)
 
