@@ -25,6 +25,7 @@ from .errors import LibraryError
 _F32, _I32 = 0, 26  # enum ggml_type
 _MOST_BYTES = 256 << 20  # of weights; many times what caches hold
 _READ_BYTES = 192 << 20  # by one graph of decode
+_MOST_NODES = 256  # a graph of ggml_new_graph() has room for 2048, inputs included
 _TRIES, _SECONDS = 7, 1.5
 
 
@@ -82,7 +83,7 @@ def measure(type_name: str, n_in: int, n_out: int, n_expert: int, n_used: int, t
         start = time.perf_counter()
         graphs.set(weights, data)
         fill_rate = data.nbytes / (time.perf_counter() - start)
-        n_nodes = max(1, _READ_BYTES // (n_used * matrix_bytes))
+        n_nodes = min(max(1, _READ_BYTES // (n_used * matrix_bytes)), _MOST_NODES)
         token = graphs.time(weights, n_expert, n_used, n_tokens=1, n_nodes=n_nodes)
         prompt = graphs.time(weights, n_expert, n_used, n_tokens=512, n_nodes=1)
         return KernelRates(
@@ -155,7 +156,7 @@ class _Graphs:
         if not address:
             return []
         found = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(address)(self.device)
-        bufts = []
+        bufts: list[Any] = []
         while found and found[len(bufts)]:
             bufts.append(found[len(bufts)])
         return bufts

@@ -19,7 +19,7 @@ from . import _native, machine
 from .config import MIB, parse_bytes
 from .errors import RotaryError
 from .footprint import Footprint
-from .plan import Machine
+from .roofline import Machine
 from .simulation import parse_rate
 
 # Stand-ins where nothing was said or measured. Of their makers, but for the efficiencies.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The command ``rotary``: thin click commands over the package, and nothing else.
+"""The command ``rotary``: thin click commands over the package, and nothing else; one file, though long, as
+there is nothing in it but declarations.
 
 Exit status: 0 done, 1 the doctor found a failure, 2 bad input (one line on stderr), 130 interrupted.
 """
@@ -234,6 +235,7 @@ def info(model: str, as_json: bool) -> None:
 @click.option("--prompt", type=click.IntRange(min=1), help="Its tokens.  [default: 512, or half the context]")
 @click.option("--answer", type=click.IntRange(min=1), help="Its tokens.  [default: 128, or a quarter of it]")
 @click.option("--budget", default="auto", show_default=True, help="Rotary's, as for rotary run.")
+@click.option("--store", default="auto", show_default=True, help="On the CPU, as for rotary run.")
 @click.option("--trace", help="File of rotary trace: hit rates by replaying it.")
 @click.option(
     "--profile",
@@ -247,8 +249,8 @@ def info(model: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     model: str, type_name: str | None, vram: str | None, ram: str | None, link: str, disk: str,
-    ram_rate: str | None, vram_rate: str | None, ctx: int | None, prompt: int | None, answer: int | None, budget: str,
-    trace: str | None, profile: str, measure: bool, threads: int | None, plot_file: str | None,
+    ram_rate: str | None, vram_rate: str | None, ctx: int | None, prompt: int | None, answer: int | None,
+    budget: str, store: str, trace: str | None, profile: str, measure: bool, threads: int | None, plot_file: str | None,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Foretell speed and memory of a model, a file or a named shape, and say how to run it.
@@ -262,7 +264,7 @@ def plan(
 
         found = planning.make(
             model, type_name=type_name, vram=vram, ram=ram, link=link, disk=disk, ram_rate=ram_rate,
-            vram_rate=vram_rate, n_ctx=ctx, prompt=prompt, answer=answer, budget=budget, trace=trace,
+            vram_rate=vram_rate, n_ctx=ctx, prompt=prompt, answer=answer, budget=budget, store=store, trace=trace,
             profile=profile, measure=measure, threads=threads,
         )  # fmt: skip
         if plot_file is not None:

@@ -26,6 +26,9 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING = 8
 _ARRAY = 9
 _LONGEST_KEPT_ARRAY = 4096  # per-layer values are kept, vocabularies are walked over
+# More than any model has. A hole in a file reads as zeros, which are valid entries of no size: without these
+# limits a damaged count in a large file would be walked for hours.
+_MOST_TENSORS, _MOST_FIELDS, _MOST_STRINGS = 1 << 17, 1 << 14, 1 << 21
 _SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 _TYPE_NAMES = {int(kind): kind.name for kind in GGML_QUANT_SIZES}
 
@@ -84,6 +87,7 @@ class _Cursor:
         self.data = data
         self.size = len(data)
         self.at = 4
+        self.n_strings = 0  # in arrays, so far
 
     def header(self) -> GGUFHeader:
         version = self.scalar("I")
@@ -91,7 +95,7 @@ class _Cursor:
             raise ModelError(
                 f"{self.path}: GGUF version {version:#x}; 2 and 3 are supported; convert it again"
             )
-        n_tensors, n_fields = self.count(24), self.count(12)
+        n_tensors, n_fields = self.count(24, _MOST_TENSORS), self.count(12, _MOST_FIELDS)
         metadata = {}
         for _ in range(n_fields):
             key = self.string()
@@ -99,9 +103,9 @@ class _Cursor:
             if value is not None:
                 metadata[key] = value
         entries = [self.tensor_entry() for _ in range(n_tensors)]
-        alignment = int(metadata.get("general.alignment", 32))
-        if alignment < 1:
-            raise self.damaged(f"alignment is {alignment}")
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise self.damaged(f"alignment is {str(alignment)[:40]!r}")
         start = -(-self.at // alignment) * alignment
         return GGUFHeader(self.path, self.size, metadata, self.placed(entries, start))
 
@@ -122,7 +126,7 @@ class _Cursor:
                 n_bytes = following.get(offset, offset) - offset
             if start + offset + n_bytes > self.size:
                 raise ModelError(
-                    f"{self.path}: truncated, tensor {name} ends at byte {start + offset + n_bytes}; "
+                    f"{self.path}: truncated, tensor {name[:64]!r} ends at byte {start + offset + n_bytes}; "
                     f"the file has {self.size}; download or convert it again"
                 )
             tensors.append(
@@ -134,7 +138,7 @@ class _Cursor:
         name = self.string()
         n_dims = self.scalar("I")
         if n_dims > 8:
-            raise self.damaged(f"tensor {name!r} has {n_dims} dimensions")
+            raise self.damaged(f"tensor {name[:64]!r} has {n_dims} dimensions")
         shape = tuple(self.scalar("Q") for _ in range(n_dims))
         return name, shape, self.scalar("I"), self.scalar("Q")
 
@@ -147,7 +151,9 @@ class _Cursor:
             raise self.damaged(f"unknown value type {kind}")
         item = self.scalar("I")
         if item == _STRING:
-            for _ in range(self.count(8)):
+            n_items = self.count(8, _MOST_STRINGS - self.n_strings)
+            self.n_strings += n_items
+            for _ in range(n_items):
                 self.advance(self.scalar("Q"))
             return None
         if item not in _SCALARS:
@@ -160,10 +166,10 @@ class _Cursor:
             return None
         return list(struct.unpack_from(f"<{n_items}{_SCALARS[item]}", self.data, at))
 
-    def count(self, item_bytes: int) -> int:
+    def count(self, item_bytes: int, most: int | None = None) -> int:
         """A number of items, each of at least `item_bytes`, that must still fit into the file."""
         n_items = self.scalar("Q")
-        if n_items * item_bytes > self.size - self.at:
+        if n_items * item_bytes > self.size - self.at or (most is not None and n_items > most):
             raise self.damaged(f"{n_items} items announced")
         return int(n_items)
 

@@ -26,67 +26,32 @@ from dataclasses import dataclass, replace
 from .config import MIB
 from .division import divide
 from .errors import BudgetError
-from .footprint import Footprint
-from .hits import Hits, uniform
+from .hits import uniform
 from .info import LayerInfo
+from .roofline import (
+    COMPUTE,
+    DISK,
+    LINK,
+    RAM,
+    VRAM,
+    Case,
+    Cost,
+    Request,
+    cpu_prompt,
+    cpu_read,
+    gpu_prompt,
+    gpu_read,
+    in_bunches,
+    one_after_another,
+    side_by_side,
+)  # fmt: skip
 
-VRAM, LINK, RAM, DISK, COMPUTE = "VRAM", "link", "RAM", "disk", "compute"
 ROTARY_GAIN = 1.05  # less than this is not worth another backend
 _FIT_MARGIN = 1024 * MIB  # what llama.cpp's --fit leaves free of a GPU
 # What stock gets out of page faults however fast the disk is, from this project's benchmarks/beyond_ram.py
 # (Q8_0, loop device over memory, 35 and 60 % of the model's size: 0.8 and 0.9 GB/s).
 _FAULT_RATE = 0.8e9
 _PAGEABLE = 1 / 3  # of the link's rate, where memory is not page-locked
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Capacities in bytes, rates in bytes or operations per second, and where each rate comes from."""
-
-    vram_bytes: int
-    ram_bytes: int
-    vram_rate: float
-    link_rate: float
-    ram_rate: float  # weights through the CPU's kernels, one token at a time
-    copy_rate: float  # into slots, all threads
-    disk_rate: float
-    gpu_flops: float
-    cpu_flops: float
-    wait_s: float = 0.0  # a layer's lookup on the host
-    sources: dict[str, str] | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of the model, in tokens; decode is judged in the middle of prompt, answer and context."""
-
-    n_ctx: int = 4096
-    prompt: int = 512
-    answer: int = 128
-    n_ubatch: int = 512
-
-    @property
-    def depth(self) -> int:
-        """Tokens in the KV cache while the answer is decoded, on average."""
-        return min(self.n_ctx, self.prompt + self.answer // 2)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of a token, by what they go to. `seconds` is less than the sum where things overlap."""
-
-    parts: dict[str, float]
-    seconds: float
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return 1 / self.seconds
-
-    @property
-    def limit(self) -> str:
-        """What takes longest."""
-        return max(self.parts, key=self.parts.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -117,50 +82,6 @@ class Option:
         if self.decode is None or self.prefill is None:
             return math.inf
         return request.prompt * self.prefill.seconds + request.answer * self.decode.seconds
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model on a machine."""
-
-    model: str  # path, for commands
-    print: Footprint
-    machine: Machine
-    request: Request
-    hits: Hits
-    budget: str = "auto"
-    threads: int | None = None  # of the CPU, for commands
-
-    @property
-    def ram_free(self) -> int:
-        """Memory less the margin that Rotary leaves free: a 24th, at least 64 MiB."""
-        return self.machine.ram_bytes - max(64 * MIB, self.machine.ram_bytes // 24)
-
-    @property
-    def buffers(self) -> int:
-        """Computation's, estimated: logits and eight hidden states of a micro-batch, in F32."""
-        return self.request.n_ubatch * 4 * (self.print.n_vocab + 8 * self.print.n_embd)
-
-    @property
-    def embedding_bytes(self) -> int:
-        """Weights that stay in host memory whatever computes."""
-        return self.print.resident_bytes - self.print.token_bytes
-
-    def fixed(self, windows: bool) -> int:
-        """On the device that computes: weights that are not experts, KV cache, buffers."""
-        return self.print.token_bytes + self.print.kv_bytes(self.request.n_ctx, windows) + self.buffers
-
-    def touched(self, first: int = 0, last: int | None = None) -> float:
-        """Bytes of the experts of some layers that a micro-batch of the prompt wants at least once."""
-        n_tokens = min(self.request.prompt, self.request.n_ubatch)
-        return sum(
-            layer.layer_bytes * (1 - (1 - layer.n_expert_used / layer.n_expert) ** n_tokens)
-            for layer in self.print.layers[first:last]
-        )
-
-    def per_token(self, micro_batch: float) -> float:
-        """A token's share of what is done once per micro-batch of the prompt."""
-        return micro_batch / min(self.request.prompt, self.request.n_ubatch)
 
 
 def options(case: Case) -> list[Option]:
@@ -225,7 +146,11 @@ def _resident(case: Case) -> Option:
     )
     if needed + _FIT_MARGIN > case.machine.vram_bytes:
         return replace(option, problem=_lacks("VRAM", needed + _FIT_MARGIN, case.machine.vram_bytes))
-    return replace(option, decode=_sum({VRAM: _gpu_read(case)}), prefill=_sum({COMPUTE: _gpu_prompt(case)}))
+    return replace(
+        option,
+        decode=one_after_another({VRAM: gpu_read(case)}),
+        prefill=one_after_another({COMPUTE: gpu_prompt(case)}),
+    )
 
 
 def _experts_on_cpu(case: Case, offload: bool) -> Option:
@@ -249,7 +174,7 @@ def _experts_on_cpu(case: Case, offload: bool) -> Option:
         )
     chosen_cpu = _chosen(layers[:n_cpu])
     share = chosen_cpu / max(footprint.chosen_bytes, 1)
-    decode = {VRAM: _gpu_read(case) - chosen_cpu / machine.vram_rate, RAM: chosen_cpu / machine.ram_rate}
+    decode = {VRAM: gpu_read(case) - chosen_cpu / machine.vram_rate, RAM: chosen_cpu / machine.ram_rate}
     left = case.ram_free - case.embedding_bytes
     faults = _faults(case, layers[:n_cpu], left)
     if faults:
@@ -257,13 +182,17 @@ def _experts_on_cpu(case: Case, offload: bool) -> Option:
     late = case.per_token(_unread(case, case.touched(0, n_cpu), on_cpu, left))
     if offload:
         prefill = {
-            COMPUTE: _gpu_prompt(case),
+            COMPUTE: gpu_prompt(case),
             LINK: case.per_token(case.touched(0, n_cpu)) / (machine.link_rate * _PAGEABLE),
         }
     else:
         experts = footprint.expert_flops * share
-        prefill = {COMPUTE: _gpu_prompt(case) - experts / machine.gpu_flops + experts / machine.cpu_flops}
-    return replace(option, decode=_sum(decode), prefill=_sum({**prefill, **({DISK: late} if late else {})}))
+        prefill = {COMPUTE: gpu_prompt(case) - experts / machine.gpu_flops + experts / machine.cpu_flops}
+    return replace(
+        option,
+        decode=one_after_another(decode),
+        prefill=one_after_another({**prefill, **({DISK: late} if late else {})}),
+    )
 
 
 def _stock_cpu(case: Case) -> Option:
@@ -278,13 +207,13 @@ def _stock_cpu(case: Case) -> Option:
     left = case.ram_free - fixed
     if left < 0:
         return replace(option, problem=_lacks("memory", fixed, case.ram_free))
-    decode = {RAM: _cpu_read(case)}
+    decode = {RAM: cpu_read(case)}
     faults = _faults(case, footprint.layers, left)
-    prefill = {COMPUTE: _cpu_prompt(case)}
+    prefill = {COMPUTE: cpu_prompt(case)}
     if faults:
         decode[DISK] = faults
         prefill[DISK] = case.per_token(_unread(case, case.touched(), footprint.expert_bytes, left))
-    return replace(option, decode=_sum(decode), prefill=_sum(prefill))
+    return replace(option, decode=one_after_another(decode), prefill=one_after_another(prefill))
 
 
 def _faults(case: Case, layers: Sequence[LayerInfo], left: int) -> float:
@@ -327,9 +256,9 @@ def _rotary_gpu(case: Case) -> Option:
     # Unasked, experts are page-locked if they take at most three quarters of memory; else they are copied.
     locked = in_ram and footprint.expert_bytes <= machine.ram_bytes * 3 // 4
     link = machine.link_rate if locked else min(machine.link_rate, machine.copy_rate)
-    decode = {VRAM: _gpu_read(case), LINK: missed / link}
+    decode = {VRAM: gpu_read(case), LINK: missed / link}
     touched = case.touched() if hit < 1 else 0.0
-    moved = {COMPUTE: _gpu_prompt(case), LINK: case.per_token(touched / link)}
+    moved = {COMPUTE: gpu_prompt(case), LINK: case.per_token(touched / link)}
     ram_bytes = footprint.expert_bytes
     if not in_ram:
         ram_bytes = case.ram_free - case.embedding_bytes
@@ -340,8 +269,9 @@ def _rotary_gpu(case: Case) -> Option:
         decode[DISK] = reads * footprint.chosen_bytes / machine.disk_rate
         moved[DISK] = case.per_token(touched / machine.disk_rate)
     return replace(
-        option, command=_rotary_run(case, budget, ""), decode=_sum(decode), prefill=_longest(moved),
-        vram_bytes=fixed + budget, ram_bytes=ram_bytes + case.embedding_bytes, budget_bytes=budget,
+        option, command=_rotary_run(case, budget, ""),
+        decode=one_after_another(decode), prefill=side_by_side(moved), vram_bytes=fixed + budget,
+        ram_bytes=ram_bytes + case.embedding_bytes, budget_bytes=budget,
         n_slots=tuple(slots), hit_rate=hit, uniform_hit_rate=uniform(footprint.layers, slots),
         store="memory" if in_ram else "direct",
     )  # fmt: skip
@@ -350,75 +280,41 @@ def _rotary_gpu(case: Case) -> Option:
 def _rotary_cpu(case: Case) -> Option:
     footprint, machine = case.print, case.machine
     fixed = case.fixed(windows=False) + case.embedding_bytes
-    mapped = fixed + footprint.expert_bytes <= case.ram_free
+    fits = fixed + footprint.expert_bytes <= case.ram_free
+    mapped = fits if case.store == "auto" else case.store == "mmap"
     # A staging area for reads in flight: a 24th of memory, 16 to 256 MiB.
     staging = 0 if mapped else min(max(case.machine.ram_bytes // 24, 16 * MIB), 256 * MIB)
     inner = " --inner CPU" if machine.vram_bytes else ""
+    inner += f" --store {case.store}" if case.store != "auto" else ""
     option = Option("rotary-cpu", "Rotary on the CPU", _rotary_run(case, 0, inner), 0, fixed)
     try:
         slots, budget = divide(case.budget, footprint.layers, case.ram_free - fixed - staging, footprint.name)
     except BudgetError as error:
         return replace(option, problem=str(error))
-    if not mapped and fixed + staging + budget > case.ram_free:
+    if mapped and not fits:
+        return replace(option, problem=_lacks("memory", fixed + footprint.expert_bytes, case.ram_free))
+    if fixed + staging + budget > case.ram_free:
         return replace(option, problem=_lacks("memory", fixed + staging + budget, case.ram_free))
     hit = case.hits.of(slots)
     missed = (1 - hit) * footprint.chosen_bytes
-    computing = _cpu_read(case) + (machine.wait_s * len(footprint.layers) if hit < 1 else 0.0)
-    prompt = _cpu_prompt(case)
+    computing = cpu_read(case) + (machine.wait_s * len(footprint.layers) if hit < 1 else 0.0)
+    prompt = cpu_prompt(case)
     if mapped:
         # A prompt's batches are computed from the mapping, whatever is in slots.
-        decode, prefill = _sum({RAM: computing + missed / machine.copy_rate}), _sum({COMPUTE: prompt})
+        decode, prefill = (
+            one_after_another({RAM: computing + missed / machine.copy_rate}),
+            one_after_another({COMPUTE: prompt}),
+        )
     else:
-        decode = _beside({RAM: computing, DISK: missed / machine.disk_rate})
+        decode = in_bunches({RAM: computing, DISK: missed / machine.disk_rate})
         absent = 1 - budget / footprint.expert_bytes
         read = case.per_token(case.touched() * absent / machine.disk_rate)
-        prefill = _longest({COMPUTE: prompt, DISK: read})
+        prefill = side_by_side({COMPUTE: prompt, DISK: read})
     return replace(
         option, command=_rotary_run(case, budget, inner), decode=decode, prefill=prefill,
         ram_bytes=fixed + staging + budget, budget_bytes=budget, n_slots=tuple(slots), hit_rate=hit,
         uniform_hit_rate=uniform(footprint.layers, slots), store="mmap" if mapped else "direct",
     )  # fmt: skip
-
-
-# ---- seconds of a token
-
-
-def _gpu_read(case: Case) -> float:
-    return _token_bytes(case) / case.machine.vram_rate
-
-
-def _cpu_read(case: Case) -> float:
-    return _token_bytes(case) / case.machine.ram_rate
-
-
-def _token_bytes(case: Case) -> float:
-    footprint = case.print
-    return footprint.token_bytes + footprint.chosen_bytes + footprint.kv_read_bytes(case.request.depth)
-
-
-def _prompt_flops(case: Case) -> float:
-    footprint = case.print
-    return footprint.token_flops - footprint.output_flops + footprint.expert_flops
-
-
-def _gpu_prompt(case: Case) -> float:
-    return _prompt_flops(case) / case.machine.gpu_flops
-
-
-def _cpu_prompt(case: Case) -> float:
-    return _prompt_flops(case) / case.machine.cpu_flops
-
-
-def _sum(parts: dict[str, float]) -> Cost:
-    return Cost(parts, sum(parts.values()))
-
-
-def _longest(parts: dict[str, float]) -> Cost:
-    return Cost(parts, max(parts.values()))
-
-
-def _beside(parts: dict[str, float]) -> Cost:
-    return Cost(parts, math.hypot(*parts.values()))
 
 
 # ---- words

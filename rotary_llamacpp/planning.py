@@ -11,10 +11,12 @@ from typing import Any
 
 from . import calibration, footprint, hits, profiles, shapes, traces
 from .comparison import percent
+from .config import STORES, Budget
 from .drawing import standalone
 from .errors import RotaryError
 from .info import read_shards
-from .plan import Case, Cost, Option, Request, at_budgets, options, recommend
+from .plan import Option, at_budgets, options, recommend
+from .roofline import Case, Cost, Request
 
 GIB = 2**30
 _PLOTTED = (0.05, 0.0625, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -34,16 +36,16 @@ class Plan:
 def make(
     model: str, *, type_name: str | None = None, vram: str | None = None, ram: str | None = None,
     link: str = "auto", disk: str = "auto", ram_rate: str | None = None, vram_rate: str | None = None,
-    n_ctx: int | None = None, prompt: int | None = None, answer: int | None = None, budget: str = "auto",
+    n_ctx: int | None = None, prompt: int | None = None, answer: int | None = None, budget: str = "auto", store: str = "auto",
     trace: str | None = None, profile: str = "auto", measure: bool = False, threads: int | None = None,
 ) -> Plan:  # fmt: skip
     """Plan a model, a file or a shape by its name.
 
     Parameters
     ----------
-    vram, ram, link, disk, ram_rate, vram_rate, budget : str
+    vram, ram, link, disk, ram_rate, vram_rate, budget, store : str
         Sizes as `rotary_llamacpp.config.parse_bytes`, rates as `rotary_llamacpp.simulation.parse_rate`, the
-        budget as of `rotary_llamacpp.RotaryConfig`.
+        budget and the store as of `rotary_llamacpp.RotaryConfig`.
     trace, profile : str
         Files that say how much is hit; a profile beside the model is used unless this is ``"off"``.
     measure : bool
@@ -54,6 +56,11 @@ def make(
     RotaryError
         Something is not known, not readable or not understood.
     """
+    Budget.parse(budget)
+    if store not in STORES:
+        raise RotaryError(
+            f"store {store!r}: not understood; accepted are {', '.join(STORES)}; correct the store"
+        )
     is_file = Path(model).is_file() or model.endswith(".gguf") or os.sep in model
     if is_file and type_name is not None:
         raise RotaryError(f"{model}: --type is of named shapes; a file has its own; leave it out")
@@ -72,7 +79,7 @@ def make(
     path_in_commands = model if is_file else headers[0].path.name
     case = Case(
         path_in_commands, found, machine, request, _hits(found, model, is_file, trace, profile), budget,
-        threads,
+        store, threads,
     )  # fmt: skip
     every = options(case)
     best, why = recommend(case, every)
