@@ -43,12 +43,15 @@ class KernelRates:
         Bytes per second that one thread puts into place, repacking included.
     repacked : bool
         ggml has another layout for the type on this CPU.
+    step_s : float
+        Seconds of a node with next to nothing to compute: starting it, and threads waiting for each other.
     """
 
     token_rate: float
     prompt_flops: float
     fill_rate: float
     repacked: bool
+    step_s: float
 
 
 class _InitParams(Structure):
@@ -91,6 +94,7 @@ def measure(type_name: str, n_in: int, n_out: int, n_expert: int, n_used: int, t
             512 * n_used * 2.0 * n_in * n_out / prompt,
             fill_rate,
             graphs.repacked,
+            graphs.time_steps(n_in),
         )
 
 
@@ -171,6 +175,20 @@ class _Graphs:
     def set(self, tensor: Any, data: np.ndarray) -> None:
         self.lib.ggml_backend_tensor_set(tensor, data.ctypes.data_as(c_void_p), 0, data.nbytes)
 
+    def time_steps(self, n_values: int) -> float:
+        """Seconds of a node that adds two hidden states."""
+        lib = self.lib
+        context = self.context(_MOST_NODES + 8)
+        first = lib.ggml_new_tensor_3d(context, _F32, n_values, 1, 1)
+        node = first
+        graph = lib.ggml_new_graph(context)
+        for _ in range(_MOST_NODES):
+            node = lib.ggml_add(context, node, first)
+        lib.ggml_build_forward_expand(graph, node)
+        self.keep(context, lib.ggml_backend_alloc_ctx_tensors(context, self.backend))
+        self.set(first, np.zeros(n_values, np.float32))
+        return self._median(graph) / _MOST_NODES
+
     def time(self, weights: Any, n_expert: int, n_used: int, n_tokens: int, n_nodes: int) -> float:
         """Seconds of a graph of so many lookups, each of experts of its own; the median."""
         lib, rng = self.lib, np.random.default_rng(1)
@@ -189,6 +207,10 @@ class _Graphs:
             else:
                 chosen = np.stack([rng.permutation(n_expert)[:n_used] for _ in range(n_tokens)])
             self.set(ids, np.ascontiguousarray(chosen, np.int32))
+        return self._median(graph)
+
+    def _median(self, graph: Any) -> float:
+        lib = self.lib
         lib.ggml_backend_graph_compute(self.backend, graph)  # first touch
         seconds: list[float] = []
         begin = time.perf_counter()
@@ -215,6 +237,7 @@ def _functions(lib: ctypes.CDLL) -> ctypes.CDLL:
         ("ggml_graph_overhead", c_size_t, []),
         ("ggml_new_tensor_3d", pointer, [pointer, c_int, c_int64, c_int64, c_int64]),
         ("ggml_mul_mat_id", pointer, [pointer] * 4),
+        ("ggml_add", pointer, [pointer] * 3),
         ("ggml_new_graph", pointer, [pointer]),
         ("ggml_build_forward_expand", None, [pointer, pointer]),
         ("ggml_backend_dev_by_name", pointer, [c_char_p]),

@@ -29,6 +29,8 @@ _LINK = ("pcie4x16", "published, PCIe 4 x16")
 _DISK = ("3.5GB/s", "published, NVMe on PCIe 3 x4")
 _GPU_FLOPS = (35e12, "published, RTX 3090 in F32")
 _CPU_FLOPS = (0.5e12, "assumed, eight cores with AVX2")
+_GPU_STEP = (4e-6, "assumed, of CUDA kernels")
+_CPU_STEP = (4e-6, "assumed")
 _COPY_BYTES, _COPY_BLOCK = 512 * MIB, 2 * MIB
 _COPY_TRIES = 5
 
@@ -69,7 +71,15 @@ def describe(
         disk_rate=rate("disk", disk, _DISK),
         gpu_flops=_GPU_FLOPS[0],
         cpu_flops=_CPU_FLOPS[0],
-        sources={**sources, "gpu compute": _GPU_FLOPS[1], "cpu compute": _CPU_FLOPS[1]},
+        gpu_step_s=_GPU_STEP[0],
+        cpu_step_s=_CPU_STEP[0],
+        sources={
+            **sources,
+            "gpu compute": _GPU_FLOPS[1],
+            "cpu compute": _CPU_FLOPS[1],
+            "gpu step": _GPU_STEP[1],
+            "cpu step": _CPU_STEP[1],
+        },
     )
 
 
@@ -107,7 +117,7 @@ def measure(
     found = described
     if "ram rate" not in given:
         found, how = _kernels(found, footprint, threads)
-        sources["ram rate"] = sources["cpu compute"] = how
+        sources["ram rate"] = sources["cpu compute"] = sources["cpu step"] = how
     if "disk" not in given:
         speed, how = _disk(model)
         found = replace(found, disk_rate=speed)
@@ -130,7 +140,10 @@ def _kernels(described: Machine, footprint: Footprint, threads: int) -> tuple[Ma
     # A repacked expert is rewritten, a plain one copied.
     copy = rates.fill_rate * threads if rates.repacked else copy_rate(threads)
     how = f"measured: ggml's {kind} kernel{', repacked,' if rates.repacked else ''} with {threads} threads"
-    return replace(described, ram_rate=rates.token_rate, cpu_flops=rates.prompt_flops, copy_rate=copy), how
+    return replace(
+        described, ram_rate=rates.token_rate, cpu_flops=rates.prompt_flops, copy_rate=copy,
+        cpu_step_s=rates.step_s, repacks=rates.repacked,
+    ), how  # fmt: skip
 
 
 def copy_rate(threads: int) -> float:

@@ -250,8 +250,8 @@ def info(model: str, as_json: bool) -> None:
 def plan(
     model: str, type_name: str | None, vram: str | None, ram: str | None, link: str, disk: str,
     ram_rate: str | None, vram_rate: str | None, ctx: int | None, prompt: int | None, answer: int | None,
-    budget: str, store: str, trace: str | None, profile: str, measure: bool, threads: int | None, plot_file: str | None,
-    as_json: bool,
+    budget: str, store: str, trace: str | None, profile: str, measure: bool, threads: int | None,
+    plot_file: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Foretell speed and memory of a model, a file or a named shape, and say how to run it.
 
@@ -264,8 +264,8 @@ def plan(
 
         found = planning.make(
             model, type_name=type_name, vram=vram, ram=ram, link=link, disk=disk, ram_rate=ram_rate,
-            vram_rate=vram_rate, n_ctx=ctx, prompt=prompt, answer=answer, budget=budget, store=store, trace=trace,
-            profile=profile, measure=measure, threads=threads,
+            vram_rate=vram_rate, n_ctx=ctx, prompt=prompt, answer=answer, budget=budget, store=store,
+            trace=trace, profile=profile, measure=measure, threads=threads,
         )  # fmt: skip
         if plot_file is not None:
             planning.write_plot(found, plot_file)

@@ -3,8 +3,9 @@
 nothing.
 
 Decode is modelled by bytes, a token at a time. What is computed on a device is read at the rate of its
-memory: weights that are not experts, the chosen experts, the KV cache. Experts that are missed come over the
-link, by a copy into slots, or from the disk.
+memory: weights that are not experts, the chosen experts, the KV cache. Starting each of the graph's nodes
+takes its time beside that. Experts that are missed come over the link, by a copy into slots, or from the
+disk.
 
 - To a GPU they are not overlapped with computation, though prefetch hides a part: a lower estimate.
 - Direct reads on the CPU go on while it computes, but misses come in bunches, so neither hides the other
@@ -33,6 +34,7 @@ from .roofline import (
     DISK,
     LINK,
     RAM,
+    STEPS,
     VRAM,
     Case,
     Cost,
@@ -44,6 +46,7 @@ from .roofline import (
     in_bunches,
     one_after_another,
     side_by_side,
+    steps,
 )  # fmt: skip
 
 ROTARY_GAIN = 1.05  # less than this is not worth another backend
@@ -148,7 +151,7 @@ def _resident(case: Case) -> Option:
         return replace(option, problem=_lacks("VRAM", needed + _FIT_MARGIN, case.machine.vram_bytes))
     return replace(
         option,
-        decode=one_after_another({VRAM: gpu_read(case)}),
+        decode=one_after_another({VRAM: gpu_read(case), STEPS: steps(case, case.machine.gpu_step_s)}),
         prefill=one_after_another({COMPUTE: gpu_prompt(case)}),
     )
 
@@ -174,7 +177,11 @@ def _experts_on_cpu(case: Case, offload: bool) -> Option:
         )
     chosen_cpu = _chosen(layers[:n_cpu])
     share = chosen_cpu / max(footprint.chosen_bytes, 1)
-    decode = {VRAM: gpu_read(case) - chosen_cpu / machine.vram_rate, RAM: chosen_cpu / machine.ram_rate}
+    decode = {
+        VRAM: gpu_read(case) - chosen_cpu / machine.vram_rate,
+        RAM: chosen_cpu / machine.ram_rate,
+        STEPS: steps(case, machine.gpu_step_s),
+    }
     left = case.ram_free - case.embedding_bytes
     faults = _faults(case, layers[:n_cpu], left)
     if faults:
@@ -207,7 +214,7 @@ def _stock_cpu(case: Case) -> Option:
     left = case.ram_free - fixed
     if left < 0:
         return replace(option, problem=_lacks("memory", fixed, case.ram_free))
-    decode = {RAM: cpu_read(case)}
+    decode = {RAM: cpu_read(case), STEPS: steps(case, case.machine.cpu_step_s)}
     faults = _faults(case, footprint.layers, left)
     prefill = {COMPUTE: cpu_prompt(case)}
     if faults:
@@ -250,13 +257,13 @@ def _rotary_gpu(case: Case) -> Option:
         return replace(option, problem=str(error))
     if given and fixed + budget + _FIT_MARGIN > machine.vram_bytes:
         return replace(option, problem=_lacks("VRAM", fixed + budget + _FIT_MARGIN, machine.vram_bytes))
-    hit = case.hits.of(slots)
+    hit = _hit_rate(case, slots)
     missed = (1 - hit) * footprint.chosen_bytes
     in_ram = footprint.expert_bytes + case.embedding_bytes <= case.ram_free
     # Unasked, experts are page-locked if they take at most three quarters of memory; else they are copied.
     locked = in_ram and footprint.expert_bytes <= machine.ram_bytes * 3 // 4
     link = machine.link_rate if locked else min(machine.link_rate, machine.copy_rate)
-    decode = {VRAM: gpu_read(case), LINK: missed / link}
+    decode = {VRAM: gpu_read(case), STEPS: steps(case, machine.gpu_step_s), LINK: missed / link}
     touched = case.touched() if hit < 1 else 0.0
     moved = {COMPUTE: gpu_prompt(case), LINK: case.per_token(touched / link)}
     ram_bytes = footprint.expert_bytes
@@ -295,19 +302,18 @@ def _rotary_cpu(case: Case) -> Option:
         return replace(option, problem=_lacks("memory", fixed + footprint.expert_bytes, case.ram_free))
     if fixed + staging + budget > case.ram_free:
         return replace(option, problem=_lacks("memory", fixed + staging + budget, case.ram_free))
-    hit = case.hits.of(slots)
+    hit = _hit_rate(case, slots)
     missed = (1 - hit) * footprint.chosen_bytes
-    computing = cpu_read(case) + (machine.wait_s * len(footprint.layers) if hit < 1 else 0.0)
+    computing = {RAM: cpu_read(case), STEPS: steps(case, machine.cpu_step_s)}
     prompt = cpu_prompt(case)
+    absent = 1 - budget / footprint.expert_bytes
     if mapped:
-        # A prompt's batches are computed from the mapping, whatever is in slots.
-        decode, prefill = (
-            one_after_another({RAM: computing + missed / machine.copy_rate}),
-            one_after_another({COMPUTE: prompt}),
-        )
+        decode = one_after_another({**computing, RAM: computing[RAM] + missed / machine.copy_rate})
+        # A prompt's batches are computed from the mapping, whatever is in slots, if its layout will do.
+        rewritten = case.per_token(case.touched() * absent / machine.copy_rate) if machine.repacks else 0.0
+        prefill = one_after_another({COMPUTE: prompt, RAM: rewritten})
     else:
-        decode = in_bunches({RAM: computing, DISK: missed / machine.disk_rate})
-        absent = 1 - budget / footprint.expert_bytes
+        decode = in_bunches(computing, {DISK: missed / machine.disk_rate})
         read = case.per_token(case.touched() * absent / machine.disk_rate)
         prefill = side_by_side({COMPUTE: prompt, DISK: read})
     return replace(
@@ -315,6 +321,12 @@ def _rotary_cpu(case: Case) -> Option:
         ram_bytes=fixed + staging + budget, budget_bytes=budget, n_slots=tuple(slots), hit_rate=hit,
         uniform_hit_rate=uniform(footprint.layers, slots), store="mmap" if mapped else "direct",
     )  # fmt: skip
+
+
+def _hit_rate(case: Case, slots: Sequence[int]) -> float:
+    if all(n == layer.n_expert for n, layer in zip(slots, case.print.layers, strict=True)):
+        return 1.0  # filled at the start
+    return case.hits.of(slots)
 
 
 # ---- words

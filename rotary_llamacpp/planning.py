@@ -36,8 +36,9 @@ class Plan:
 def make(
     model: str, *, type_name: str | None = None, vram: str | None = None, ram: str | None = None,
     link: str = "auto", disk: str = "auto", ram_rate: str | None = None, vram_rate: str | None = None,
-    n_ctx: int | None = None, prompt: int | None = None, answer: int | None = None, budget: str = "auto", store: str = "auto",
-    trace: str | None = None, profile: str = "auto", measure: bool = False, threads: int | None = None,
+    n_ctx: int | None = None, prompt: int | None = None, answer: int | None = None, budget: str = "auto",
+    store: str = "auto", trace: str | None = None, profile: str = "auto", measure: bool = False,
+    threads: int | None = None,
 ) -> Plan:  # fmt: skip
     """Plan a model, a file or a shape by its name.
 
@@ -170,9 +171,11 @@ def _machine(case: Case) -> list[str]:
         "disk": _rate(machine.disk_rate),
         "gpu compute": f"{machine.gpu_flops / 1e12:.1f} Tflop/s",
         "cpu compute": f"{machine.cpu_flops / 1e12:.2f} Tflop/s",
+        "gpu step": f"{1e6 * machine.gpu_step_s:.1f} us",
+        "cpu step": f"{1e6 * machine.cpu_step_s:.1f} us",
     }
     if not machine.vram_bytes:
-        for name in ("vram rate", "link", "gpu compute"):
+        for name in ("vram rate", "link", "gpu compute", "gpu step"):
             del values[name]
     return [f"{_WORDS.get(name, name):<20} {value:>14}  {sources[name]}" for name, value in values.items()]
 

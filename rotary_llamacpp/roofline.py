@@ -10,7 +10,8 @@ from .config import MIB
 from .footprint import Footprint
 from .hits import Hits
 
-VRAM, LINK, RAM, DISK, COMPUTE = "VRAM", "link", "RAM", "disk", "compute"
+VRAM, LINK, RAM, DISK, COMPUTE, STEPS = "VRAM", "link", "RAM", "disk", "compute", "steps"
+_STEPS_PER_LAYER = 35  # graph nodes of a layer that compute something: qwen3moe in the pinned llama.cpp
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Machine:
     disk_rate: float
     gpu_flops: float
     cpu_flops: float
-    wait_s: float = 0.0  # a layer's lookup on the host
+    gpu_step_s: float = 0.0  # starting one node of a graph
+    cpu_step_s: float = 0.0
+    repacks: bool = False  # the CPU's kernels want the experts in another layout than the file's
     sources: dict[str, str] | None = None
 
 
@@ -131,6 +134,11 @@ def _prompt_flops(case: Case) -> float:
     return footprint.token_flops - footprint.output_flops + footprint.expert_flops
 
 
+def steps(case: Case, step_s: float) -> float:
+    """Starting the nodes of a token's graph one after the other: what a small model's time goes to."""
+    return case.print.n_layer * _STEPS_PER_LAYER * step_s
+
+
 def gpu_prompt(case: Case) -> float:
     """Computing a token of the prompt, all on the GPU."""
     return _prompt_flops(case) / case.machine.gpu_flops
@@ -143,14 +151,19 @@ def cpu_prompt(case: Case) -> float:
 
 def one_after_another(parts: dict[str, float]) -> Cost:
     """Nothing overlaps."""
-    return Cost(parts, sum(parts.values()))
+    return Cost(_felt(parts), sum(parts.values()))
 
 
 def side_by_side(parts: dict[str, float]) -> Cost:
     """All overlap: the longest counts."""
-    return Cost(parts, max(parts.values()))
+    return Cost(_felt(parts), max(parts.values()))
 
 
-def in_bunches(parts: dict[str, float]) -> Cost:
+def in_bunches(computing: dict[str, float], reading: dict[str, float]) -> Cost:
     """They overlap, but now this one is longer and now that: the root of the sum of squares."""
-    return Cost(parts, math.hypot(*parts.values()))
+    seconds = math.hypot(sum(computing.values()), sum(reading.values()))
+    return Cost(_felt({**computing, **reading}), seconds)
+
+
+def _felt(parts: dict[str, float]) -> dict[str, float]:
+    return {name: seconds for name, seconds in parts.items() if seconds}
