@@ -54,16 +54,26 @@ def predict(
 
 
 def undisturbed(module: str, function: str, *arguments: object) -> dict[str, Any]:
-    """As `in_process`, until other processes left the processors alone, ten times at the most."""
-    for _ in range(10):
+    """As `in_process`, once and until other processes leave the processors alone; 20 times at the most."""
+    for _ in range(20):
+        _wait_for_idle()
         busy, ours, begin = _busy_seconds(), _child_seconds(), time.monotonic()
         result = in_process(module, function, *arguments)
         others = _busy_seconds() - busy - (_child_seconds() - ours)
         if others < 0.05 * (time.monotonic() - begin):
             return result
         click.echo(f"\r{others:.1f} s of other processes, again ", nl=False, err=True)
-        time.sleep(5)
     raise click.ClickException("other processes kept the processors busy; run it on an idle machine")
+
+
+def _wait_for_idle(seconds: float = 1800, sample: float = 2) -> None:
+    """Until the processors have been idle for a moment, or in vain."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        busy = _busy_seconds()
+        time.sleep(sample)
+        if _busy_seconds() - busy < 0.05 * sample:
+            return
 
 
 def _busy_seconds() -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ _F32, _I32 = 0, 26  # enum ggml_type
 _MOST_BYTES = 256 << 20  # of weights; many times what caches hold
 _READ_BYTES = 192 << 20  # by one graph of decode
 _MOST_NODES = 256  # a graph of ggml_new_graph() has room for 2048, inputs included
+_LINK_BYTES = 128 << 20
 _TRIES, _SECONDS = 7, 1.5
 
 
@@ -58,11 +60,15 @@ class _InitParams(Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
 
-def measure(type_name: str, n_in: int, n_out: int, n_expert: int, n_used: int, threads: int) -> KernelRates:
-    """Time MUL_MAT_ID on the CPU.
+def measure(
+    type_name: str, n_in: int, n_out: int, n_expert: int, n_used: int, threads: int, device: str = "CPU"
+) -> KernelRates:
+    """Time MUL_MAT_ID on a device.
 
     Parameters
     ----------
+    device : str
+        ggml's name of it.
     type_name : str
         ggml's name of the weights' type, such as ``"Q8_0"``.
     n_in, n_out : int
@@ -79,7 +85,7 @@ def measure(type_name: str, n_in: int, n_out: int, n_expert: int, n_used: int, t
         raise LibraryError(f"{type_name}: rows of {n_in} are no blocks of {block}; measure another type")
     matrix_bytes = n_in // block * block_bytes * n_out
     n_expert = max(n_used, min(n_expert, _MOST_BYTES // matrix_bytes))
-    with _Graphs(threads) as graphs:
+    with _Graphs(device, threads) as graphs:
         weights = graphs.weights(int(kind), n_in, n_out, n_expert, n_used)
         # Of any type a small finite number: random scales would be NaN or denormal, which is slow.
         data = np.full(n_expert * matrix_bytes, 0x3C, np.uint8)
@@ -98,18 +104,25 @@ def measure(type_name: str, n_in: int, n_out: int, n_expert: int, n_used: int, t
         )
 
 
-class _Graphs:
-    """A CPU backend of ggml's, its weights, and graphs over them."""
+def measure_link(device: str) -> float:
+    """Bytes per second from host memory to a device's, page-locked where the device knows such memory."""
+    with _Graphs(device, 1) as graphs:
+        return _LINK_BYTES / graphs.time_copy(_LINK_BYTES)
 
-    def __init__(self, threads: int) -> None:
+
+class _Graphs:
+    """A backend of ggml's, its weights, and graphs over them."""
+
+    def __init__(self, device: str, threads: int) -> None:
         self.lib = _functions(_native.libllama())
-        self.device = self.lib.ggml_backend_dev_by_name(b"CPU")
+        self.device = self.lib.ggml_backend_dev_by_name(device.encode())
         self.backend = self.lib.ggml_backend_dev_init(self.device, None) if self.device else None
         if not self.backend:
             raise LibraryError(
-                "ggml: has no CPU backend; its kernels cannot be timed; plan without --measure"
+                f"ggml: no device {device}; its kernels cannot be timed; plan without --measure"
             )
-        self.lib.ggml_backend_cpu_set_n_threads(self.backend, threads)
+        if device == "CPU":
+            self.lib.ggml_backend_cpu_set_n_threads(self.backend, threads)
         self.held: list[tuple[Any, Any]] = []
         self.repacked = False
 
@@ -175,6 +188,23 @@ class _Graphs:
     def set(self, tensor: Any, data: np.ndarray) -> None:
         self.lib.ggml_backend_tensor_set(tensor, data.ctypes.data_as(c_void_p), 0, data.nbytes)
 
+    def time_copy(self, n_bytes: int) -> float:
+        """Seconds of one copy to the device."""
+        lib = self.lib
+        context = self.context(2)
+        target = lib.ggml_new_tensor_3d(context, _F32, n_bytes // 4, 1, 1)
+        self.keep(context, lib.ggml_backend_alloc_ctx_tensors(context, self.backend))
+        source = np.ones(n_bytes, np.uint8)
+        address, locked = source.ctypes.data_as(c_void_p), None
+        buft = lib.ggml_backend_dev_host_buffer_type(self.device)
+        if buft:
+            locked = lib.ggml_backend_buft_alloc_buffer(buft, n_bytes)
+        if locked:
+            self.keep(self.context(1), locked)
+            address = lib.ggml_backend_buffer_get_base(locked)
+            ctypes.memset(address, 1, n_bytes)
+        return self._timed(lambda: lib.ggml_backend_tensor_set(target, address, 0, n_bytes))
+
     def time_steps(self, n_values: int) -> float:
         """Seconds of a node that adds two hidden states."""
         lib = self.lib
@@ -210,14 +240,19 @@ class _Graphs:
         return self._median(graph)
 
     def _median(self, graph: Any) -> float:
-        lib = self.lib
-        lib.ggml_backend_graph_compute(self.backend, graph)  # first touch
+        def compute() -> None:
+            if self.lib.ggml_backend_graph_compute(self.backend, graph) != 0:
+                raise LibraryError("ggml: computing MUL_MAT_ID failed; plan without --measure")
+
+        return self._timed(compute)
+
+    def _timed(self, work: Callable[[], None]) -> float:
+        work()  # first touch
         seconds: list[float] = []
         begin = time.perf_counter()
         while len(seconds) < 3 or (len(seconds) < _TRIES and time.perf_counter() - begin < _SECONDS):
             start = time.perf_counter()
-            if lib.ggml_backend_graph_compute(self.backend, graph) != 0:
-                raise LibraryError("ggml: computing MUL_MAT_ID failed; plan without --measure")
+            work()
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
 
@@ -245,6 +280,9 @@ def _functions(lib: ctypes.CDLL) -> ctypes.CDLL:
         ("ggml_backend_dev_supports_op", c_bool, [pointer, pointer]),
         ("ggml_backend_dev_backend_reg", pointer, [pointer]),
         ("ggml_backend_reg_get_proc_address", pointer, [pointer, c_char_p]),
+        ("ggml_backend_dev_host_buffer_type", pointer, [pointer]),
+        ("ggml_backend_buft_alloc_buffer", pointer, [pointer, c_size_t]),
+        ("ggml_backend_buffer_get_base", pointer, [pointer]),
         ("ggml_backend_free", None, [pointer]),
         ("ggml_backend_cpu_set_n_threads", None, [pointer, c_int]),
         ("ggml_backend_alloc_ctx_tensors", pointer, [pointer, pointer]),

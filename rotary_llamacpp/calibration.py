@@ -106,7 +106,7 @@ def measure(
     model : Path, optional
         A file to read the disk with; by default a temporary one is written.
     given : frozenset of str
-        Of "link", "disk", "ram rate": what was said of another machine.
+        Of "link", "disk", "ram rate", "vram rate": what was said, perhaps of another machine.
 
     Raises
     ------
@@ -122,21 +122,53 @@ def measure(
         speed, how = _disk(model)
         found = replace(found, disk_rate=speed)
         sources["disk"] = how
-    if "link" not in given and described.vram_bytes:
-        sources["link"] += "; not measured"
+    gpu = _gpu() if described.vram_bytes else None
+    if gpu is not None:
+        found = _device(found, footprint, gpu, sources, given)
+    elif described.vram_bytes:
+        sources["link"] += "; there is no GPU here to measure it with" if "link" not in given else ""
     return replace(found, sources=sources)
+
+
+def _gpu() -> str | None:
+    lib = _native.loaded()
+    return next((inner for inner in lib.default_inner if inner != "CPU"), None) if lib else None
+
+
+def _device(
+    described: Machine, footprint: Footprint, gpu: str, sources: dict[str, str], given: frozenset[str]
+) -> Machine:
+    """The same with the rates of a GPU here: its kernels and the link to it."""
+    from ._kernels import measure as kernel_rates
+    from ._kernels import measure_link
+
+    rates = kernel_rates(*_experts(footprint), threads=1, device=gpu)
+    found = replace(described, gpu_flops=rates.prompt_flops, gpu_step_s=rates.step_s)
+    sources["gpu compute"] = sources["gpu step"] = f"measured: {gpu}"
+    if "vram rate" not in given:
+        found = replace(found, vram_rate=rates.token_rate)
+        sources["vram rate"] = f"measured: {gpu}"
+    if "link" not in given:
+        found = replace(found, link_rate=measure_link(gpu))
+        sources["link"] = f"measured: copies to {gpu}"
+    return found
+
+
+def _experts(footprint: Footprint) -> tuple[str, int, int, int, int]:
+    """What is timed: type, rows' length, their number, experts, experts used; a square without any."""
+    layer = footprint.layers[0] if footprint.layers else None
+    if layer is None:
+        return "Q8_0", *footprint.expert_shape, 1, 1
+    return layer.types[0], *footprint.expert_shape, layer.n_expert, layer.n_expert_used
 
 
 def _kernels(described: Machine, footprint: Footprint, threads: int) -> tuple[Machine, str]:
     from ._kernels import measure as kernel_rates
 
-    layer = footprint.layers[0] if footprint.layers else None
-    kind = layer.types[0] if layer else "Q8_0"
-    shape = footprint.expert_shape
+    timed = _experts(footprint)
+    kind = timed[0]
     with _native.native_log_muted():
-        rates = kernel_rates(
-            kind, *shape, layer.n_expert if layer else 1, layer.n_expert_used if layer else 1, threads
-        )
+        rates = kernel_rates(*timed, threads)
     # A repacked expert is rewritten, a plain one copied.
     copy = rates.fill_rate * threads if rates.repacked else copy_rate(threads)
     how = f"measured: ggml's {kind} kernel{', repacked,' if rates.repacked else ''} with {threads} threads"

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import calibration, footprint, hits, profiles, shapes, traces
 from .comparison import percent
-from .config import STORES, Budget
+from .config import MIB, STORES, Budget
 from .drawing import standalone
 from .errors import RotaryError
 from .info import read_shards
@@ -72,7 +72,7 @@ def make(
     )
     threads = threads or (os.cpu_count() or 1 if measure else None)
     if measure and threads:
-        named = {"link": link, "disk": disk, "ram rate": ram_rate}
+        named = {"link": link, "disk": disk, "ram rate": ram_rate, "vram rate": vram_rate}
         given = frozenset(name for name, text in named.items() if text not in (None, "auto"))
         path = Path(model) if is_file else None
         machine = calibration.measure(machine, found, path, threads, given)
@@ -121,14 +121,14 @@ def describe(plan: Plan) -> str:
     case, found = plan.case, plan.case.print
     n_ctx = case.request.n_ctx
     lines = [
-        f"{found.name}: {found.architecture}, {found.n_layer} layers, {found.n_params / 1e9:.1f} billion "
-        f"weights in {found.weight_bytes / GIB:.1f} GiB",
-        f"  experts       {_gib(found.expert_bytes)}, can be paged"
-        + (f"; one token chooses {_gib(found.chosen_bytes).strip()}" if found.layers else ""),
-        f"  other weights {_gib(found.resident_bytes)}, stay resident",
-        f"  KV cache      {_gib(found.kv_bytes(n_ctx))} for {n_ctx} tokens in f16"
+        f"{found.name}: {found.architecture}, {found.n_layer} layers, {_count(found.n_params)} weights "
+        f"in {_size(found.weight_bytes)}",
+        f"  experts       {_size(found.expert_bytes)}, can be paged"
+        + (f"; one token chooses {_size(found.chosen_bytes)}" if found.layers else ""),
+        f"  other weights {_size(found.resident_bytes)}, stay resident",
+        f"  KV cache      {_size(found.kv_bytes(n_ctx))} for {n_ctx} tokens in f16"
         + (
-            f"; {_gib(full).strip()} where windows are not used"
+            f"; {_size(full)} where windows are not used"
             if (full := found.kv_bytes(n_ctx, windows=False)) != found.kv_bytes(n_ctx)
             else ""
         ),
@@ -136,15 +136,15 @@ def describe(plan: Plan) -> str:
         *_machine(case),
         "",
     ]
-    rows = [["", "decode tok/s", "limit", "prompt tok/s", "limit", "VRAM GiB", "RAM GiB"]]
+    rows = [["", "decode tok/s", "limit", "prompt tok/s", "limit", "VRAM", "memory"]]
     for option in plan.options:
         rows.append(
             [
                 option.name,
                 *_speed(option.decode),
                 *_speed(option.prefill),
-                f"{option.vram_bytes / GIB:.1f}",
-                f"{option.ram_bytes / GIB:.1f}",
+                _size(option.vram_bytes),
+                _size(option.ram_bytes),
             ]
         )
     lines += _columns(rows)
@@ -163,8 +163,8 @@ def describe(plan: Plan) -> str:
 def _machine(case: Case) -> list[str]:
     machine, sources = case.machine, case.machine.sources or {}
     values = {
-        "vram": _gib(machine.vram_bytes).strip(),
-        "ram": _gib(machine.ram_bytes).strip(),
+        "vram": _size(machine.vram_bytes),
+        "ram": _size(machine.ram_bytes),
         "vram rate": _rate(machine.vram_rate),
         "link": _rate(machine.link_rate),
         "ram rate": _rate(machine.ram_rate),
@@ -184,7 +184,7 @@ def _slots(option: Option) -> str:
     least, most = min(option.n_slots), max(option.n_slots)
     each = str(least) if least == most else f"{least} to {most}"
     return (
-        f"{option.name}: {each} slots per layer in {_gib(option.budget_bytes or 0).strip()}, store "
+        f"{option.name}: {each} slots per layer in {_size(option.budget_bytes or 0)}, store "
         f"{option.store}; {percent(option.hit_rate)} hits expected, {percent(option.uniform_hit_rate)} "
         "if routing had no locality"
     )
@@ -205,8 +205,12 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / GIB:8.2f} GiB"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:.1f} MiB"
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.1f} billion" if n >= 1e9 else f"{n / 1e6:.1f} million"
 
 
 def _rate(rate: float) -> str:

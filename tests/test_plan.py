@@ -440,6 +440,32 @@ def test_measuring_replaces_what_was_not_said(native, monkeypatch, tiny_model):
     assert (kept.disk_rate, kept.ram_rate, kept.copy_rate) == (HERE.disk_rate, HERE.ram_rate, HERE.copy_rate)
 
 
+def test_measuring_a_gpu(native, monkeypatch, tiny_model):
+    # The CPU stands for it: the same calls of ggml's, by the device's name.
+    from rotary_llamacpp import _kernels
+
+    monkeypatch.setattr(doctor, "read_cold", lambda path: (300 * MIB, 2.0, "direct"))
+    monkeypatch.setattr(calibration, "_COPY_BYTES", 8 * MIB)
+    monkeypatch.setattr(_kernels, "_LINK_BYTES", 8 * MIB)
+    found = footprint.of_headers(read_shards(tiny_model))
+    with_vram = replace(HERE, vram_bytes=1 << 30, sources={"link": "published"})
+    elsewhere = calibration.measure(with_vram, found, tiny_model, 1, frozenset())
+    assert elsewhere.vram_rate == HERE.vram_rate and "no GPU here" in elsewhere.sources["link"]
+    monkeypatch.setattr(calibration, "_gpu", lambda: "CPU")
+    measured = calibration.measure(with_vram, found, tiny_model, 1, frozenset())
+    assert measured.link_rate > 1e8 and measured.vram_rate > 1e7 and measured.gpu_step_s > 0
+    assert measured.sources["link"] == "measured: copies to CPU"
+    said = calibration.measure(with_vram, found, tiny_model, 1, frozenset(("link", "vram rate")))
+    assert (said.link_rate, said.vram_rate) == (HERE.link_rate, HERE.vram_rate)
+
+
+def test_a_device_that_is_not_there(native):
+    from rotary_llamacpp import _kernels
+
+    with pytest.raises(RotaryError, match="no device CUDA7"):
+        _kernels.measure_link("CUDA7")
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "MXFP4", "Q6_K", "F16"])
 def test_kernels_of_types_can_be_timed(native, monkeypatch, kind):
     from rotary_llamacpp import _kernels
