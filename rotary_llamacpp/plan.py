@@ -125,7 +125,7 @@ def recommend(case: Case, found: Sequence[Option]) -> tuple[Option | None, str]:
     if best.key == "cpu" and case.print.weight_bytes <= case.ram_free and not case.machine.vram_bytes:
         return best, "do not use Rotary here: everything fits into memory, and there is no GPU"
     decode = best.decode or Cost({COMPUTE: 1.0}, 1.0)
-    return best, f"do not use Rotary here: {best.name} is as fast, limited by {decode.limit}"
+    return best, f"do not use Rotary here: {best.name} is no slower, limited by {decode.limit}"
 
 
 def at_budgets(case: Case, shares: Sequence[float]) -> list[tuple[float, Option]]:
@@ -225,13 +225,11 @@ def _stock_cpu(case: Case) -> Option:
 
 def _faults(case: Case, layers: Sequence[LayerInfo], left: int) -> float:
     """Seconds of page faults of a token, where experts of some layers share `left` bytes of page cache."""
-    its = case.print.layers[: len(layers)]
-    wanted = _bytes(its)
-    if wanted <= left or not its:
+    wanted = _bytes(layers)
+    if wanted <= left or not layers:
         return 0.0
-    share = max(left, 0) / wanted
-    slots = [max(1, int(share * layer.n_expert)) for layer in case.print.layers]
-    return (1 - case.hits.of(slots)) * _chosen(its) / min(case.machine.disk_rate, _FAULT_RATE)
+    slots = _slots_for(case, max(left, 0) / wanted)
+    return (1 - case.hits.of(slots)) * _chosen(layers) / min(case.machine.disk_rate, _FAULT_RATE)
 
 
 def _unread(case: Case, touched: float, stored: int, left: int) -> float:
@@ -269,9 +267,10 @@ def _rotary_gpu(case: Case) -> Option:
     ram_bytes = footprint.expert_bytes
     if not in_ram:
         ram_bytes = case.ram_free - case.embedding_bytes
-        tier = [
-            max(1, int(ram_bytes / footprint.expert_bytes * layer.n_expert)) for layer in footprint.layers
-        ]
+        if ram_bytes < footprint.chosen_bytes:
+            needed = case.embedding_bytes + footprint.chosen_bytes
+            return replace(option, problem=_lacks("memory", needed, case.ram_free))
+        tier = _slots_for(case, ram_bytes / footprint.expert_bytes)
         reads = 1 - case.hits.of([max(each) for each in zip(tier, slots, strict=True)])
         decode[DISK] = reads * footprint.chosen_bytes / machine.disk_rate
         moved[DISK] = case.per_token(touched / machine.disk_rate)
@@ -321,6 +320,11 @@ def _rotary_cpu(case: Case) -> Option:
         ram_bytes=fixed + staging + budget, budget_bytes=budget, n_slots=tuple(slots), hit_rate=hit,
         uniform_hit_rate=uniform(footprint.layers, slots), store="mmap" if mapped else "direct",
     )  # fmt: skip
+
+
+def _slots_for(case: Case, share: float) -> list[int]:
+    """What a share of the experts is in each layer, one token's at least."""
+    return [max(layer.n_expert_used, int(share * layer.n_expert)) for layer in case.print.layers]
 
 
 def _hit_rate(case: Case, slots: Sequence[int]) -> float:
