@@ -129,7 +129,7 @@ def missing_cpu_features(lib: ctypes.CDLL) -> list[str]:
 
 
 @contextlib.contextmanager
-def _native_log_muted() -> Iterator[None]:
+def native_log_muted() -> Iterator[None]:
     """llama.cpp's log without what our library says in a call: its error text becomes an exception's."""
     logger = logging.getLogger("llama-cpp-python")
     level = logger.level
@@ -204,7 +204,7 @@ class Library:
         lib.ggml_backend_load.argtypes = [ctypes.c_char_p]
         lib.ggml_backend_dev_by_name.restype = ctypes.c_void_p
         lib.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
-        with _native_log_muted():
+        with native_log_muted():
             registered = lib.ggml_backend_load(os.fsencode(self.path))
         if not registered:
             self.check(self.c.rotary_last_status())
@@ -231,6 +231,14 @@ class Library:
             raise kind(self.last_error() or f"{self.path}: failed with status {status}") from None
         return status
 
+    def divide_budget(self, n_bytes: int, layers: list[tuple[int, int, int]]) -> list[int]:
+        """Slots of layers, each (bytes of an expert, experts, experts used), as a pool of that budget has."""
+        n_slots, taken = self.ffi.new("int32_t[]", len(layers)), self.ffi.new("uint64_t *")
+        sizes = self.ffi.new("rotary_layer_size[]", layers)
+        text = str(n_bytes).encode()
+        self.check(self.c.rotary_budget_divide(text, sizes, len(layers), 0, n_slots, taken))
+        return list(n_slots)
+
     # ---- devices
 
     def device_count(self) -> int:
@@ -244,6 +252,18 @@ class Library:
     def name(self, device: int) -> str:
         """ggml's name of a ROTARY device."""
         return self.text(self.c.rotary_device_name(device))
+
+    def device_memory(self, inner: str) -> int:
+        """Bytes of memory of an inner device in all; 0 if there is no such device."""
+        lib, free, total = self.llama, ctypes.c_size_t(), ctypes.c_size_t()
+        device = lib.ggml_backend_dev_by_name(inner.encode())
+        if not device:
+            return 0
+        pointer = ctypes.POINTER(ctypes.c_size_t)
+        lib.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, pointer, pointer]
+        lib.ggml_backend_dev_memory.restype = None
+        lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        return total.value
 
     def devices_for(self, inner: str | None) -> list[int]:
         """ROTARY devices over the inner devices named, comma separated; by default over those chosen at load.
@@ -263,7 +283,7 @@ class Library:
         for device in devices:
             if self.inner(device).lower() == wanted.lower():
                 return device
-        with _native_log_muted():
+        with native_log_muted():
             for device in devices:
                 status = self.c.rotary_device_set_inner(device, wanted.encode())
                 in_use = status == self.c.ROTARY_ERR_STATE
@@ -336,19 +356,19 @@ class Pool:
             "policy": texts[4], "own_policy": policy[1],
             "predictor": texts[5], "own_predictor": predictor[1], "adaptive": adaptive,
         })  # fmt: skip
-        with _native_log_muted():
+        with native_log_muted():
             self._pool = lib.c.rotary_pool_open(device, config)
         if not self._pool:
             lib.check(lib.c.rotary_last_status())
 
     def prepare(self) -> None:
         """Resolve the budget and allocate the slots now."""
-        with _native_log_muted():
+        with native_log_muted():
             self.lib.check(self.lib.c.rotary_pool_prepare(self._pool))
 
     def set_budget(self, text: str) -> None:
         """Change the budget; the slots are allocated anew, cold, at the next graph or `prepare`."""
-        with _native_log_muted():
+        with native_log_muted():
             self.lib.check(self.lib.c.rotary_pool_set_budget(self._pool, text.encode()))
 
     def stats(self) -> dict[str, Any]:

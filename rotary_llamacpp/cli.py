@@ -219,6 +219,58 @@ def info(model: str, as_json: bool) -> None:
     click.echo(found.describe())
 
 
+@main.command(epilog=_example("rotary plan qwen3-30b-a3b --vram 12GiB --ram 64GiB --link pcie4x16"))
+@click.argument("model")
+@click.option("--type", "type_name", help="Of a named shape: q4_k_m, q8_0, ...  [default: the usual one]")
+@click.option("--vram", help="GPU memory, such as 24GiB; 0 is none.  [default: this machine's]")
+@click.option("--ram", help="Memory that can be taken, such as 64GiB.  [default: what is available here]")
+@click.option(
+    "--link", default="auto", show_default=True, help="Memory to GPU: pcie4x16, 25GB/s; auto is PCIe 4 x16."
+)
+@click.option("--disk", default="auto", show_default=True, help="Direct reads: 3.5GB/s; auto is that.")
+@click.option("--ram-rate", help="At which the CPU reads weights: 58GB/s.  [default: that, or measured]")
+@click.option("--vram-rate", help="At which the GPU reads weights.  [default: 936GB/s, an RTX 3090]")
+@click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens.  [default: as rotary run]")
+@click.option("--prompt", type=click.IntRange(min=1), help="Its tokens.  [default: 512, or half the context]")
+@click.option("--answer", type=click.IntRange(min=1), help="Its tokens.  [default: 128, or a quarter of it]")
+@click.option("--budget", default="auto", show_default=True, help="Rotary's, as for rotary run.")
+@click.option("--store", default="auto", show_default=True, help="On the CPU, as for rotary run.")
+@click.option("--trace", help="File of rotary trace: hit rates by replaying it.")
+@click.option(
+    "--profile",
+    default="auto",
+    show_default=True,
+    help="File of rotary profile; auto: beside the model; off.",
+)
+@click.option("--measure", is_flag=True, help="Calibrate CPU, memory and disk on this machine, in seconds.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default with --measure: all]")
+@click.option("--plot", "plot_file", type=click.Path(), help="SVG to write: tok/s against budget.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(
+    model: str, type_name: str | None, vram: str | None, ram: str | None, link: str, disk: str,
+    ram_rate: str | None, vram_rate: str | None, ctx: int | None, prompt: int | None, answer: int | None,
+    budget: str, store: str, trace: str | None, profile: str, measure: bool, threads: int | None,
+    plot_file: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Foretell speed and memory of a model, a file or a named shape, and say how to run it.
+
+    \b
+    Shapes: mixtral-8x7b, mixtral-8x22b, qwen3-30b-a3b, qwen3-235b-a22b,
+    gpt-oss-20b, gpt-oss-120b, deepseek-v3.
+    """
+    with _one_line_errors():
+        from . import planning
+
+        found = planning.make(
+            model, type_name=type_name, vram=vram, ram=ram, link=link, disk=disk, ram_rate=ram_rate,
+            vram_rate=vram_rate, n_ctx=ctx, prompt=prompt, answer=answer, budget=budget, store=store,
+            trace=trace, profile=profile, measure=measure, threads=threads,
+        )  # fmt: skip
+        if plot_file is not None:
+            planning.write_plot(found, plot_file)
+        click.echo(json.dumps(planning.to_dict(found)) if as_json else planning.describe(found))
+
+
 @main.command(epilog=_example("rotary trace model.gguf --prompts prompts.txt -o model.trace"))
 @click.argument("model")
 @click.option("--prompts", required=True, help="Text file, one prompt a line.")

@@ -147,25 +147,30 @@ def _memlock() -> Check:
 
 
 def _disk(model: str | None) -> Check:
-    with tempfile.TemporaryDirectory(prefix="rotary-doctor-") as folder:
-        path = Path(model) if model else Path(folder, "sample")
-        if not model:
-            deadline = time.monotonic() + _SAMPLE_SECONDS
-            block = os.urandom(_BLOCK_BYTES)
-            with path.open("wb") as file:
-                while file.tell() < _SAMPLE_BYTES and time.monotonic() < deadline:
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-        n_bytes, seconds, how = read_cold(path)
+    n_bytes, seconds, how, place = measure_disk(Path(model) if model else None)
     speed = n_bytes / seconds if seconds > 0 else 0.0
-    place = path if model else tempfile.gettempdir()
     detail = f"{speed / MIB:.0f} MiB/s reading {n_bytes // MIB} MiB of {place} ({how})"
     if speed < _SLOW_DISK:
         return Check(
             "disk", WARN, detail, "keep the model on a faster disk, or give a budget that holds most experts"
         )
     return Check("disk", OK, detail)
+
+
+def measure_disk(model: Path | None) -> tuple[int, float, str, Path]:
+    """Bytes read past the page cache, seconds, how, and of what: a file, or a temporary one if None."""
+    if model:
+        return *read_cold(model), model
+    with tempfile.TemporaryDirectory(prefix="rotary-doctor-") as folder:
+        path = Path(folder, "sample")
+        deadline = time.monotonic() + _SAMPLE_SECONDS
+        block = os.urandom(_BLOCK_BYTES)
+        with path.open("wb") as file:
+            while file.tell() < _SAMPLE_BYTES and time.monotonic() < deadline:
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        return *read_cold(path), Path(tempfile.gettempdir())
 
 
 def read_cold(path: Path) -> tuple[int, float, str]:

@@ -31,6 +31,9 @@ _LONGEST_NAME = 65535  # bytes of a key or of a tensor's name, as the format has
 _LONGEST_KEPT_STRING = 1 << 24  # bytes; chat templates are some thousand
 _MOST_STRINGS = 1 << 22  # in arrays of one header; large vocabularies with merges are under a million
 _LARGEST = 1 << 29  # bytes of metadata; those of large vocabularies are some ten million
+# More than any model has. A hole in a file reads as zeros, which are valid entries of no size: without these
+# limits a damaged count in a large file would be walked for hours.
+_MOST_TENSORS, _MOST_FIELDS = 1 << 17, 1 << 14
 _SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 _TYPE_NAMES = {int(kind): kind.name for kind in GGML_QUANT_SIZES}
 _SIZES.setdefault(42, (64, 18))  # of the pinned llama.cpp, and not yet in every gguf package
@@ -115,7 +118,7 @@ class _Cursor:
             raise ModelError(
                 f"{self.path}: GGUF version {version:#x}; 2 and 3 are supported; convert it again"
             )
-        n_tensors, n_fields = self.count(24), self.count(12)
+        n_tensors, n_fields = self.count(24, _MOST_TENSORS), self.count(12, _MOST_FIELDS)
         metadata: dict[str, Any] = {}
         fields: dict[str, Field] = {}
         for _ in range(n_fields):
@@ -133,7 +136,7 @@ class _Cursor:
             entries[entry[0]] = entry
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.damaged(f"alignment is {alignment!r}, no power of two,")
+            raise self.damaged(f"alignment is {str(alignment)[:40]!r}, no power of two,")
         start = -(-self.at // alignment) * alignment
         tensors = self.placed(list(entries.values()), start)
         return GGUFHeader(self.path, self.size, metadata, tensors, tuple(fields.values()), alignment)
@@ -155,7 +158,7 @@ class _Cursor:
                 n_bytes = following.get(offset, offset) - offset
             if start + offset + n_bytes > self.size:
                 raise ModelError(
-                    f"{self.path}: truncated, tensor {name} ends at byte {start + offset + n_bytes}; "
+                    f"{self.path}: truncated, tensor {name[:64]!r} ends at byte {start + offset + n_bytes}; "
                     f"the file has {self.size}; download or convert it again"
                 )
             tensors.append(
@@ -167,7 +170,7 @@ class _Cursor:
         name = self.name(known)
         n_dims = self.scalar("I")
         if n_dims > 8:
-            raise self.damaged(f"tensor {name!r} has {n_dims} dimensions")
+            raise self.damaged(f"tensor {name[:64]!r} has {n_dims} dimensions")
         shape = tuple(self.scalar("Q") for _ in range(n_dims))
         return name, shape, self.scalar("I"), self.scalar("Q")
 
@@ -216,10 +219,10 @@ class _Cursor:
         self.at = min(at, size)
         self.advance(at - self.at)
 
-    def count(self, item_bytes: int) -> int:
+    def count(self, item_bytes: int, most: int | None = None) -> int:
         """A number of items, each of at least `item_bytes`, that must still fit into the file."""
         n_items = self.scalar("Q")
-        if n_items * item_bytes > self.size - self.at:
+        if n_items * item_bytes > self.size - self.at or (most is not None and n_items > most):
             raise self.damaged(f"{n_items} items announced")
         return int(n_items)
 

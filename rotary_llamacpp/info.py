@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from .errors import ModelError
 from .gguf_header import GGUFHeader, TensorInfo, read_header
 
 # The tensors that llama.cpp multiplies with MUL_MAT_ID. Their .bias and .scale companions stay resident.
-EXPERT_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_(exps|chexps)\.weight")
+EXPERT_TENSOR = re.compile(r"blk\.(\d{1,6})\.ffn_(?:gate|up|down|gate_up)_(exps|chexps)\.weight")
+_MOST_EXPERTS = 1 << 16
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -89,19 +91,29 @@ class ModelInfo:
         ModelError
             A file is missing, truncated or not a GGUF, or `path` is not the first shard of a split model.
         """
-        headers = read_shards(Path(path))
+        return cls.of(read_shards(path))
+
+    @classmethod
+    def of(cls, headers: Sequence[GGUFHeader]) -> ModelInfo:
+        """The same from the headers of a model's files, the first shard's first.
+
+        Raises
+        ------
+        ModelError
+            The tensors of a layer's experts disagree.
+        """
         metadata = headers[0].metadata
         arch = str(metadata.get("general.architecture", "unknown"))
         tensors = [tensor for header in headers for tensor in header.tensors]
-        layers = _expert_layers(tensors, metadata.get(f"{arch}.expert_used_count", 1))
+        layers = _expert_layers(tensors, _used(headers[0], f"{arch}.expert_used_count"))
         expert_bytes = sum(layer.layer_bytes for layer in layers)
         return cls(
             path=headers[0].path,
             files=tuple(header.path for header in headers),
             architecture=arch,
             name=str(metadata.get("general.name", headers[0].path.stem)),
-            n_layer=int(metadata.get(f"{arch}.block_count", 0)),
-            n_ctx_train=int(metadata.get(f"{arch}.context_length", 0)),
+            n_layer=_number(headers[0], f"{arch}.block_count", 0),
+            n_ctx_train=_number(headers[0], f"{arch}.context_length", 0),
             file_bytes=sum(header.n_bytes for header in headers),
             n_expert=max((layer.n_expert for layer in layers), default=0),
             n_expert_used=max((layer.n_expert_used for layer in layers), default=0),
@@ -152,19 +164,20 @@ class ModelInfo:
         return plain
 
 
-def read_shards(path: Path) -> list[GGUFHeader]:
-    """Headers of a model's files, in their order.
+def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
+    """The headers of a model's files, given the first of them.
 
     Raises
     ------
     ModelError
-        As for `ModelInfo.read`.
+        As `ModelInfo.read`.
     """
+    path = Path(path)
     first = read_header(path)
-    n_split = int(first.metadata.get("split.count", 0))
+    n_split = _number(first, "split.count", 0)
     if n_split < 2:
         return [first]
-    number = int(first.metadata.get("split.no", 0))
+    number = _number(first, "split.no", 0)
     match = SHARD.fullmatch(path.name)
     if number != 0:
         raise ModelError(
@@ -179,6 +192,33 @@ def read_shards(path: Path) -> list[GGUFHeader]:
     return [first, *(read_header(shard) for shard in rest)]
 
 
+def _number(header: GGUFHeader, key: str, default: int) -> int:
+    value = header.metadata.get(key, default)
+    if not _is_count(value):
+        raise _wrong(header, key, value)
+    return int(value)
+
+
+def _used(header: GGUFHeader, key: str) -> int | list[int]:
+    """Experts used, one number or one for each layer."""
+    value = header.metadata.get(key, 1)
+    if isinstance(value, list) and all(map(_is_count, value)):
+        return value
+    if not _is_count(value):
+        raise _wrong(header, key, value)
+    return int(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+
+
+def _wrong(header: GGUFHeader, key: str, value: object) -> ModelError:
+    return ModelError(
+        f"{header.path}: {key} is {str(value)[:40]!r}; a whole number is expected; convert the model again"
+    )
+
+
 def _expert_layers(tensors: list[TensorInfo], used: int | list[int]) -> tuple[LayerInfo, ...]:
     groups: dict[tuple[int, str], list[TensorInfo]] = {}
     for tensor in tensors:
@@ -188,7 +228,12 @@ def _expert_layers(tensors: list[TensorInfo], used: int | list[int]) -> tuple[La
     layers = []
     for (il, kind), group in sorted(groups.items()):
         n_expert = group[0].shape[2]
-        if n_expert < 1 or any(tensor.shape[2] != n_expert for tensor in group):
+        if not 1 <= n_expert <= _MOST_EXPERTS or sum(tensor.n_bytes for tensor in group) < n_expert:
+            raise ModelError(
+                f"layer {il}: {n_expert} experts in {sum(tensor.n_bytes for tensor in group)} bytes; "
+                f"1 to {_MOST_EXPERTS} of a byte or more are possible; convert the model again"
+            )
+        if any(tensor.shape[2] != n_expert for tensor in group):
             shapes = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in group)
             raise ModelError(
                 f"layer {il}: its expert tensors disagree, {shapes}; "

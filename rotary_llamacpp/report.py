@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .comparison import compare_trace, percent
+from .drawing import COLOURS, LEFT, WIDTH, key, plot, svg
 from .simulation import Link, misses_of, slots_for
 from .traces import DECODE, Trace
 
-_COLOURS = ("#3060c0", "#c04030", "#208040", "#8050b0", "#b07010", "#108090", "#905060", "#404040")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 48, 36
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
        margin: 2rem auto; padding: 0 1rem; }
@@ -90,7 +88,7 @@ def report(
 def _heat_map(trace: Trace) -> str:
     decode = trace.phase == DECODE
     rows = decode if decode.any() else np.ones(len(decode), bool)
-    width, height = _WIDTH / trace.n_expert, max(4.0, min(14.0, 300 / len(trace.layers)))
+    width, height = WIDTH / trace.n_expert, max(4.0, min(14.0, 300 / len(trace.layers)))
     cells = []
     for y, layer in enumerate(trace.layers):
         of_layer = trace.experts[rows & (trace.layer == layer)]
@@ -99,26 +97,26 @@ def _heat_map(trace: Trace) -> str:
             if count[expert] > 0:
                 shade = int(255 - 235 * min(1.0, count[expert] ** 0.5))
                 cells.append(
-                    f'<rect x="{_LEFT + x * width:.2f}" y="{y * height:.1f}" width="{width:.2f}" '
+                    f'<rect x="{LEFT + x * width:.2f}" y="{y * height:.1f}" width="{width:.2f}" '
                     f'height="{height:.1f}" fill="rgb({shade},{shade},255)">'
                     f"<title>layer {layer}, expert {expert}: {100 * count[expert]:.1f} % of tokens</title>"
                     "</rect>"
                 )
     total = height * len(trace.layers)
     labels = (
-        f'<text x="{_LEFT - 6}" y="{height:.0f}" text-anchor="end">{trace.layers[0]}</text>'
-        f'<text x="{_LEFT - 6}" y="{total:.0f}" text-anchor="end">{trace.layers[-1]}</text>'
-        f'<text x="{_LEFT}" y="{total + 16:.0f}">most often</text>'
-        f'<text x="{_LEFT + _WIDTH}" y="{total + 16:.0f}" text-anchor="end">least</text>'
+        f'<text x="{LEFT - 6}" y="{height:.0f}" text-anchor="end">{trace.layers[0]}</text>'
+        f'<text x="{LEFT - 6}" y="{total:.0f}" text-anchor="end">{trace.layers[-1]}</text>'
+        f'<text x="{LEFT}" y="{total + 16:.0f}">most often</text>'
+        f'<text x="{LEFT + WIDTH}" y="{total + 16:.0f}" text-anchor="end">least</text>'
     )
-    return _svg("".join(cells) + labels, total + 22)
+    return svg("".join(cells) + labels, total + 22)
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         lines.setdefault(row["policy"], []).append((100 * row["budget"], 100 * (row["hit_rate"] or 0)))
-    return _plot({name: sorted(points) for name, points in lines.items()}, "% of the experts", marks=True)
+    return plot({name: sorted(points) for name, points in lines.items()}, "% of the experts", marks=True)
 
 
 def _over_time(trace: Trace, policies: Sequence[str], share: float) -> str:
@@ -133,7 +131,7 @@ def _over_time(trace: Trace, policies: Sequence[str], share: float) -> str:
         lines[policy] = [(float(i + 1), float(rate[i])) for i in at]
     first = np.concatenate([[True], np.diff(tokens) > 0])
     ends = np.flatnonzero(np.diff(trace.phase[first].astype(int)) == 1) + 1
-    return _plot(lines, "tokens", ends=[float(end) for end in ends])
+    return plot(lines, "tokens", ends=[float(end) for end in ends])
 
 
 def _window(values: NDArray[Any], n: int) -> NDArray[Any]:
@@ -172,69 +170,14 @@ def _times(rows: list[dict[str, Any]], link: Link) -> str:
     bars = []
     for i, row in enumerate(rows):
         y = 4 + 26 * i
-        computing = (_WIDTH - 120) * link.compute_us / most
-        waiting = (_WIDTH - 120) * row["stall_us"] / most
+        computing = (WIDTH - 120) * link.compute_us / most
+        waiting = (WIDTH - 120) * row["stall_us"] / most
         bars.append(
-            f'<text x="{_LEFT + 70}" y="{y + 14}" text-anchor="end">{html.escape(row["predictor"])}</text>'
-            f'<rect x="{_LEFT + 80}" y="{y}" width="{computing:.1f}" height="18" fill="{_COLOURS[0]}"/>'
-            f'<rect x="{_LEFT + 80 + computing:.1f}" y="{y}" width="{waiting:.1f}" height="18" '
-            f'fill="{_COLOURS[1]}"/><text x="{_LEFT + 86 + computing + waiting:.1f}" y="{y + 14}">'
+            f'<text x="{LEFT + 70}" y="{y + 14}" text-anchor="end">{html.escape(row["predictor"])}</text>'
+            f'<rect x="{LEFT + 80}" y="{y}" width="{computing:.1f}" height="18" fill="{COLOURS[0]}"/>'
+            f'<rect x="{LEFT + 80 + computing:.1f}" y="{y}" width="{waiting:.1f}" height="18" '
+            f'fill="{COLOURS[1]}"/><text x="{LEFT + 86 + computing + waiting:.1f}" y="{y + 14}">'
             f"{(link.compute_us + row['stall_us']) / 1000:.2f} ms</text>"
         )
-    key = _key({"computing": _COLOURS[0], "waiting for experts": _COLOURS[1]})
-    return f"<p>Of a token, by what comes ahead.</p>{key}" + _svg("".join(bars), 8 + 26 * len(rows))
-
-
-# ---- drawing
-
-
-def _plot(
-    lines: dict[str, list[tuple[float, float]]], what: str, marks: bool = False, ends: Sequence[float] = ()
-) -> str:
-    """Lines over 0 to 100 % of y."""
-    right = max(x for points in lines.values() for x, _ in points)
-    drawn = []
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return _LEFT + _WIDTH * x / right, (_HEIGHT - _BOTTOM) * (1 - y / 100) + 6
-
-    for y in range(0, 101, 25):
-        _, height = at(0, y)
-        drawn.append(
-            f'<path d="M{_LEFT} {height:.1f}H{_LEFT + _WIDTH}" stroke="#ddd"/>'
-            f'<text x="{_LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">{y} %</text>'
-        )
-    step = 10.0 ** math.floor(math.log10(right / 2))
-    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if right / (step * factor) <= 6)
-    for x in np.arange(0, right + step / 100, step):
-        across, down = at(float(x), 0)
-        drawn.append(f'<text x="{across:.1f}" y="{down + 16:.1f}" text-anchor="middle">{x:g}</text>')
-    for end in ends:
-        across, down = at(end, 0)
-        drawn.append(f'<path d="M{across:.1f} 6V{down:.1f}" stroke="#888" stroke-dasharray="3 3"/>')
-    colours = {}
-    for i, (name, points) in enumerate(lines.items()):
-        colours[name] = _COLOURS[i % len(_COLOURS)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
-        drawn.append(f'<polyline points="{path}" fill="none" stroke="{colours[name]}" stroke-width="1.6"/>')
-        for point in points if marks else ():
-            across, down = at(*point)
-            drawn.append(
-                f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{colours[name]}">'
-                f"<title>{html.escape(name)}, {point[0]:g}: {point[1]:.1f} %</title></circle>"
-            )
-    drawn.append(f'<text x="{_LEFT + _WIDTH}" y="{_HEIGHT + 4}" text-anchor="end">{what}</text>')
-    return _key(colours) + _svg("".join(drawn), _HEIGHT + 10)
-
-
-def _key(colours: dict[str, str]) -> str:
-    items = (
-        f'<span><b style="background:{colour}"></b>{html.escape(name)}</span>'
-        for name, colour in colours.items()
-    )
-    return f'<div class="key">{"".join(items)}</div>'
-
-
-def _svg(content: str, height: float) -> str:
-    width = _LEFT + _WIDTH + 70
-    return f'<svg viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}">{content}</svg>'
+    legend = key({"computing": COLOURS[0], "waiting for experts": COLOURS[1]})
+    return f"<p>Of a token, by what comes ahead.</p>{legend}" + svg("".join(bars), 8 + 26 * len(rows))

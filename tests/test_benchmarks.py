@@ -253,3 +253,46 @@ def test_beyond_ram_leaves_nothing_behind(tmp_path):
         assert "rotary-bench" not in loop.read_text()
     _, own, _ = cgroups.hierarchy("memory")
     assert not list(own.glob("rotary-bench-*"))
+
+
+def test_plans_are_held_against_runs(native, tiny_model, monkeypatch):
+    from click.testing import CliRunner
+
+    from benchmarks import plan as planned
+
+    def run(module, function, *arguments):
+        if function == "calibrate":
+            return {
+                "ram_rate": 10e9,
+                "copy_rate": 5e9,
+                "disk_rate": 1e9,
+                "cpu_flops": 1e11,
+                "cpu_step_s": 1e-6,
+            }
+        config = arguments[1]
+        return {"decode": 100.0, "prefill": 200.0, "hit_rate": 0.5 if config else None}
+
+    monkeypatch.setattr(planned, "undisturbed", run)
+    arguments = [str(tiny_model), "--budgets", "100%,25%", "--prompt", "64", "-n", "16", "--rounds", "1"]
+    ran = CliRunner().invoke(planned.main, [*arguments, "--threads", "1"], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    table = [line.split("|") for line in ran.output.splitlines() if line.startswith("|")][2:]
+    assert [row[1].strip() for row in table] == [
+        "stock", "100%, mmap", "25%, mmap", "100%, direct", "25%, direct",
+    ]  # fmt: skip
+    foretold = [float(row[5]) for row in table]
+    assert foretold[0] == foretold[1] == foretold[3] > foretold[2] > 0
+    # What is missed is read at 1 GB/s there, and copied at 5 GB/s here.
+    assert float(table[4][5]) < foretold[2]
+
+
+def test_runs_beside_other_processes_are_repeated(monkeypatch):
+    from benchmarks import plan as planned
+
+    busy = iter([0.0, 50.0, 50.0, 50.0])  # 50 s of processors while the first run lasted, none in the second
+    monkeypatch.setattr(planned, "_busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(planned, "_wait_for_idle", lambda: None)
+    monkeypatch.setattr(planned, "_child_seconds", lambda: 0.0)
+    results = iter([{"run": 1}, {"run": 2}])
+    monkeypatch.setattr(planned, "in_process", lambda *_: next(results))
+    assert planned.undisturbed("a", "b") == {"run": 2}

@@ -26,6 +26,7 @@ def test_every_command_is_documented_with_an_example():
     assert set(main.commands) == {
         "run",
         "info",
+        "plan",
         "trace",
         "profile",
         "simulate",

@@ -194,8 +194,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     ("header", "text"),
     [
         # A file of 64 GiB of zeros, so that no count is too large for it.
-        (struct.pack("<QQ", 1 << 30, 0), "a name of 0 bytes"),
-        (struct.pack("<QQ", 0, 1 << 30), "a name of 0 bytes"),
+        (struct.pack("<QQ", 1 << 30, 0), "1073741824 items announced"),
+        (struct.pack("<QQ", 0, 1 << 30), "1073741824 items announced"),
         (ONE_FIELD + encode("k", ["x"])[:-17] + struct.pack("<Q", 1 << 32), "strings in arrays"),
         (ONE_FIELD + encode("k", b"x")[:-9] + struct.pack("<Q", 1 << 35), "metadata of over"),
         (ONE_FIELD + encode("k", "x")[:-9] + struct.pack("<Q", 1 << 35), "metadata of over"),

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""What ``rotary plan --measure`` foretells against what runs measure, on this machine's CPU.
+
+    python benchmarks/plan.py model.gguf
+
+Stock and Rotary by budget, with the model in the page cache and with direct reads. Each round calibrates in a
+process of its own, as ``--measure`` does, and then runs every configuration once; predictions are from the
+median rates, measurements are medians. What ran while other processes took more than a twentieth of the
+processors is run again. Hit rates are expected by the default
+curve; the last column foretells decode from the run's own hit rate instead, to tell the two errors apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
+
+import click
+
+from benchmarks.common import ProcessFailed, cpu_name, in_process
+from rotary_llamacpp import planning
+from rotary_llamacpp.hits import Hits
+from rotary_llamacpp.plan import Option, options
+
+RATES = ("ram_rate", "copy_rate", "disk_rate", "cpu_flops", "cpu_step_s")
+
+
+def calibrate(model: str, threads: int) -> dict[str, Any]:
+    """The machine that ``--measure`` finds."""
+    return asdict(planning.make(model, vram="0", measure=True, threads=threads).case.machine)
+
+
+def predict(
+    model: str, rates: dict[str, float], run: dict[str, Any], budget: str | None, store: str, n: int, m: int
+) -> tuple[Option, Option]:
+    """The option as planned, and with the hit rate that was measured."""
+    plan = planning.make(
+        model, vram="0", budget=budget or "auto", store=store, n_ctx=n + m + 8, prompt=n, answer=m
+    )
+    case = replace(plan.case, machine=replace(plan.case.machine, **rates))
+    key = "rotary-cpu" if budget else "cpu"
+    found = next(option for option in options(case) if option.key == key)
+    known = replace(case, hits=Hits(lambda _: run["hit_rate"] or 1.0, "the run"))
+    return found, next(option for option in options(known) if option.key == key)
+
+
+def undisturbed(module: str, function: str, *arguments: object) -> dict[str, Any]:
+    """As `in_process`, once and until other processes leave the processors alone; 20 times at the most."""
+    for _ in range(20):
+        _wait_for_idle()
+        busy, ours, begin = _busy_seconds(), _child_seconds(), time.monotonic()
+        result = in_process(module, function, *arguments)
+        others = _busy_seconds() - busy - (_child_seconds() - ours)
+        if others < 0.05 * (time.monotonic() - begin):
+            return result
+        click.echo(f"\r{others:.1f} s of other processes, again ", nl=False, err=True)
+    raise click.ClickException("other processes kept the processors busy; run it on an idle machine")
+
+
+def _wait_for_idle(seconds: float = 1800, sample: float = 2) -> None:
+    """Until the processors have been idle for a moment, or in vain."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        busy = _busy_seconds()
+        time.sleep(sample)
+        if _busy_seconds() - busy < 0.05 * sample:
+            return
+
+
+def _busy_seconds() -> float:
+    """Of all processors so far, with what a hypervisor took."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(
+        int, Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _child_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@click.command(help=__doc__)
+@click.argument("model", type=click.Path(exists=True, dir_okay=False))
+@click.option("--budgets", default="100%,50%,25%,12.5%", show_default=True)
+@click.option("--stores", default="mmap,direct", show_default=True)
+@click.option("--prompt", "n_prompt", default=512, show_default=True, help="Prompt tokens.")
+@click.option("-n", "n_decode", default=64, show_default=True, help="Decoded tokens.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write all figures here as well.")
+def main(
+    model: str, budgets: str, stores: str, n_prompt: int, n_decode: int, rounds: int, threads: int,
+    json_path: str | None,
+) -> None:  # fmt: skip
+    cells: list[tuple[str | None, str]] = [(None, "mmap")]
+    cells += [(budget, store) for store in stores.split(",") for budget in budgets.split(",")]
+    runs: dict[tuple[str | None, str], list[dict[str, Any]]] = {cell: [] for cell in cells}
+    machines = []
+    for round_ in range(rounds):
+        try:
+            machines.append(undisturbed("benchmarks.plan", "calibrate", model, threads))
+            for cell in cells:
+                click.echo(f"\rround {round_ + 1} of {rounds}: {cell}    ", nl=False, err=True)
+                config = {"budget": cell[0], "store": cell[1], "verbose": False} if cell[0] else None
+                arguments = (model, config, n_prompt, n_decode, threads)
+                runs[cell].append(undisturbed("benchmarks.decode", "measure", *arguments))
+        except ProcessFailed as error:
+            raise click.ClickException(f"failed: {error}") from None
+    click.echo("\r" + " " * 50 + "\r", nl=False, err=True)
+    rates = {name: statistics.median(machine[name] for machine in machines) for name in RATES}
+    click.echo(f"{Path(model).name}, {cpu_name()}, {threads} threads, medians of {rounds} rounds")
+    click.echo(
+        f"calibrated: weights {rates['ram_rate'] / 1e9:.1f} GB/s, copies {rates['copy_rate'] / 1e9:.1f}, "
+        f"disk {rates['disk_rate'] / 1e9:.1f}, {rates['cpu_flops'] / 1e9:.0f} Gflop/s, "
+        f"{1e6 * rates['cpu_step_s']:.1f} us a step\n"
+    )
+    click.echo(
+        "| configuration | hit rate | expected | decode tok/s | foretold | off by | prompt tok/s | foretold "
+        "| off by | decode by its hit rate |"
+    )
+    click.echo("|---|---|---|---|---|---|---|---|---|---|")
+    for budget, store in cells:
+        run = {
+            name: statistics.median(each[name] or 1.0 for each in runs[budget, store])
+            for name in ("decode", "prefill", "hit_rate")
+        }
+        found, known = predict(model, rates, run, budget, store, n_prompt, n_decode)
+        hits = f"{run['hit_rate']:.1%} | {found.hit_rate:.1%}" if budget else " | "
+        click.echo(
+            f"| {f'{budget}, {store}' if budget else 'stock'} | {hits} "
+            f"| {_beside(run['decode'], found.decode.rate)} | {_beside(run['prefill'], found.prefill.rate)} "
+            f"| {known.decode.rate / run['decode'] - 1:+.0%} |"
+        )
+    if json_path:
+        figures = {f"{budget or 'stock'}, {store}": each for (budget, store), each in runs.items()}
+        Path(json_path).write_text(json.dumps({"machines": machines, "runs": figures}, indent=1))
+
+
+def _beside(measured: float, foretold: float) -> str:
+    return f"{measured:.1f} | {foretold:.1f} | {foretold / measured - 1:+.0%}"
+
+
+if __name__ == "__main__":
+    main()

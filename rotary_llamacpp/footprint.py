@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""What a model asks of memory and of processors for a token, from its headers. Pure: reads no file.
+
+Keys are those of llama.cpp's src/llama-arch.cpp, what they mean for the KV cache its src/llama-kv-cache*.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ModelError
+from .gguf_header import GGUFHeader
+from .info import LayerInfo, ModelInfo
+
+# Architectures whose files say how wide a window is, but not which layers have it: every so manieth sees all.
+_PATTERNS = {"gpt-oss": 2, "gemma2": 2, "gemma3": 6, "cohere2": 4, "llama4": 4, "exaone4": 4, "olmo2": 4}
+_VALUE_BYTES = 2  # f16
+_MOST_LAYERS = 4096  # more in a header is damage; nothing is sized by its numbers before this
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """One layer's part of the KV cache: `width` values of a token, of at most `window` tokens (0: all)."""
+
+    width: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes and work of a model.
+
+    Attributes
+    ----------
+    resident_bytes : int
+        Weights that are not experts.
+    token_bytes : int
+        Of these, what one token reads: all but the embeddings, unless they are the output matrix too.
+    token_flops, expert_flops : float
+        Operations of one token in weights that are not experts, and in the experts it chooses.
+    output_flops : float
+        Of the former, those of the output matrix, which a prompt computes for its last token only.
+    layers : tuple of LayerInfo
+        Layers with experts.
+    expert_shape : (int, int)
+        Rows' length and their number in an expert's first matrix; of a hidden state's square without any.
+    """
+
+    name: str
+    architecture: str
+    n_layer: int
+    n_embd: int
+    n_vocab: int
+    n_ctx_train: int
+    n_params: int
+    file_bytes: int
+    resident_bytes: int
+    token_bytes: int
+    token_flops: float
+    expert_flops: float
+    output_flops: float
+    layers: tuple[LayerInfo, ...]
+    expert_shape: tuple[int, int]
+    cached: tuple[CachedLayer, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all experts."""
+        return sum(layer.layer_bytes for layer in self.layers)
+
+    @property
+    def chosen_bytes(self) -> int:
+        """Of the experts that one token chooses, which is also the smallest budget."""
+        return sum(layer.n_expert_used * layer.expert_bytes for layer in self.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights."""
+        return self.resident_bytes + self.expert_bytes
+
+    def kv_bytes(self, n_ctx: int, windows: bool = True, n_ubatch: int = 512) -> int:
+        """Of the KV cache in f16 for a context of `n_ctx` tokens.
+
+        Parameters
+        ----------
+        windows : bool
+            Layers that see a window only keep no more, and a micro-batch, in llama.cpp's steps of 256 tokens:
+            llama.cpp's programs. Its library, llama-cpp-python too, keeps the whole context unless told.
+        """
+        values = 0
+        for layer in self.cached:
+            cells = n_ctx
+            if layer.window and windows:
+                cells = -(-min(n_ctx, layer.window + n_ubatch) // 256) * 256
+            values += cells * layer.width
+        return _VALUE_BYTES * values
+
+    def kv_read_bytes(self, depth: int) -> int:
+        """Of the KV cache that one token reads after `depth` others."""
+        return _VALUE_BYTES * sum(min(depth, layer.window or depth) * layer.width for layer in self.cached)
+
+
+def of_headers(headers: Sequence[GGUFHeader]) -> Footprint:
+    """The footprint of a model, given the headers of its files.
+
+    Raises
+    ------
+    ModelError
+        The header contradicts itself, or lacks what sizes a KV cache.
+    """
+    info, metadata = ModelInfo.of(headers), headers[0].metadata
+    keys = _Keys(info.path.name, info.architecture, metadata)
+    if not 0 < info.n_layer <= _MOST_LAYERS:
+        raise ModelError(
+            f"{info.path.name}: {info.n_layer} layers; 1 to {_MOST_LAYERS} are possible; download it again"
+        )
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    names = {tensor.name for tensor in tensors}
+    embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
+    looked_up = embedding is not None and "output.weight" in names
+    elements = {tensor.name: math.prod(tensor.shape) for tensor in tensors}
+    n_params = sum(elements.values())
+    stored = sum(count for name, count in elements.items() if _is_expert(name))
+    of_embedding = elements["token_embd.weight"] if looked_up else 0
+    output = elements.get("output.weight", elements.get("token_embd.weight", 0))
+    chosen = 0.0
+    for layer in info.layers:
+        its = sum(
+            elements[name]
+            for part in ("gate", "up", "down", "gate_up")
+            if (name := f"blk.{layer.il}.ffn_{part}_{layer.kind}.weight") in elements
+        )
+        chosen += its * layer.n_expert_used / layer.n_expert
+    n_embd = keys.number("embedding_length")
+    expert_shape = next(
+        ((tensor.shape[0], tensor.shape[1]) for tensor in tensors if _is_expert(tensor.name)),
+        (n_embd, n_embd),
+    )
+    return Footprint(
+        name=info.path.name,
+        architecture=info.architecture,
+        n_layer=info.n_layer,
+        n_embd=n_embd,
+        n_vocab=embedding.shape[1] if embedding is not None and len(embedding.shape) > 1 else 0,
+        n_ctx_train=info.n_ctx_train,
+        n_params=n_params,
+        file_bytes=info.file_bytes,
+        resident_bytes=info.resident_bytes,
+        token_bytes=info.resident_bytes - (embedding.n_bytes if looked_up and embedding is not None else 0),
+        token_flops=2.0 * (n_params - stored - of_embedding),
+        expert_flops=2.0 * chosen,
+        output_flops=2.0 * output,
+        layers=info.layers,
+        expert_shape=expert_shape,
+        cached=_cached(keys, info.n_layer),
+    )
+
+
+def _is_expert(name: str) -> bool:
+    return name.endswith(("_exps.weight", "_chexps.weight"))
+
+
+def _cached(keys: _Keys, n_layer: int) -> tuple[CachedLayer, ...]:
+    heads = keys.each("attention.head_count", n_layer)
+    heads_kv = keys.each("attention.head_count_kv", n_layer, heads)
+    head = keys.number("embedding_length") // max(heads[0], 1)
+    key, value = keys.number("attention.key_length", head), keys.number("attention.value_length", head)
+    if keys.number("attention.key_length_mla", 0):
+        value = 0  # latent attention keeps one vector, out of which keys and values are made
+    narrow = (
+        keys.number("attention.key_length_swa", key),
+        keys.number("attention.value_length_swa", value),
+    )
+    window = keys.number("attention.sliding_window", 0)
+    windowed = keys.windowed(n_layer) if window else [False] * n_layer
+    interval = keys.number("full_attention_interval", 0)  # the layers between are recurrent: no KV cache
+    layers = []
+    for il in range(n_layer):
+        if interval and (il + 1) % interval:
+            continue
+        width = heads_kv[il] * (sum(narrow) if windowed[il] else key + value)
+        layers.append(CachedLayer(width, window if windowed[il] else 0))
+    return tuple(layers)
+
+
+class _Keys:
+    """Numbers of the metadata, of the model's architecture."""
+
+    def __init__(self, name: str, arch: str, metadata: dict[str, Any]) -> None:
+        self.name, self.arch, self.metadata = name, arch, metadata
+
+    def number(self, key: str, default: int | None = None) -> int:
+        value = self.metadata.get(f"{self.arch}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+            raise self.wrong(key, value)
+        return value
+
+    def each(self, key: str, n_layer: int, default: list[int] | None = None) -> list[int]:
+        """One number for each layer, of an array or of one for all."""
+        value = self.metadata.get(f"{self.arch}.{key}")
+        if value is None and default is not None:
+            return default
+        if isinstance(value, list) and len(value) >= n_layer and all(isinstance(n, int) for n in value):
+            return value[:n_layer]
+        return [self.number(key)] * n_layer
+
+    def windowed(self, n_layer: int) -> list[bool]:
+        """Which layers see a window only; none where the file does not say, which makes the cache larger."""
+        pattern = self.metadata.get(f"{self.arch}.attention.sliding_window_pattern")
+        if isinstance(pattern, list) and len(pattern) >= n_layer:
+            return [bool(each) for each in pattern[:n_layer]]
+        every = pattern if isinstance(pattern, int) else _PATTERNS.get(self.arch, 0)
+        return [bool(every) and il % every < every - 1 for il in range(n_layer)]
+
+    def wrong(self, key: str, value: object) -> ModelError:
+        what = "is missing" if value is None else f"is {str(value)[:40]}"
+        return ModelError(
+            f"{self.name}: {self.arch}.{key} {what}; a number is needed to size the KV cache; "
+            "convert the model again"
+        )
