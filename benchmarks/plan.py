@@ -5,7 +5,7 @@
 
 Stock and Rotary by budget, with the model in the page cache and with direct reads. Each round calibrates in a
 process of its own, as ``--measure`` does, and then runs every configuration once; predictions are from the
-median rates, measurements are medians. What ran while other processes took more than a twentieth of the
+median rates, measurements are medians. What ran while other processes took more than --others of the
 processors is run again. Hit rates are expected by the default
 curve; the last column foretells decode from the run's own hit rate instead, to tell the two errors apart.
 """
@@ -53,26 +53,27 @@ def predict(
     return found, next(option for option in options(known) if option.key == key)
 
 
-def undisturbed(module: str, function: str, *arguments: object) -> dict[str, Any]:
-    """As `in_process`, once and until other processes leave the processors alone; 20 times at the most."""
+def undisturbed(others_share: float, module: str, function: str, *arguments: object) -> dict[str, Any]:
+    """As `in_process`, again while others take more of the processors than that, 20 times at the most."""
+    allowed = others_share * (os.cpu_count() or 1)
     for _ in range(20):
-        _wait_for_idle()
+        _wait_for_idle(allowed)
         busy, ours, begin = _busy_seconds(), _child_seconds(), time.monotonic()
         result = in_process(module, function, *arguments)
         others = _busy_seconds() - busy - (_child_seconds() - ours)
-        if others < 0.05 * (time.monotonic() - begin):
+        if others < allowed * (time.monotonic() - begin):
             return result
         click.echo(f"\r{others:.1f} s of other processes, again ", nl=False, err=True)
     raise click.ClickException("other processes kept the processors busy; run it on an idle machine")
 
 
-def _wait_for_idle(seconds: float = 1800, sample: float = 2) -> None:
-    """Until the processors have been idle for a moment, or in vain."""
+def _wait_for_idle(allowed: float, seconds: float = 1800, sample: float = 3) -> None:
+    """Until no more than `allowed` processors have been busy for a moment, or in vain."""
     begin = time.monotonic()
     while time.monotonic() - begin < seconds:
         busy = _busy_seconds()
         time.sleep(sample)
-        if _busy_seconds() - busy < 0.05 * sample:
+        if _busy_seconds() - busy < allowed * sample:
             return
 
 
@@ -97,10 +98,11 @@ def _child_seconds() -> float:
 @click.option("-n", "n_decode", default=64, show_default=True, help="Decoded tokens.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--others", default=0.05, show_default=True, help="Share of the processors others may take.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write all figures here as well.")
 def main(
     model: str, budgets: str, stores: str, n_prompt: int, n_decode: int, rounds: int, threads: int,
-    json_path: str | None,
+    others: float, json_path: str | None,
 ) -> None:  # fmt: skip
     cells: list[tuple[str | None, str]] = [(None, "mmap")]
     cells += [(budget, store) for store in stores.split(",") for budget in budgets.split(",")]
@@ -108,12 +110,12 @@ def main(
     machines = []
     for round_ in range(rounds):
         try:
-            machines.append(undisturbed("benchmarks.plan", "calibrate", model, threads))
+            machines.append(undisturbed(others, "benchmarks.plan", "calibrate", model, threads))
             for cell in cells:
                 click.echo(f"\rround {round_ + 1} of {rounds}: {cell}    ", nl=False, err=True)
                 config = {"budget": cell[0], "store": cell[1], "verbose": False} if cell[0] else None
                 arguments = (model, config, n_prompt, n_decode, threads)
-                runs[cell].append(undisturbed("benchmarks.decode", "measure", *arguments))
+                runs[cell].append(undisturbed(others, "benchmarks.decode", "measure", *arguments))
         except ProcessFailed as error:
             raise click.ClickException(f"failed: {error}") from None
     click.echo("\r" + " " * 50 + "\r", nl=False, err=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How fast ggml's kernels are here: MUL_MAT_ID of a model's expert shape, for a token and for a prompt.
+"""How fast ggml's kernels are here: MUL_MAT_ID of a model's experts and MUL_MAT, for a token and a prompt.
 
 Memory's own bandwidth says little of decode on a CPU: unpacking a quantisation often takes longer than
 reading it, and depends on the type, the instruction set and on whether ggml repacks the weights. So the
@@ -25,6 +25,7 @@ from .errors import LibraryError
 
 _F32, _I32 = 0, 26  # enum ggml_type
 _MOST_BYTES = 256 << 20  # of weights; many times what caches hold
+_MATRIX_BYTES = 64 << 20
 _READ_BYTES = 192 << 20  # by one graph of decode
 _MOST_NODES = 256  # a graph of ggml_new_graph() has room for 2048, inputs included
 _LINK_BYTES = 128 << 20
@@ -63,7 +64,7 @@ class _InitParams(Structure):
 def measure(
     type_name: str, n_in: int, n_out: int, n_expert: int, n_used: int, threads: int, device: str = "CPU"
 ) -> KernelRates:
-    """Time MUL_MAT_ID on a device.
+    """Time a multiplication on a device.
 
     Parameters
     ----------
@@ -73,6 +74,8 @@ def measure(
         ggml's name of the weights' type, such as ``"Q8_0"``.
     n_in, n_out : int
         Of one expert's matrix.
+    n_expert : int
+        1: a plain matrix, with MUL_MAT, of as many rows as a cache cannot hold.
 
     Raises
     ------
@@ -83,7 +86,10 @@ def measure(
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if n_in % block:
         raise LibraryError(f"{type_name}: rows of {n_in} are no blocks of {block}; measure another type")
-    matrix_bytes = n_in // block * block_bytes * n_out
+    row_bytes = n_in // block * block_bytes
+    if n_expert == 1:  # alone it must not stay in a cache either
+        n_out = max(n_out, _MATRIX_BYTES // row_bytes)
+    matrix_bytes = row_bytes * n_out
     n_expert = max(n_used, min(n_expert, _MOST_BYTES // matrix_bytes))
     with _Graphs(device, threads) as graphs:
         weights = graphs.weights(int(kind), n_in, n_out, n_expert, n_used)
@@ -94,10 +100,11 @@ def measure(
         fill_rate = data.nbytes / (time.perf_counter() - start)
         n_nodes = min(max(1, _READ_BYTES // (n_used * matrix_bytes)), _MOST_NODES)
         token = graphs.time(weights, n_expert, n_used, n_tokens=1, n_nodes=n_nodes)
-        prompt = graphs.time(weights, n_expert, n_used, n_tokens=512, n_nodes=1)
+        n_tokens = 512 if n_expert > 1 else 128
+        prompt = graphs.time(weights, n_expert, n_used, n_tokens, n_nodes=1)
         return KernelRates(
             n_nodes * n_used * matrix_bytes / token,
-            512 * n_used * 2.0 * n_in * n_out / prompt,
+            n_tokens * n_used * 2.0 * n_in * n_out / prompt,
             fill_rate,
             graphs.repacked,
             graphs.time_steps(n_in),
@@ -180,7 +187,10 @@ class _Graphs:
 
     def _node(self, context: Any, weights: Any, n_used: int, n_tokens: int) -> tuple[Any, Any, Any]:
         lib = self.lib
-        n_in = ctypes.cast(weights, POINTER(_TensorHead)).contents.ne[0]
+        n_in, _, n_expert, _ = ctypes.cast(weights, POINTER(_TensorHead)).contents.ne
+        if n_expert == 1:
+            inputs = lib.ggml_new_tensor_3d(context, _F32, n_in, n_tokens, 1)
+            return lib.ggml_mul_mat(context, weights, inputs), inputs, None
         inputs = lib.ggml_new_tensor_3d(context, _F32, n_in, 1, n_tokens)
         ids = lib.ggml_new_tensor_3d(context, _I32, n_used, n_tokens, 1)
         return lib.ggml_mul_mat_id(context, weights, inputs, ids), inputs, ids
@@ -232,6 +242,8 @@ class _Graphs:
         for i, (_, inputs, ids) in enumerate(nodes):
             head = ctypes.cast(inputs, POINTER(_TensorHead)).contents
             self.set(inputs, rng.standard_normal(head.ne[0] * n_tokens).astype(np.float32))
+            if ids is None:
+                continue
             if n_tokens == 1:  # one after the other, so that no cache has them still
                 chosen = order[(i * n_used + np.arange(n_used)) % n_expert]
             else:
@@ -272,6 +284,7 @@ def _functions(lib: ctypes.CDLL) -> ctypes.CDLL:
         ("ggml_graph_overhead", c_size_t, []),
         ("ggml_new_tensor_3d", pointer, [pointer, c_int, c_int64, c_int64, c_int64]),
         ("ggml_mul_mat_id", pointer, [pointer] * 4),
+        ("ggml_mul_mat", pointer, [pointer] * 3),
         ("ggml_add", pointer, [pointer] * 3),
         ("ggml_new_graph", pointer, [pointer]),
         ("ggml_build_forward_expand", None, [pointer, pointer]),

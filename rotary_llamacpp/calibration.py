@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from . import _native, machine
+from ._kernels import KernelRates, measure_link
+from ._kernels import measure as kernel_rates
 from .config import MIB, parse_bytes
 from .errors import RotaryError
 from .footprint import Footprint
@@ -139,10 +141,7 @@ def _device(
     described: Machine, footprint: Footprint, gpu: str, sources: dict[str, str], given: frozenset[str]
 ) -> Machine:
     """The same with the rates of a GPU here: its kernels and the link to it."""
-    from ._kernels import measure as kernel_rates
-    from ._kernels import measure_link
-
-    rates = kernel_rates(*_experts(footprint), threads=1, device=gpu)
+    rates = _rates(footprint, 1, gpu)
     found = replace(described, gpu_flops=rates.prompt_flops, gpu_step_s=rates.step_s)
     sources["gpu compute"] = sources["gpu step"] = f"measured: {gpu}"
     if "vram rate" not in given:
@@ -154,24 +153,45 @@ def _device(
     return found
 
 
-def _experts(footprint: Footprint) -> tuple[str, int, int, int, int]:
-    """What is timed: type, rows' length, their number, experts, experts used; a square without any."""
-    layer = footprint.layers[0] if footprint.layers else None
-    if layer is None:
-        return "Q8_0", *footprint.expert_shape, 1, 1
-    return layer.types[0], *footprint.expert_shape, layer.n_expert, layer.n_expert_used
+def _rates(footprint: Footprint, threads: int, device: str = "CPU") -> KernelRates:
+    """Of the model's matrices together: the experts' two shapes, and a square for all others.
+
+    An expert's last matrix has short rows, on which kernels are slower; plain matrices have faster ones for
+    prompts. Each counts by its bytes in a token, and its operations in one of the prompt.
+    """
+    dense = (footprint.token_bytes, footprint.token_flops - footprint.output_flops)
+    parts = []  # bytes, operations, rates; what says whether experts are repacked first
+    with _native.native_log_muted():
+        if footprint.layers:
+            layer, (n_in, n_out) = footprint.layers[0], footprint.expert_shape
+            for share, n_row, n_rows in ((2 / 3, n_in, n_out), (1 / 3, n_out, n_in)):
+                rates = kernel_rates(
+                    layer.types[0], n_row, n_rows, layer.n_expert, layer.n_expert_used, threads, device
+                )
+                parts.append((share * footprint.chosen_bytes, share * footprint.expert_flops, rates))
+        square = footprint.n_embd
+        rates = kernel_rates(footprint.dense_type, square, square, 1, 1, threads, device)
+        parts.append((*dense, rates))
+    seconds = sum(n_bytes / rates.token_rate for n_bytes, _, rates in parts)
+    prompt = sum(flops / rates.prompt_flops for _, flops, rates in parts)
+    return replace(
+        parts[0][2],
+        token_rate=sum(n_bytes for n_bytes, _, _ in parts) / seconds,
+        prompt_flops=sum(flops for _, flops, _ in parts) / prompt,
+    )
 
 
 def _kernels(described: Machine, footprint: Footprint, threads: int) -> tuple[Machine, str]:
-    from ._kernels import measure as kernel_rates
-
-    timed = _experts(footprint)
-    kind = timed[0]
-    with _native.native_log_muted():
-        rates = kernel_rates(*timed, threads)
+    rates = _rates(footprint, threads)
     # A repacked expert is rewritten, a plain one copied.
     copy = rates.fill_rate * threads if rates.repacked else copy_rate(threads)
-    how = f"measured: ggml's {kind} kernel{', repacked,' if rates.repacked else ''} with {threads} threads"
+    kinds = dict.fromkeys(
+        [*(footprint.layers[0].types[:1] if footprint.layers else ()), footprint.dense_type]
+    )
+    how = (
+        f"measured: ggml's {' and '.join(kinds)} kernels{', experts repacked,' if rates.repacked else ''} "
+        f"with {threads} threads"
+    )
     return replace(
         described, ram_rate=rates.token_rate, cpu_flops=rates.prompt_flops, copy_rate=copy,
         cpu_step_s=rates.step_s, repacks=rates.repacked,

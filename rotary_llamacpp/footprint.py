@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ModelError
-from .gguf_header import GGUFHeader
+from .gguf_header import GGUFHeader, TensorInfo
 from .info import LayerInfo, ModelInfo
 
 # Architectures whose files say how wide a window is, but not which layers have it: every so manieth sees all.
@@ -47,6 +47,8 @@ class Footprint:
         Layers with experts.
     expert_shape : (int, int)
         Rows' length and their number in an expert's first matrix; of a hidden state's square without any.
+    dense_type : str
+        ggml's name of the type that most bytes are in, of what a token reads that is not experts.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Footprint:
     output_flops: float
     layers: tuple[LayerInfo, ...]
     expert_shape: tuple[int, int]
+    dense_type: str
     cached: tuple[CachedLayer, ...]
 
     @property
@@ -155,8 +158,17 @@ def of_headers(headers: Sequence[GGUFHeader]) -> Footprint:
         output_flops=2.0 * output,
         layers=info.layers,
         expert_shape=expert_shape,
+        dense_type=_dense_type(tensors, looked_up),
         cached=_cached(keys, info.n_layer),
     )
+
+
+def _dense_type(tensors: Sequence[TensorInfo], looked_up: bool) -> str:
+    n_bytes: dict[str, int] = {}
+    for tensor in tensors:
+        if not _is_expert(tensor.name) and not (looked_up and tensor.name == "token_embd.weight"):
+            n_bytes[tensor.type_name] = n_bytes.get(tensor.type_name, 0) + tensor.n_bytes
+    return max(n_bytes, key=n_bytes.__getitem__, default="F32")
 
 
 def _is_expert(name: str) -> bool:

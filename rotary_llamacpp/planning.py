@@ -169,8 +169,8 @@ def _machine(case: Case) -> list[str]:
         "link": _rate(machine.link_rate),
         "ram rate": _rate(machine.ram_rate),
         "disk": _rate(machine.disk_rate),
-        "gpu compute": f"{machine.gpu_flops / 1e12:.1f} Tflop/s",
-        "cpu compute": f"{machine.cpu_flops / 1e12:.2f} Tflop/s",
+        "gpu compute": _operations(machine.gpu_flops),
+        "cpu compute": _operations(machine.cpu_flops),
         "gpu step": f"{1e6 * machine.gpu_step_s:.1f} us",
         "cpu step": f"{1e6 * machine.cpu_step_s:.1f} us",
     }
@@ -211,6 +211,10 @@ def _size(n_bytes: int) -> str:
 
 def _count(n: int) -> str:
     return f"{n / 1e9:.1f} billion" if n >= 1e9 else f"{n / 1e6:.1f} million"
+
+
+def _operations(rate: float) -> str:
+    return f"{rate / 1e12:.1f} Tflop/s" if rate >= 1e12 else f"{rate / 1e9:.0f} Gflop/s"
 
 
 def _rate(rate: float) -> str:

@@ -260,7 +260,7 @@ def test_plans_are_held_against_runs(native, tiny_model, monkeypatch):
 
     from benchmarks import plan as planned
 
-    def run(module, function, *arguments):
+    def run(others, module, function, *arguments):
         if function == "calibrate":
             return {
                 "ram_rate": 10e9,
@@ -291,8 +291,8 @@ def test_runs_beside_other_processes_are_repeated(monkeypatch):
 
     busy = iter([0.0, 50.0, 50.0, 50.0])  # 50 s of processors while the first run lasted, none in the second
     monkeypatch.setattr(planned, "_busy_seconds", lambda: next(busy))
-    monkeypatch.setattr(planned, "_wait_for_idle", lambda: None)
+    monkeypatch.setattr(planned, "_wait_for_idle", lambda _: None)
     monkeypatch.setattr(planned, "_child_seconds", lambda: 0.0)
     results = iter([{"run": 1}, {"run": 2}])
     monkeypatch.setattr(planned, "in_process", lambda *_: next(results))
-    assert planned.undisturbed("a", "b") == {"run": 2}
+    assert planned.undisturbed(0.05, "a", "b") == {"run": 2}

@@ -42,7 +42,7 @@ LAYERS = tuple(LayerInfo(il, "exps", 4, 1, 100 * MIB, ("Q8_0",)) for il in range
 MODEL = footprint.Footprint(
     name="two", architecture="made-up", n_layer=2, n_embd=0, n_vocab=0, n_ctx_train=10, n_params=1,
     file_bytes=1100 * MIB, resident_bytes=300 * MIB, token_bytes=200 * MIB, token_flops=400.0,
-    expert_flops=200.0, output_flops=100.0, layers=LAYERS, expert_shape=(1, 1),
+    expert_flops=200.0, output_flops=100.0, layers=LAYERS, expert_shape=(1, 1), dense_type="Q8_0",
     cached=(footprint.CachedLayer(MIB // 2, 0),) * 2,
 )  # fmt: skip
 HERE = Machine(
@@ -429,8 +429,11 @@ def test_what_is_said_counts_and_the_rest_is_published(monkeypatch):
 
 
 def test_measuring_replaces_what_was_not_said(native, monkeypatch, tiny_model):
+    from rotary_llamacpp import _kernels
+
     monkeypatch.setattr(doctor, "read_cold", lambda path: (300 * MIB, 2.0, "direct"))
     monkeypatch.setattr(calibration, "_COPY_BYTES", 8 * MIB)
+    monkeypatch.setattr(_kernels, "_MATRIX_BYTES", MIB)
     found = footprint.of_headers(read_shards(tiny_model))
     measured = calibration.measure(HERE, found, tiny_model, 1, frozenset())
     assert measured.disk_rate == 150 * MIB and "tiny-moe" in measured.sources["disk"]
@@ -447,6 +450,7 @@ def test_measuring_a_gpu(native, monkeypatch, tiny_model):
     monkeypatch.setattr(doctor, "read_cold", lambda path: (300 * MIB, 2.0, "direct"))
     monkeypatch.setattr(calibration, "_COPY_BYTES", 8 * MIB)
     monkeypatch.setattr(_kernels, "_LINK_BYTES", 8 * MIB)
+    monkeypatch.setattr(_kernels, "_MATRIX_BYTES", MIB)
     found = footprint.of_headers(read_shards(tiny_model))
     with_vram = replace(HERE, vram_bytes=1 << 30, sources={"link": "published"})
     elsewhere = calibration.measure(with_vram, found, tiny_model, 1, frozenset())
