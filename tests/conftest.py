@@ -23,7 +23,7 @@ for folder in (ROOT, ROOT / "tests"):
         sys.path.insert(0, str(folder))
 
 from models.synth import SHAPES, add_metadata, synthesize  # noqa: E402
-from rotary_llamacpp import _native, pinned  # noqa: E402
+from rotary_llamacpp import _native, pinned, traces  # noqa: E402
 from rotary_llamacpp.gguf_header import read_header  # noqa: E402
 
 
@@ -160,3 +160,16 @@ def late(native: _native.Library, tmp_path_factory: pytest.TempPathFactory) -> d
     link = ["-Wl,--no-as-needed", f"-L{folder}", "-lggml", "-lggml-base"]
     subprocess.run([compiler, *flags, *defines, *includes, source, "-o", library, *link], check=True)
     return {"ROTARY_LINK": str(library), "LATE_US": "200"}
+
+
+@pytest.fixture
+def shared_trace() -> Callable[[str], traces.Trace]:
+    """Loads the recorded routing of a real model, where the checkout has it beside it."""
+
+    def load(name: str) -> traces.Trace:
+        path = ROOT.parent / "shared" / "traces" / f"{name}.route.csv"
+        if not path.is_file():
+            pytest.skip(f"{path}: not here")
+        return traces.load(path)
+
+    return load

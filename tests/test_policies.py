@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import pytest
-from conftest import ROOT
 from paged import make
 
-from rotary_llamacpp import RotaryConfig, _replay, policies, traces
+from rotary_llamacpp import RotaryConfig, _replay, policies
 from rotary_llamacpp.errors import RotaryError
 
 np = pytest.importorskip("numpy")
-
-SHARED = ROOT.parent / "shared" / "traces"
 
 
 def row(*ids):
@@ -118,11 +115,8 @@ def test_one_tokens_slots_are_enough_to_hit(native, name):
 
 @pytest.mark.parametrize("name", policies.NATIVE)
 @pytest.mark.parametrize("which", ["qwen", "gemma"])
-def test_real_routing(native, name, which):
-    path = SHARED / f"{which}.route.csv"
-    if not path.is_file():
-        pytest.skip(f"{path}: not here")
-    trace = traces.load(path)
+def test_real_routing(native, shared_trace, name, which):
+    trace = shared_trace(which)
     trace = trace.select(trace.step < 60)
     index = np.searchsorted(trace.layers, trace.layer).astype(np.int32)
     ids, weights = np.ascontiguousarray(trace.experts), np.ascontiguousarray(trace.weights)

@@ -5,15 +5,13 @@ a model; one's own; what stands in for routers that cannot be applied early."""
 from __future__ import annotations
 
 import pytest
-from conftest import ROOT
 from paged import assert_equal, make, paged_trace
 
-from rotary_llamacpp import RotaryConfig, _replay, predictors, profiles, traces
+from rotary_llamacpp import RotaryConfig, _replay, predictors, profiles
 from rotary_llamacpp.errors import RotaryError
 
 np = pytest.importorskip("numpy")
 
-SHARED = ROOT.parent / "shared" / "traces"
 DIRECT = {"budget": "min", "store": "direct", "repack": False}
 PLAIN = {"use_extra_bufts": False}
 
@@ -87,11 +85,8 @@ def test_native_and_python_agree(native, name, seed):
 
 @pytest.mark.parametrize("name", predictors.FROM_ROUTINGS)
 @pytest.mark.parametrize("which", ["qwen", "gemma"])
-def test_real_routing(native, name, which):
-    path = SHARED / f"{which}.route.csv"
-    if not path.is_file():
-        pytest.skip(f"{path}: not here")
-    trace = traces.load(path)
+def test_real_routing(native, shared_trace, name, which):
+    trace = shared_trace(which)
     trace = trace.select(trace.step < 40)
     both = pair(native, name, len(trace.layers), trace.n_expert, trace.experts.shape[1])
     right = 0

@@ -8,15 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from paged import apart, assert_equal, make, paged_trace
 from tracing import trace
 
-from rotary_llamacpp import _replay, policies, simulation, traces
+from rotary_llamacpp import _replay, policies, simulation
 
 np = pytest.importorskip("numpy")
-
-SHARED = ROOT.parent / "shared" / "traces"
 
 
 def token(*rows):
@@ -106,11 +103,8 @@ def test_policies_are_told(native):
 
 
 @pytest.mark.parametrize("which", ["qwen", "gemma"])
-def test_real_routing(native, which):
-    path = SHARED / f"{which}.route.csv"
-    if not path.is_file():
-        pytest.skip(f"{path}: not here")
-    trace = traces.load(path)
+def test_real_routing(native, shared_trace, which):
+    trace = shared_trace(which)
     for share, least_gain in ((0.125, -0.003), (0.25, 0.001), (0.5, 0.001)):
         slots = simulation.slots_for(trace, share)
         even, adaptive = (

@@ -8,7 +8,6 @@ import json
 from xml.etree import ElementTree
 
 import pytest
-from conftest import ROOT
 from paged import assert_equal, paged_trace
 
 from rotary_llamacpp import RotaryConfig, policies, simulation, traces
@@ -181,11 +180,8 @@ def test_no_trace(tmp_path, text):
         traces.load(tmp_path / "bad.csv")
 
 
-def test_real_csv():
-    path = ROOT.parent / "shared" / "traces" / "qwen.route.csv"
-    if not path.is_file():
-        pytest.skip(f"{path}: not here")
-    found = traces.load(path)
+def test_real_csv(shared_trace):
+    found = shared_trace("qwen")
     assert (found.n_expert, len(found.layers), found.tokens(traces.DECODE)) == (128, 48, 128)
     assert found.expert_bytes[0] == 3059712
 
