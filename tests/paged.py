@@ -153,3 +153,26 @@ class Disk:
     def mend(self) -> None:
         """No more failures, and full speed."""
         self.set(fail_at=0, delay_us=0, withheld=0, most=0)
+
+
+def pure_logic(folder: Path, host: str, *sources: str) -> ctypes.CDLL:
+    """A library of tests/`host` and of `sources` in native/src, which need nothing of ggml."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        pytest.skip(f"no C++ compiler for {host}")
+    native = ROOT / "native" / "src"
+    library = folder / "host.so"
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        f"-I{native}",
+    ]
+    files = [ROOT / "tests" / host, *(native / each for each in sources)]
+    subprocess.run([compiler, *flags, *files, "-o", library], check=True)
+    return ctypes.CDLL(str(library))

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 
 import pytest
-from conftest import ROOT
+from paged import pure_logic
 
 MIB = 1 << 20
 
@@ -16,17 +14,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """experience_host.cpp, compiled."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler for experience_host.cpp")
-    path = tmp_path_factory.mktemp("experience") / "experience.so"
-    source = ROOT / "native" / "src"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{source}"]
-    subprocess.run(
-        [compiler, *flags, ROOT / "tests" / "experience_host.cpp", source / "experience.cpp", "-o", path],
-        check=True,
-    )
-    loaded = ctypes.CDLL(str(path))
+    loaded = pure_logic(tmp_path_factory.mktemp("experience"), "experience_host.cpp", "experience.cpp")
     loaded.experience_new.restype = ctypes.c_void_p
     loaded.experience_layer_us.restype = ctypes.c_double
     for name in ("trusts", "pays"):

@@ -5,11 +5,9 @@ slot table."""
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 
 import pytest
-from conftest import ROOT
+from paged import pure_logic
 from test_slots import Table
 
 np = pytest.importorskip("numpy")
@@ -24,15 +22,7 @@ N_PIECES = 5
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     """page_table_host.cpp, compiled."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler for page_table_host.cpp")
-    library = tmp_path_factory.mktemp("table") / "table.so"
-    source = ROOT / "tests" / "page_table_host.cpp"
-    includes = f"-I{ROOT / 'native' / 'src'}"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([compiler, *flags, includes, str(source), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = pure_logic(tmp_path_factory.mktemp("table"), "page_table_host.cpp")
     loaded.table_new.restype = ctypes.c_void_p
     return loaded
 
