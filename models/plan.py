@@ -19,6 +19,7 @@ from gguf.quants import quantize
 
 from models.blocks import PAYLOAD_RMS, TYPES, Pool, dense, payload
 from models.locality import KERNEL_GAIN, MEMORY, STATIC
+from rotary_llamacpp.shapes import SHAPES as KNOWN
 
 LEAK = 0.02  # of what experts and later attention write, the share that reaches token dimensions
 ROUTER_GAIN = 2.0  # spread of router logits: the chosen experts' weights then differ as in real models
@@ -45,13 +46,21 @@ class Shape:
     routers: str = "f32"  # their type; what is made by hand may have others
 
 
+# Base of the rotary frequencies, which a plan of memory does not need.
+_FREQ_BASE = {"llama": 1e6, "qwen3moe": 1e6, "gpt-oss": 150000.0}
+
+
+def _known(name):
+    """A well-known model as rotary_llamacpp.shapes has it."""
+    its = KNOWN[name]
+    return Shape(
+        its.arch, its.layers, its.embd, its.heads, its.heads_kv, its.head_dim, its.ff, its.experts, its.used,
+        its.vocab, its.ctx, _FREQ_BASE[its.arch],
+    )  # fmt: skip
+
+
 SHAPES = {
-    "mixtral-8x7b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 8, 2, 32000, 32768, 1e6),
-    "mixtral-8x22b": Shape("llama", 56, 6144, 48, 8, 128, 16384, 8, 2, 32768, 65536, 1e6),
-    "qwen3-30b-a3b": Shape("qwen3moe", 48, 2048, 32, 4, 128, 768, 128, 8, 151936, 40960, 1e6),
-    "qwen3-235b-a22b": Shape("qwen3moe", 94, 4096, 64, 4, 128, 1536, 128, 8, 151936, 40960, 1e6),
-    "gpt-oss-20b": Shape("gpt-oss", 24, 2880, 64, 8, 64, 2880, 32, 4, 201088, 131072, 150000.0),
-    "gpt-oss-120b": Shape("gpt-oss", 36, 2880, 64, 8, 64, 2880, 128, 4, 201088, 131072, 150000.0),
+    **{name: _known(name) for name, its in KNOWN.items() if its.arch in _FREQ_BASE},
     "test": Shape("qwen3moe", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096, 1e6),
     "test-llama": Shape("llama", 4, 256, 4, 2, 64, 256, 8, 2, 512, 4096, 1e6),
     "test-gpt-oss": Shape("gpt-oss", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096, 150000.0),

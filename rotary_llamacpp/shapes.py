@@ -59,9 +59,9 @@ class Shape:
     head_v: int = 0
 
 
-# Sources: mixtral, qwen3 and gpt-oss as in models/plan.py, which writes files of these shapes that llama.cpp
-# loads; deepseek2 from llama.cpp's src/models/deepseek2.cpp and the configuration that the model is published
-# with, without its layer for predicting several tokens.
+# Sources: mixtral, qwen3 and gpt-oss: llama.cpp loads what models/synth.py writes of these shapes. deepseek2:
+# llama.cpp's src/models/deepseek2.cpp and the configuration that the model is published with, without its
+# layer for predicting several tokens.
 SHAPES = {
     "mixtral-8x7b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 8, 2, 32000, 32768),
     "mixtral-8x22b": Shape("llama", 56, 6144, 48, 8, 128, 16384, 8, 2, 32768, 65536),
