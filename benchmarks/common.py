@@ -9,6 +9,12 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from llama_cpp import Llama
+    from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "build" / "bench"
@@ -68,3 +74,15 @@ def synthetic(folder: Path, shape: str, type_: str, locality: float | None, **ov
     if not path.exists():
         synthesize(path, shape, type=type_, locality=locality, **overrides)
     return path
+
+
+def last_logits(llama: Llama) -> NDArray[np.float32]:
+    """Of the last token; valid until the next is computed.
+
+    A view: llama_cpp's own way is a list of the vocabulary's Python numbers, milliseconds for each token.
+    """
+    import llama_cpp
+    import numpy as np
+
+    found = llama_cpp.llama_get_logits_ith(llama._ctx.ctx, -1)
+    return np.ctypeslib.as_array(found, (llama.n_vocab(),))

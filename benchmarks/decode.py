@@ -25,7 +25,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
 
-from benchmarks.common import MODELS, ProcessFailed, cpu_name, in_process, synthetic
+from benchmarks.common import MODELS, ProcessFailed, cpu_name, in_process, last_logits, synthetic
 
 
 def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_threads: int) -> dict:
@@ -57,7 +57,7 @@ def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_thre
     tokens = []
     start = time.perf_counter()
     for _ in range(n_decode):
-        tokens.append(int(np.argmax(llama._ctx.get_logits_ith(-1)[: llama.n_vocab()])))
+        tokens.append(int(last_logits(llama).argmax()))
         llama.eval(tokens[-1:])
     decode = n_decode / (time.perf_counter() - start)
     stats = llama.rotary_stats()

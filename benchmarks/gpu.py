@@ -237,6 +237,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """
     import numpy as np
 
+    from benchmarks.common import last_logits
     from rotary_llamacpp import Llama, _native
     from rotary_llamacpp.paging import default_model_params
 
@@ -264,9 +265,6 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     def tokens(n: int) -> list[int]:
         return [int(token) for token in rng.integers(10, n_vocab - 1, n)]
 
-    def last_logits() -> Any:
-        return np.array(llama._ctx.get_logits_ith(-1)[:n_vocab], dtype=np.float32)
-
     found: dict[str, Any] = {"prefill": {}, "decode": {}, "stats": {}}
     digest = hashlib.sha256()
     for n in job["prompts"]:
@@ -275,7 +273,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             llama.reset()
             start = time.perf_counter()
             llama.eval(prompt)
-            digest.update(last_logits().tobytes())
+            digest.update(last_logits(llama).tobytes())
             speeds.append(n / (time.perf_counter() - start))
         found["prefill"][str(n)] = statistics.median(speeds[1:])
     for batch in job["batches"]:
@@ -289,7 +287,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             start = time.perf_counter()
             for step in steps:
                 llama.eval(step)
-            digest.update(last_logits().tobytes())
+            digest.update(last_logits(llama).tobytes())
             speeds.append(job["n_decode"] * batch / (time.perf_counter() - start))
         found["decode"][str(batch)] = statistics.median(speeds[1:])
         before = llama.rotary_stats()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from benchmarks.cgroups import join
+from benchmarks.common import last_logits
 
 REPEAT = 8  # tokens of the cycle in the routing "repeat"
 
@@ -29,7 +30,6 @@ def measure(job: dict) -> dict:
         ``anonymous_bytes`` that loading took, ``prefill`` in tokens per second and, by stream, ``decode`` in
         tokens per second, the ``hash`` of the last logits, ``stats``, and whether it was ``cut`` short.
     """
-    import numpy as np
 
     from rotary_llamacpp import Llama
 
@@ -68,7 +68,7 @@ def measure(job: dict) -> dict:
             if seconds > give_up_s:
                 break
         n_timed = index + 1 - (job["n_warm"] if index >= job["n_warm"] else 0)
-        logits = np.array(llama._ctx.get_logits_ith(-1)[: llama.n_vocab()], dtype=np.float32)
+        logits = last_logits(llama)
         cut = index + 1 < len(tokens)
         result["streams"][name] = {
             "decode": n_timed / seconds, "n_timed": n_timed, "cut": cut,

@@ -27,23 +27,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 import click
 
 from benchmarks.common import ProcessFailed, cpu_name, in_process
-from rotary_llamacpp import planning
+from rotary_llamacpp import plan as plans
 from rotary_llamacpp.hits import Hits
-from rotary_llamacpp.plan import Option, options
+from rotary_llamacpp.options import Option, options
 
-RATES = ("ram_rate", "copy_rate", "disk_rate", "cpu_flops", "cpu_step_s")
+RATES = (
+    "ram_rate",
+    "copy_rate",
+    "disk_rate",
+    "cpu_flops",
+    "cpu_layer_s",
+    "cpu_prompt_layer_s",
+    "disk_cpu_s",
+    "repack_rate",
+)
 
 
 def calibrate(model: str, threads: int) -> dict[str, Any]:
     """The machine that ``--measure`` finds."""
-    return asdict(planning.make(model, vram="0", measure=True, threads=threads).case.machine)
+    return asdict(plans.make(model, vram="0", measure=True, threads=threads).case.machine)
 
 
 def predict(
     model: str, rates: dict[str, float], run: dict[str, Any], budget: str | None, store: str, n: int, m: int
 ) -> tuple[Option, Option]:
     """The option as planned, and with the hit rate that was measured."""
-    plan = planning.make(
+    plan = plans.make(
         model, vram="0", budget=budget or "auto", store=store, n_ctx=n + m + 8, prompt=n, answer=m
     )
     case = replace(plan.case, machine=replace(plan.case.machine, **rates))
@@ -123,8 +132,9 @@ def main(
     click.echo(f"{Path(model).name}, {cpu_name()}, {threads} threads, medians of {rounds} rounds")
     click.echo(
         f"calibrated: weights {rates['ram_rate'] / 1e9:.1f} GB/s, copies {rates['copy_rate'] / 1e9:.1f}, "
-        f"disk {rates['disk_rate'] / 1e9:.1f}, {rates['cpu_flops'] / 1e9:.0f} Gflop/s, "
-        f"{1e6 * rates['cpu_step_s']:.1f} us a step\n"
+        f"disk {rates['disk_rate'] / 1e9:.1f} for {1e9 * rates['disk_cpu_s']:.2f} s/GB of each processor, "
+        f"{rates['cpu_flops'] / 1e9:.0f} Gflop/s; a layer's rest takes {1e6 * rates['cpu_layer_s']:.0f} us, "
+        f"{1e6 * rates['cpu_prompt_layer_s']:.0f} of a prompt's token\n"
     )
     click.echo(
         "| configuration | hit rate | expected | decode tok/s | foretold | off by | prompt tok/s | foretold "

@@ -7,21 +7,23 @@ seconds in all; on an idle machine, for all cores are used. It never loads a mod
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
-from dataclasses import replace
+from collections import Counter
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
 
-from . import _native, machine
-from ._kernels import KernelRates, measure_link
-from ._kernels import measure as kernel_rates
+from . import _native, disk, machine
+from ._kernels import KernelRates, LayerShape, Matrices, measure_layer, measure_link
+from ._kernels import measure as measure_matrices
 from .config import MIB, parse_bytes
 from .errors import RotaryError
 from .footprint import Footprint
-from .roofline import Machine
+from .roofline import Machine, Request
 from .simulation import parse_rate
 
 # Stand-ins where nothing was said or measured. Of their makers, but for the efficiencies.
@@ -31,8 +33,9 @@ _LINK = ("pcie4x16", "published, PCIe 4 x16")
 _DISK = ("3.5GB/s", "published, NVMe on PCIe 3 x4")
 _GPU_FLOPS = (35e12, "published, RTX 3090 in F32")
 _CPU_FLOPS = (0.5e12, "assumed, eight cores with AVX2")
-_GPU_STEP = (4e-6, "assumed, of CUDA kernels")
-_CPU_STEP = (4e-6, "assumed")
+_LAYER = (140e-6, "assumed, 35 kernels")
+_SYNC = 30e-6
+_CELLS = 256  # llama.cpp computes attention over a multiple of so many tokens
 _COPY_BYTES, _COPY_BLOCK = 512 * MIB, 2 * MIB
 _COPY_TRIES = 5
 
@@ -73,14 +76,16 @@ def describe(
         disk_rate=rate("disk", disk, _DISK),
         gpu_flops=_GPU_FLOPS[0],
         cpu_flops=_CPU_FLOPS[0],
-        gpu_step_s=_GPU_STEP[0],
-        cpu_step_s=_CPU_STEP[0],
+        gpu_layer_s=_LAYER[0],
+        cpu_layer_s=_LAYER[0],
+        sync_s=_SYNC,
         sources={
             **sources,
             "gpu compute": _GPU_FLOPS[1],
             "cpu compute": _CPU_FLOPS[1],
-            "gpu step": _GPU_STEP[1],
-            "cpu step": _CPU_STEP[1],
+            "gpu layer": _LAYER[1],
+            "cpu layer": _LAYER[1],
+            "sync": "assumed, of the host for the GPU",
         },
     )
 
@@ -88,19 +93,17 @@ def describe(
 def _vram(given: str | None) -> tuple[int, str]:
     if given is not None:
         return parse_bytes(given), "given"
-    lib = _native.loaded()
+    lib = _library()
     if lib is None:
-        try:
-            lib = _native.load()
-        except (RotaryError, ImportError, OSError):
-            return 0, "no GPU is known: the native library cannot be loaded"
+        return 0, "no GPU is known: the native library cannot be loaded"
     total = sum(lib.device_memory(inner) for inner in lib.default_inner if inner != "CPU")
     return total, "of this machine" if total else "this machine has no GPU that ggml knows"
 
 
 def measure(
-    described: Machine, footprint: Footprint, model: Path | None, threads: int, given: frozenset[str]
-) -> Machine:
+    described: Machine, footprint: Footprint, request: Request, model: Path | None, threads: int,
+    given: frozenset[str],
+) -> Machine:  # fmt: skip
     """The same with rates of this machine in place of published figures; what is in `given` stays.
 
     Parameters
@@ -118,32 +121,43 @@ def measure(
     sources = dict(described.sources or {})
     found = described
     if "ram rate" not in given:
-        found, how = _kernels(found, footprint, threads)
-        sources["ram rate"] = sources["cpu compute"] = sources["cpu step"] = how
+        found = _cpu(found, footprint, request, threads, sources)
     if "disk" not in given:
-        speed, how = _disk(model)
-        found = replace(found, disk_rate=speed)
-        sources["disk"] = how
+        cold, place = disk.measure(model)
+        found = replace(
+            found, disk_rate=cold.rate, disk_cpu_s=cold.busy / max(cold.n_bytes, 1) / (os.cpu_count() or 1)
+        )
+        sources["disk"] = f"measured: {cold.how} reads of {place}"
     gpu = _gpu() if described.vram_bytes else None
     if gpu is not None:
-        found = _device(found, footprint, gpu, sources, given)
+        found = _device(found, footprint, request, gpu, sources, given)
     elif described.vram_bytes:
         sources["link"] += "; there is no GPU here to measure it with" if "link" not in given else ""
     return replace(found, sources=sources)
 
 
+def _library() -> _native.Library | None:
+    """None where it cannot be loaded: a plan for another machine does not need it."""
+    try:
+        return _native.loaded() or _native.load()
+    except (RotaryError, ImportError, OSError):
+        return None
+
+
 def _gpu() -> str | None:
-    lib = _native.loaded()
+    lib = _library()
     return next((inner for inner in lib.default_inner if inner != "CPU"), None) if lib else None
 
 
 def _device(
-    described: Machine, footprint: Footprint, gpu: str, sources: dict[str, str], given: frozenset[str]
-) -> Machine:
+    described: Machine, footprint: Footprint, request: Request, gpu: str, sources: dict[str, str],
+    given: frozenset[str],
+) -> Machine:  # fmt: skip
     """The same with the rates of a GPU here: its kernels and the link to it."""
     rates = _rates(footprint, 1, gpu)
-    found = replace(described, gpu_flops=rates.prompt_flops, gpu_step_s=rates.step_s)
-    sources["gpu compute"] = sources["gpu step"] = f"measured: {gpu}"
+    token, prompt = _layer(footprint, request, rates.token_rate, 1, gpu)
+    found = replace(described, gpu_flops=rates.prompt_flops, gpu_layer_s=token, gpu_prompt_layer_s=prompt)
+    sources["gpu compute"] = sources["gpu layer"] = f"measured: {gpu}"
     if "vram rate" not in given:
         found = replace(found, vram_rate=rates.token_rate)
         sources["vram rate"] = f"measured: {gpu}"
@@ -154,24 +168,27 @@ def _device(
 
 
 def _rates(footprint: Footprint, threads: int, device: str = "CPU") -> KernelRates:
-    """Of the model's matrices together: the experts' two shapes, and a square for all others.
+    """Of the model's matrices together: an expert's, and the largest of the others for all of these.
 
-    An expert's last matrix has short rows, on which kernels are slower; plain matrices have faster ones for
-    prompts. Each counts by its bytes in a token, and its operations in one of the prompt.
+    A matrix with short rows has slower kernels; plain ones have faster ones for prompts. Each counts by its
+    bytes in a token, and its operations in one of the prompt.
     """
-    dense = (footprint.token_bytes, footprint.token_flops - footprint.output_flops)
     parts = []  # bytes, operations, rates; what says whether experts are repacked first
     with _native.native_log_muted():
         if footprint.layers:
-            layer, (n_in, n_out) = footprint.layers[0], footprint.expert_shape
-            for share, n_row, n_rows in ((2 / 3, n_in, n_out), (1 / 3, n_out, n_in)):
-                rates = kernel_rates(
-                    layer.types[0], n_row, n_rows, layer.n_expert, layer.n_expert_used, threads, device
-                )
-                parts.append((share * footprint.chosen_bytes, share * footprint.expert_flops, rates))
-        square = footprint.n_embd
-        rates = kernel_rates(footprint.dense_type, square, square, 1, 1, threads, device)
-        parts.append((*dense, rates))
+            layer, matrices = footprint.layers[0], footprint.matrices
+            n_stored = sum(each.n_expert for each in footprint.layers)
+            elements = sum(matrix.n_in * matrix.n_out for matrix in matrices)
+            for matrix, times in Counter(matrices).items():
+                its = (matrix.type_name, matrix.n_in, matrix.n_out)
+                experts = Matrices(*its, layer.n_expert, layer.n_expert_used, n_stored)
+                rates = measure_matrices(experts, threads, device)
+                n_bytes = footprint.chosen_bytes * times * matrix.n_bytes / layer.expert_bytes
+                flops = footprint.expert_flops * times * matrix.n_in * matrix.n_out / elements
+                parts.append((n_bytes, flops, rates))
+        dense = footprint.dense
+        rates = measure_matrices(Matrices(dense.type_name, dense.n_in, dense.n_out), threads, device)
+        parts.append((footprint.token_bytes, footprint.token_flops - footprint.output_flops, rates))
     seconds = sum(n_bytes / rates.token_rate for n_bytes, _, rates in parts)
     prompt = sum(flops / rates.prompt_flops for _, flops, rates in parts)
     return replace(
@@ -181,21 +198,46 @@ def _rates(footprint: Footprint, threads: int, device: str = "CPU") -> KernelRat
     )
 
 
-def _kernels(described: Machine, footprint: Footprint, threads: int) -> tuple[Machine, str]:
+def _layer(
+    footprint: Footprint, request: Request, token_rate: float, threads: int, device: str = "CPU"
+) -> tuple[float, float]:
+    """What a layer takes beside reading weights and KV cache: of a token, and of a token of the prompt."""
+    # A header may say 0 of what a model has not, or what does not fit together; ggml would end the process.
+    n_head, n_head_kv, n_key, n_value = (max(2, number) for number in astuple(footprint.heads))
+    if n_head % n_head_kv:
+        n_head_kv = n_head
+    layer = footprint.layers[0] if footprint.layers else None
+    n_ff = min((matrix.n_in for matrix in footprint.matrices), default=footprint.n_embd)
+
+    def seconds(depth: int, n_tokens: int) -> float:
+        shape = LayerShape(
+            footprint.n_embd, n_head, n_head_kv, n_key, n_value,
+            layer.n_expert if layer else 1, layer.n_expert_used if layer else 1, n_ff,
+            -(-depth // _CELLS) * _CELLS,
+        )  # fmt: skip
+        return measure_layer(shape, n_tokens, threads, device)
+
+    read = footprint.kv_read_bytes(request.depth) / footprint.n_layer / token_rate
+    n_tokens = request.micro_batch
+    return max(0.0, seconds(request.depth, 1) - read), seconds(request.prompt_depth, n_tokens) / n_tokens
+
+
+def _cpu(
+    described: Machine, footprint: Footprint, request: Request, threads: int, sources: dict[str, str]
+) -> Machine:
+    """The same with the rates of this CPU."""
     rates = _rates(footprint, threads)
-    # A repacked expert is rewritten, a plain one copied.
-    copy = rates.fill_rate * threads if rates.repacked else copy_rate(threads)
-    kinds = dict.fromkeys(
-        [*(footprint.layers[0].types[:1] if footprint.layers else ()), footprint.dense_type]
-    )
-    how = (
-        f"measured: ggml's {' and '.join(kinds)} kernels{', experts repacked,' if rates.repacked else ''} "
+    token, prompt = _layer(footprint, request, rates.token_rate, threads)
+    types = dict.fromkeys([*(matrix.type_name for matrix in footprint.matrices), footprint.dense.type_name])
+    sources["ram rate"] = sources["cpu compute"] = sources["cpu layer"] = (
+        f"measured: ggml's {', '.join(types)} kernels{', experts repacked,' if rates.repacked else ''} "
         f"with {threads} threads"
     )
     return replace(
-        described, ram_rate=rates.token_rate, cpu_flops=rates.prompt_flops, copy_rate=copy,
-        cpu_step_s=rates.step_s, repacks=rates.repacked,
-    ), how  # fmt: skip
+        described, ram_rate=rates.token_rate, cpu_flops=rates.prompt_flops, cpu_layer_s=token,
+        cpu_prompt_layer_s=prompt, copy_rate=copy_rate(threads),
+        repack_rate=rates.fill_rate * threads if rates.repacked else 0.0,
+    )  # fmt: skip
 
 
 def copy_rate(threads: int) -> float:
@@ -217,10 +259,3 @@ def copy_rate(threads: int) -> float:
             worker.join()
         seconds.append(time.perf_counter() - start)
     return _COPY_BYTES / statistics.median(seconds)
-
-
-def _disk(model: Path | None) -> tuple[float, str]:
-    from .doctor import measure_disk
-
-    n_bytes, seconds, how, place = measure_disk(model)
-    return n_bytes / max(seconds, 1e-9), f"measured: {how} reads of {place}"

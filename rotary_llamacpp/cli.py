@@ -259,16 +259,16 @@ def plan(
     gpt-oss-20b, gpt-oss-120b, deepseek-v3.
     """
     with _one_line_errors():
-        from . import planning
+        from .plan import describe, make, to_dict, write_plot
 
-        found = planning.make(
+        found = make(
             model, type_name=type_name, vram=vram, ram=ram, link=link, disk=disk, ram_rate=ram_rate,
             vram_rate=vram_rate, n_ctx=ctx, prompt=prompt, answer=answer, budget=budget, store=store,
             trace=trace, profile=profile, measure=measure, threads=threads,
         )  # fmt: skip
         if plot_file is not None:
-            planning.write_plot(found, plot_file)
-        click.echo(json.dumps(planning.to_dict(found)) if as_json else planning.describe(found))
+            write_plot(found, plot_file)
+        click.echo(json.dumps(to_dict(found)) if as_json else describe(found))
 
 
 @main.command(epilog=_example("rotary trace model.gguf --prompts prompts.txt -o model.trace"))

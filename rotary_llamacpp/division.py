@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Divides a budget into slots of each layer: by the native library, or by the same rule in Python without it.
+"""Divides a budget into slots of each layer by the native library's rule, so that a plan does not need that.
 
 tests/test_plan.py holds the two against each other.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .config import Budget
-from .errors import BudgetError, RotaryError
+from .errors import BudgetError
 from .info import LayerInfo
 
 
@@ -32,16 +32,16 @@ def divide(budget: str, layers: Sequence[LayerInfo], free_bytes: int, name: str)
     """
     parsed = Budget.parse(budget)
     wanted = budget_bytes(parsed, layers, free_bytes)
-    least = sum(layer.n_expert_used * layer.expert_bytes for layer in layers)
+    least = sum(layer.chosen_bytes for layer in layers)
     if wanted < least:
         raise BudgetError(
             f"{name}: budget {budget} is {wanted / 2**20:.1f} MiB; one token's experts take "
-            f"{least / 2**20:.1f} MiB in {len(layers)} layers; raise it or free memory"
+            f"{least / 2**20:.1f} MiB in {len(layers)} layers; "
+            + ("free memory" if parsed.kind == "auto" else "raise it or free memory")
         )
     if parsed.kind == "slots":
         return [min(layer.n_expert, int(parsed.amount)) for layer in layers], wanted
-    found = _natively(wanted, layers)
-    return (raised_evenly(wanted, layers) if found is None else found), wanted
+    return raised_evenly(wanted, layers), wanted
 
 
 def budget_bytes(budget: Budget, layers: Sequence[LayerInfo], free_bytes: int) -> int:
@@ -49,25 +49,12 @@ def budget_bytes(budget: Budget, layers: Sequence[LayerInfo], free_bytes: int) -
     everything = sum(layer.layer_bytes for layer in layers)
     wanted = {
         "auto": free_bytes,
-        "min": sum(layer.n_expert_used * layer.expert_bytes for layer in layers),
+        "min": sum(layer.chosen_bytes for layer in layers),
         "share": round(everything * budget.amount / 100),
         "slots": sum(layer.expert_bytes * min(layer.n_expert, int(budget.amount)) for layer in layers),
         "bytes": int(budget.amount),
     }[budget.kind]
     return min(everything, max(wanted, 0))
-
-
-def _natively(n_bytes: int, layers: Sequence[LayerInfo]) -> list[int] | None:
-    from . import _native
-
-    lib = _native.loaded()
-    if lib is None:
-        try:
-            lib = _native.load()
-        except (RotaryError, ImportError, OSError):  # planning needs neither it nor llama_cpp
-            return None
-    sizes = [(layer.expert_bytes, layer.n_expert, layer.n_expert_used) for layer in layers]
-    return lib.divide_budget(n_bytes, sizes)
 
 
 def raised_evenly(n_bytes: int, layers: Sequence[LayerInfo]) -> list[int]:

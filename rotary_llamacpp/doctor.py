@@ -7,26 +7,19 @@ llama.cpp is imported in a child process first: a build for another CPU dies the
 
 from __future__ import annotations
 
-import mmap
-import os
 import platform
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import _native, machine, pinned
+from . import _native, disk, machine, pinned
 from .config import MIB
 from .errors import RotaryError
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 
-_SAMPLE_BYTES = 256 * MIB
-_SAMPLE_SECONDS = 2.0
-_BLOCK_BYTES = 4 * MIB
 _SLOW_DISK = 500 * MIB  # bytes per second; below it, a cold expert costs tens of milliseconds
 
 
@@ -147,49 +140,10 @@ def _memlock() -> Check:
 
 
 def _disk(model: str | None) -> Check:
-    n_bytes, seconds, how, place = measure_disk(Path(model) if model else None)
-    speed = n_bytes / seconds if seconds > 0 else 0.0
-    detail = f"{speed / MIB:.0f} MiB/s reading {n_bytes // MIB} MiB of {place} ({how})"
-    if speed < _SLOW_DISK:
+    found, place = disk.measure(Path(model) if model else None)
+    detail = f"{found.rate / MIB:.0f} MiB/s reading {found.n_bytes // MIB} MiB of {place} ({found.how})"
+    if found.rate < _SLOW_DISK:
         return Check(
             "disk", WARN, detail, "keep the model on a faster disk, or give a budget that holds most experts"
         )
     return Check("disk", OK, detail)
-
-
-def measure_disk(model: Path | None) -> tuple[int, float, str, Path]:
-    """Bytes read past the page cache, seconds, how, and of what: a file, or a temporary one if None."""
-    if model:
-        return *read_cold(model), model
-    with tempfile.TemporaryDirectory(prefix="rotary-doctor-") as folder:
-        path = Path(folder, "sample")
-        deadline = time.monotonic() + _SAMPLE_SECONDS
-        block = os.urandom(_BLOCK_BYTES)
-        with path.open("wb") as file:
-            while file.tell() < _SAMPLE_BYTES and time.monotonic() < deadline:
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        return *read_cold(path), Path(tempfile.gettempdir())
-
-
-def read_cold(path: Path) -> tuple[int, float, str]:
-    """Read up to 256 MiB of a file, for at most 2 s, past the page cache: bytes, seconds and how."""
-    buffer = mmap.mmap(-1, _BLOCK_BYTES)  # O_DIRECT wants page-aligned memory
-    try:
-        descriptor, how = os.open(path, os.O_RDONLY | os.O_DIRECT), "direct"
-    except OSError:  # a file system without O_DIRECT, such as tmpfs
-        descriptor, how = os.open(path, os.O_RDONLY), "cache dropped"
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        n_bytes = 0
-        start = time.monotonic()
-        while n_bytes < _SAMPLE_BYTES and time.monotonic() - start < _SAMPLE_SECONDS:
-            got = os.readv(descriptor, [buffer])
-            n_bytes += got
-            if got < _BLOCK_BYTES:
-                break
-        return n_bytes, time.monotonic() - start, how
-    finally:
-        os.close(descriptor)
-        buffer.close()

@@ -13,10 +13,13 @@ from typing import Any
 
 from .errors import ModelError
 from .gguf_header import GGUFHeader, TensorInfo
-from .info import LayerInfo, ModelInfo
+from .gguf_layout import SECTOR
+from .info import LayerInfo, ModelInfo, loaded
 
-# Architectures whose files say how wide a window is, but not which layers have it: every so manieth sees all.
-_PATTERNS = {"gpt-oss": 2, "gemma2": 2, "gemma3": 6, "cohere2": 4, "llama4": 4, "exaone4": 4, "olmo2": 4}
+# MoE architectures whose files say how wide a window is, but not which layers have it: every so manieth sees
+# all, the last of so many, or the first. load_swa_pattern() of llama.cpp's src/models.
+_PATTERNS = {"gpt-oss": 2, "llama4": 4, "afmoe": 4, "exaone-moe": 4, "mellum": 4}
+_FULL_FIRST = {"smallthinker": 4, "laguna": 4, "cohere2moe": 4}
 _VALUE_BYTES = 2  # f16
 _MOST_LAYERS = 4096  # more in a header is damage; nothing is sized by its numbers before this
 
@@ -27,6 +30,26 @@ class CachedLayer:
 
     width: int
     window: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of attention: how many, of how many keys and values, and their sizes."""
+
+    n_head: int = 1
+    n_head_kv: int = 1
+    n_key: int = 0
+    n_value: int = 0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix: ggml's name of its type, the length of its rows and their number, and its bytes."""
+
+    type_name: str
+    n_in: int
+    n_out: int
+    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -45,10 +68,12 @@ class Footprint:
         Of the former, those of the output matrix, which a prompt computes for its last token only.
     layers : tuple of LayerInfo
         Layers with experts.
-    expert_shape : (int, int)
-        Rows' length and their number in an expert's first matrix; of a hidden state's square without any.
-    dense_type : str
-        ggml's name of the type that most bytes are in, of what a token reads that is not experts.
+    matrices : tuple of Matrix
+        Of an expert, in the first layer that has any.
+    dense : Matrix
+        The largest of the type that most bytes are in, of what a token reads that is not experts.
+    heads : Heads
+        Of the first layer with attention.
     """
 
     name: str
@@ -65,9 +90,10 @@ class Footprint:
     expert_flops: float
     output_flops: float
     layers: tuple[LayerInfo, ...]
-    expert_shape: tuple[int, int]
-    dense_type: str
+    matrices: tuple[Matrix, ...]
+    dense: Matrix
     cached: tuple[CachedLayer, ...]
+    heads: Heads = Heads()
 
     @property
     def expert_bytes(self) -> int:
@@ -77,7 +103,17 @@ class Footprint:
     @property
     def chosen_bytes(self) -> int:
         """Of the experts that one token chooses, which is also the smallest budget."""
-        return sum(layer.n_expert_used * layer.expert_bytes for layer in self.layers)
+        return sum(layer.chosen_bytes for layer in self.layers)
+
+    @property
+    def whole_sectors(self) -> bool:
+        """Whether experts can be read directly without their neighbours' edges."""
+        return all(matrix.n_bytes % SECTOR == 0 for matrix in self.matrices)
+
+    def attention_flops(self, depth: int) -> float:
+        """Operations of one token's attention over `depth` others."""
+        values = self.heads.n_head * (self.heads.n_key + self.heads.n_value)
+        return sum(2.0 * values * min(depth, layer.window or depth) for layer in self.cached)
 
     @property
     def weight_bytes(self) -> int:
@@ -120,7 +156,7 @@ def of_headers(headers: Sequence[GGUFHeader]) -> Footprint:
         raise ModelError(
             f"{info.path.name}: {info.n_layer} layers; 1 to {_MOST_LAYERS} are possible; download it again"
         )
-    tensors = [tensor for header in headers for tensor in header.tensors]
+    tensors = loaded(headers)[1]
     names = {tensor.name for tensor in tensors}
     embedding = next((tensor for tensor in tensors if tensor.name == "token_embd.weight"), None)
     looked_up = embedding is not None and "output.weight" in names
@@ -137,16 +173,13 @@ def of_headers(headers: Sequence[GGUFHeader]) -> Footprint:
             if (name := f"blk.{layer.il}.ffn_{part}_{layer.kind}.weight") in elements
         )
         chosen += its * layer.n_expert_used / layer.n_expert
-    n_embd = keys.number("embedding_length")
-    expert_shape = next(
-        ((tensor.shape[0], tensor.shape[1]) for tensor in tensors if _is_expert(tensor.name)),
-        (n_embd, n_embd),
-    )
+    first = f"blk.{info.layers[0].il}." if info.layers else ""
+    experts = [tensor for tensor in tensors if _is_expert(tensor.name) and len(tensor.shape) == 3]
     return Footprint(
         name=info.path.name,
         architecture=info.architecture,
         n_layer=info.n_layer,
-        n_embd=n_embd,
+        n_embd=keys.number("embedding_length"),
         n_vocab=embedding.shape[1] if embedding is not None and len(embedding.shape) > 1 else 0,
         n_ctx_train=info.n_ctx_train,
         n_params=n_params,
@@ -157,29 +190,44 @@ def of_headers(headers: Sequence[GGUFHeader]) -> Footprint:
         expert_flops=2.0 * chosen,
         output_flops=2.0 * output,
         layers=info.layers,
-        expert_shape=expert_shape,
-        dense_type=_dense_type(tensors, looked_up),
+        matrices=tuple(_matrix(tensor) for tensor in experts if tensor.name.startswith(first)),
+        dense=_dense(tensors, looked_up),
         cached=_cached(keys, info.n_layer),
+        heads=_heads(keys, info.n_layer),
     )
 
 
-def _dense_type(tensors: Sequence[TensorInfo], looked_up: bool) -> str:
-    n_bytes: dict[str, int] = {}
+def _matrix(tensor: TensorInfo) -> Matrix:
+    n_in, n_out, n_expert = (*tensor.shape, 1, 1)[:3]
+    return Matrix(tensor.type_name, n_in, n_out, tensor.n_bytes // max(n_expert, 1))
+
+
+def _dense(tensors: Sequence[TensorInfo], looked_up: bool) -> Matrix:
+    by_type: dict[str, list[TensorInfo]] = {}
     for tensor in tensors:
         if not _is_expert(tensor.name) and not (looked_up and tensor.name == "token_embd.weight"):
-            n_bytes[tensor.type_name] = n_bytes.get(tensor.type_name, 0) + tensor.n_bytes
-    return max(n_bytes, key=n_bytes.__getitem__, default="F32")
+            by_type.setdefault(tensor.type_name, []).append(tensor)
+    most = max(by_type.values(), key=lambda its: sum(tensor.n_bytes for tensor in its), default=[])
+    return _matrix(max(most, key=lambda tensor: tensor.n_bytes)) if most else Matrix("F32", 1, 1, 4)
 
 
 def _is_expert(name: str) -> bool:
     return name.endswith(("_exps.weight", "_chexps.weight"))
 
 
-def _cached(keys: _Keys, n_layer: int) -> tuple[CachedLayer, ...]:
+def _heads(keys: _Keys, n_layer: int) -> Heads:
     heads = keys.each("attention.head_count", n_layer)
     heads_kv = keys.each("attention.head_count_kv", n_layer, heads)
     head = keys.number("embedding_length") // max(heads[0], 1)
     key, value = keys.number("attention.key_length", head), keys.number("attention.value_length", head)
+    il = next((i for i in range(n_layer) if heads[i] and heads_kv[i]), 0)  # others are recurrent
+    return Heads(heads[il], heads_kv[il], key, value)
+
+
+def _cached(keys: _Keys, n_layer: int) -> tuple[CachedLayer, ...]:
+    heads_kv = keys.each("attention.head_count_kv", n_layer, keys.each("attention.head_count", n_layer))
+    first = _heads(keys, n_layer)
+    key, value = first.n_key, first.n_value
     if keys.number("attention.key_length_mla", 0):
         value = 0  # latent attention keeps one vector, out of which keys and values are made
     narrow = (
@@ -224,8 +272,10 @@ class _Keys:
         pattern = self.metadata.get(f"{self.arch}.attention.sliding_window_pattern")
         if isinstance(pattern, list) and len(pattern) >= n_layer:
             return [bool(each) for each in pattern[:n_layer]]
-        every = pattern if isinstance(pattern, int) else _PATTERNS.get(self.arch, 0)
-        return [bool(every) and il % every < every - 1 for il in range(n_layer)]
+        every = _FULL_FIRST.get(self.arch, _PATTERNS.get(self.arch, 0))
+        every = pattern if isinstance(pattern, int) else every
+        full = 0 if self.arch in _FULL_FIRST else every - 1
+        return [bool(every) and il % every != full for il in range(n_layer)]
 
     def wrong(self, key: str, value: object) -> ModelError:
         what = "is missing" if value is None else f"is {str(value)[:40]}"

@@ -93,7 +93,7 @@ def of_profile(profile: Profile, layers: Sequence[LayerInfo], path: str) -> Hits
 
     def of(n_slots: Sequence[int]) -> float:
         static = sum(
-            layer.n_expert_used * layer.expert_bytes * float(rows[layer.il][slots - 1])
+            layer.chosen_bytes * float(rows[layer.il][slots - 1])
             for layer, slots in zip(layers, n_slots, strict=True)
         )
         return max(static / _chosen(layers), ordinary.of(n_slots))
@@ -134,11 +134,11 @@ def _of_layers(
     layers: Sequence[LayerInfo], n_slots: Sequence[int], rate: Callable[[int, int, int], float]
 ) -> float:
     found = sum(
-        layer.n_expert_used * layer.expert_bytes * rate(slots, layer.n_expert, layer.n_expert_used)
+        layer.chosen_bytes * rate(slots, layer.n_expert, layer.n_expert_used)
         for layer, slots in zip(layers, n_slots, strict=True)
     )
     return found / _chosen(layers)
 
 
 def _chosen(layers: Sequence[LayerInfo]) -> int:
-    return max(sum(layer.n_expert_used * layer.expert_bytes for layer in layers), 1)
+    return max(sum(layer.chosen_bytes for layer in layers), 1)

@@ -19,6 +19,7 @@ from .gguf_header import GGUFHeader, TensorInfo, read_header
 
 # The tensors that llama.cpp multiplies with MUL_MAT_ID. Their .bias and .scale companions stay resident.
 EXPERT_TENSOR = re.compile(r"blk\.(\d{1,6})\.ffn_(?:gate|up|down|gate_up)_(exps|chexps)\.weight")
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.")
 _MOST_EXPERTS = 1 << 16
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -41,6 +42,11 @@ class LayerInfo:
     def layer_bytes(self) -> int:
         """Bytes of all experts of the layer."""
         return self.n_expert * self.expert_bytes
+
+    @property
+    def chosen_bytes(self) -> int:
+        """Bytes of the experts that a token uses."""
+        return self.n_expert_used * self.expert_bytes
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class ModelInfo:
         """
         metadata = headers[0].metadata
         arch = str(metadata.get("general.architecture", "unknown"))
-        tensors = [tensor for header in headers for tensor in header.tensors]
+        n_layer, tensors = loaded(headers)
         layers = _expert_layers(tensors, _used(headers[0], f"{arch}.expert_used_count"))
         expert_bytes = sum(layer.layer_bytes for layer in layers)
         return cls(
@@ -112,14 +118,14 @@ class ModelInfo:
             files=tuple(header.path for header in headers),
             architecture=arch,
             name=str(metadata.get("general.name", headers[0].path.stem)),
-            n_layer=_number(headers[0], f"{arch}.block_count", 0),
+            n_layer=n_layer,
             n_ctx_train=_number(headers[0], f"{arch}.context_length", 0),
             file_bytes=sum(header.n_bytes for header in headers),
             n_expert=max((layer.n_expert for layer in layers), default=0),
             n_expert_used=max((layer.n_expert_used for layer in layers), default=0),
             expert_bytes=expert_bytes,
             resident_bytes=sum(tensor.n_bytes for tensor in tensors) - expert_bytes,
-            min_budget_bytes=sum(layer.n_expert_used * layer.expert_bytes for layer in layers),
+            min_budget_bytes=sum(layer.chosen_bytes for layer in layers),
             layers=layers,
         )
 
@@ -190,6 +196,22 @@ def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
         )
     rest = [path.with_name(f"{match[1]}-{i:05d}-of-{n_split:05d}.gguf") for i in range(2, n_split + 1)]
     return [first, *(read_header(shard) for shard in rest)]
+
+
+def loaded(headers: Sequence[GGUFHeader]) -> tuple[int, list[TensorInfo]]:
+    """How many layers llama.cpp loads, and their tensors: not the last ones, which predict several tokens."""
+    arch = headers[0].metadata.get("general.architecture", "unknown")
+    n_layer = _number(headers[0], f"{arch}.block_count", 0)
+    n_ahead = _number(headers[0], f"{arch}.nextn_predict_layers", 0)
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    if 0 < n_ahead < n_layer:
+        n_layer -= n_ahead
+        tensors = [
+            tensor
+            for tensor in tensors
+            if (match := _BLOCK.match(tensor.name)) is None or int(match[1]) < n_layer
+        ]
+    return n_layer, tensors
 
 
 def _number(header: GGUFHeader, key: str, default: int) -> int:

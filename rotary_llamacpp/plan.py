@@ -1,365 +1,304 @@
 # SPDX-License-Identifier: MIT
-"""What a model can do on a machine: memory and a roofline for each way to run it. Pure: reads and measures
-nothing.
-
-Decode is modelled by bytes, a token at a time. What is computed on a device is read at the rate of its
-memory: weights that are not experts, the chosen experts, the KV cache. Starting each of the graph's nodes
-takes its time beside that. Experts that are missed come over the link, by a copy into slots, or from the
-disk.
-
-- To a GPU they are not overlapped with computation, though prefetch hides a part: a lower estimate.
-- Direct reads on the CPU go on while it computes, but misses come in bunches, so neither hides the other
-  wholly: the root of the sum of squares, the larger alone where one is much larger.
-- Page faults (stock, a model larger than memory) wait, and so do copies out of the page cache into slots.
-
-A prompt is computed a micro-batch at a time, at the processor's operations per second, the output matrix
-for one token. Experts that are not where they are computed are moved once per micro-batch; Rotary does that
-while it computes, stock does not.
-"""
+"""``rotary plan``: reads the header or takes a named shape, describes the machine, and lays the plan out."""
 
 from __future__ import annotations
 
-import math
-import shlex
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from .config import MIB
-from .division import divide
-from .errors import BudgetError
-from .hits import uniform
-from .info import LayerInfo
-from .roofline import (
-    COMPUTE,
-    DISK,
-    LINK,
-    RAM,
-    STEPS,
-    VRAM,
-    Case,
-    Cost,
-    Request,
-    cpu_prompt,
-    cpu_read,
-    gpu_prompt,
-    gpu_read,
-    in_bunches,
-    one_after_another,
-    side_by_side,
-    steps,
-)  # fmt: skip
+from . import calibration, footprint, hits, profiles, shapes, traces
+from .comparison import percent
+from .config import MIB, STORES, Budget
+from .drawing import standalone
+from .errors import RotaryError
+from .info import read_shards
+from .options import Option, at_budgets, options, recommend
+from .roofline import Case, Cost, Request
 
-ROTARY_GAIN = 1.05  # less than this is not worth another backend
-_FIT_MARGIN = 1024 * MIB  # what llama.cpp's --fit leaves free of a GPU
-# What stock gets out of page faults however fast the disk is, from this project's benchmarks/beyond_ram.py
-# (Q8_0, loop device over memory, 35 and 60 % of the model's size: 0.8 and 0.9 GB/s).
-_FAULT_RATE = 0.8e9
-_PAGEABLE = 1 / 3  # of the link's rate, where memory is not page-locked
+GIB = 2**30
+_PLOTTED = (0.05, 0.0625, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_WORDS = {"vram": "VRAM", "ram": "memory", "vram rate": "VRAM read", "ram rate": "weights read by CPU"}
 
 
 @dataclass(frozen=True)
-class Option:
-    """One way to run the model; `problem` says why it cannot, and costs are None then."""
+class Plan:
+    """A case, every option, and the one to take."""
 
-    key: str
-    name: str
-    command: str
-    vram_bytes: int = 0
-    ram_bytes: int = 0
-    decode: Cost | None = None
-    prefill: Cost | None = None
-    problem: str = ""
-    budget_bytes: int | None = None
-    n_slots: tuple[int, ...] = ()
-    hit_rate: float | None = None
-    uniform_hit_rate: float | None = None
-    store: str = ""
-
-    @property
-    def is_rotary(self) -> bool:
-        """Whether it pages."""
-        return self.key.startswith("rotary")
-
-    def seconds(self, request: Request) -> float:
-        """Of the whole request; infinite where it cannot run."""
-        if self.decode is None or self.prefill is None:
-            return math.inf
-        return request.prompt * self.prefill.seconds + request.answer * self.decode.seconds
+    case: Case
+    options: list[Option]
+    best: Option | None
+    why: str
 
 
-def options(case: Case) -> list[Option]:
-    """Every way to run the model that this machine has the devices for."""
-    found = []
-    if case.machine.vram_bytes:
-        found.append(_resident(case))
-        if case.print.layers and found[0].problem:
-            found += [_experts_on_cpu(case, offload=True), _experts_on_cpu(case, offload=False)]
-            found.append(_rotary_gpu(case))
-    found.append(_stock_cpu(case))
-    if case.print.layers:
-        found.append(_rotary_cpu(case))
-    return found
+def make(
+    model: str, *, type_name: str | None = None, vram: str | None = None, ram: str | None = None,
+    link: str = "auto", disk: str = "auto", ram_rate: str | None = None, vram_rate: str | None = None,
+    n_ctx: int | None = None, prompt: int | None = None, answer: int | None = None, budget: str = "auto",
+    store: str = "auto", trace: str | None = None, profile: str = "auto", measure: bool = False,
+    threads: int | None = None,
+) -> Plan:  # fmt: skip
+    """Plan a model, a file or a shape by its name.
 
+    Parameters
+    ----------
+    vram, ram, link, disk, ram_rate, vram_rate, budget, store : str
+        Sizes as `rotary_llamacpp.config.parse_bytes`, rates as `rotary_llamacpp.simulation.parse_rate`, the
+        budget and the store as of `rotary_llamacpp.RotaryConfig`.
+    trace, profile : str
+        Files that say how much is hit; ``"auto"`` is the profile beside the model or in it, ``"off"`` none.
+    measure : bool
+        Calibrate on this machine, with `threads`, by default one for each CPU.
 
-def recommend(case: Case, found: Sequence[Option]) -> tuple[Option | None, str]:
-    """The option to take, and why, in one sentence."""
-    best = min(found, key=lambda option: option.seconds(case.request))
-    if best.decode is None:
-        return None, "do not run this model here: " + "; ".join(f"{o.name}: {o.problem}" for o in found)
-    if not case.print.layers:
-        return best, "do not use Rotary here: the model has no experts, so there is nothing to page"
-    stock = min((o for o in found if not o.is_rotary), key=lambda option: option.seconds(case.request))
-    if best.is_rotary:
-        if stock.decode is None:
-            return best, f"stock llama.cpp cannot run it here ({stock.problem})"
-        gain = stock.seconds(case.request) / best.seconds(case.request)
-        if gain >= ROTARY_GAIN:
-            return best, (
-                f"{gain:.1f} times as fast as stock's best ({stock.name}): {_percent(best.hit_rate)} of the "
-                f"chosen experts are in slots; limited by {best.decode.limit} "
-                f"where stock is limited by {stock.decode and stock.decode.limit}"
-            )
-        best = stock
-    if best.key == "resident":
-        return best, "do not use Rotary here: everything fits into VRAM"
-    if best.key == "cpu" and case.print.weight_bytes <= case.ram_free and not case.machine.vram_bytes:
-        return best, "do not use Rotary here: everything fits into memory, and there is no GPU"
-    decode = best.decode or Cost({COMPUTE: 1.0}, 1.0)
-    return best, f"do not use Rotary here: {best.name} is no slower, limited by {decode.limit}"
-
-
-def at_budgets(case: Case, shares: Sequence[float]) -> list[tuple[float, Option]]:
-    """Rotary with shares of the experts in slots, on the GPU if there is one; those that can run."""
-    make = _rotary_gpu if case.machine.vram_bytes else _rotary_cpu
-    found = []
-    for share in shares:
-        option = make(replace(case, budget=f"{100 * share:g}%"))
-        if option.decode is not None:
-            found.append((share, option))
-    return found
-
-
-# ---- stock
-
-
-def _resident(case: Case) -> Option:
-    needed = case.fixed(windows=True) + case.print.expert_bytes
-    option = Option(
-        "resident", "everything on the GPU", _llama_cli(case, "-ngl 99"), needed, case.embedding_bytes
-    )
-    if needed + _FIT_MARGIN > case.machine.vram_bytes:
-        return replace(option, problem=_lacks("VRAM", needed + _FIT_MARGIN, case.machine.vram_bytes))
-    return replace(
-        option,
-        decode=one_after_another({VRAM: gpu_read(case), STEPS: steps(case, case.machine.gpu_step_s)}),
-        prefill=one_after_another({COMPUTE: gpu_prompt(case)}),
-    )
-
-
-def _experts_on_cpu(case: Case, offload: bool) -> Option:
-    """As few layers' experts on the CPU as there must be, from the first on as --n-cpu-moe has it."""
-    footprint, machine, layers = case.print, case.machine, case.print.layers
-    room = machine.vram_bytes - _FIT_MARGIN - case.fixed(windows=True)
-    n_cpu = next((n for n in range(len(layers) + 1) if _bytes(layers[n:]) <= room), len(layers))
-    # --n-cpu-moe counts layers of the model, dense ones too.
-    flag = "--cpu-moe" if n_cpu == len(layers) else f"--n-cpu-moe {layers[n_cpu].il if layers else 0}"
-    name = "experts on the CPU, prompts on the GPU" if offload else "experts on the CPU"
-    on_cpu = _bytes(layers[:n_cpu])
-    option = Option(
-        "op-offload" if offload else "cpu-experts", name,
-        _llama_cli(case, f"-ngl 99 {flag}{'' if offload else ' --no-op-offload'}"),
-        case.fixed(windows=True) + _bytes(layers[n_cpu:]),
-        min(on_cpu + case.embedding_bytes, max(case.ram_free, 0)),
-    )  # fmt: skip
-    if room < 0:
-        return replace(
-            option, problem=_lacks("VRAM", case.fixed(windows=True) + _FIT_MARGIN, machine.vram_bytes)
+    Raises
+    ------
+    RotaryError
+        Something is not known, not readable or not understood.
+    """
+    Budget.parse(budget)
+    if trace is not None and profile not in ("auto", "off"):
+        raise RotaryError(
+            f"{trace}: a trace and a profile, {profile}; hit rates come from one; leave one out"
         )
-    chosen_cpu = _chosen(layers[:n_cpu])
-    share = chosen_cpu / max(footprint.chosen_bytes, 1)
-    decode = {
-        VRAM: gpu_read(case) - chosen_cpu / machine.vram_rate,
-        RAM: chosen_cpu / machine.ram_rate,
-        STEPS: steps(case, machine.gpu_step_s),
+    if store not in STORES:
+        raise RotaryError(
+            f"store {store!r}: not understood; accepted are {', '.join(STORES)}; correct the store"
+        )
+    is_file = Path(model).is_file() or model.endswith(".gguf") or os.sep in model
+    if is_file and type_name is not None:
+        raise RotaryError(f"{model}: --type is of named shapes; a file has its own; leave it out")
+    headers = read_shards(model) if is_file else [shapes.header(model, type_name)]
+    found = footprint.of_headers(headers)
+    machine = calibration.describe(
+        vram=vram, ram=ram, link=link, disk=disk, ram_rate=ram_rate, vram_rate=vram_rate
+    )
+    request = _request(n_ctx or min(4096, found.n_ctx_train or 4096), prompt, answer)
+    threads = threads or (os.cpu_count() or 1 if measure else None)
+    if measure and threads:
+        named = {"link": link, "disk": disk, "ram rate": ram_rate, "vram rate": vram_rate}
+        given = frozenset(name for name, text in named.items() if text not in (None, "auto"))
+        path = Path(model) if is_file else None
+        machine = calibration.measure(machine, found, request, path, threads, given)
+    path_in_commands = model if is_file else headers[0].path.name
+    case = Case(
+        path_in_commands, found, machine, request, _hits(found, model, is_file, trace, profile), budget,
+        store, threads,
+    )  # fmt: skip
+    every = options(case)
+    best, why = recommend(case, every)
+    return Plan(case, every, best, why)
+
+
+def _request(n_ctx: int, prompt: int | None, answer: int | None) -> Request:
+    """Of what is not said: a prompt of 512 tokens and an answer of 128, or what a small context holds."""
+    request = Request(
+        n_ctx,
+        prompt or max(1, min(512, n_ctx // 2, n_ctx - (answer or 0))),
+        answer or max(1, min(128, n_ctx // 4, n_ctx - (prompt or 0))),
+    )
+    if request.prompt + request.answer > n_ctx:
+        raise RotaryError(
+            f"context: {n_ctx} tokens; a prompt of {request.prompt} and an answer of {request.answer} do not "
+            "fit; raise --ctx or lower --prompt and --answer"
+        )
+    return request
+
+
+def _hits(
+    found: footprint.Footprint, model: str, is_file: bool, trace: str | None, profile: str
+) -> hits.Hits:
+    if trace is not None:
+        return hits.of_trace(traces.load(trace), found.layers, trace)
+    if profile not in ("auto", "off"):
+        return hits.of_profile(profiles.load(profile), found.layers, Path(profile).name)
+    if profile == "auto" and is_file:
+        if (path := profiles.beside(model)).is_file():
+            return hits.of_profile(profiles.load(path), found.layers, path.name)
+        if (inside := profiles.stored(model)) is not None:
+            return hits.of_profile(inside, found.layers, f"the profile in {Path(model).name}")
+    return hits.default(found.layers)
+
+
+# ---- as text
+
+
+def describe(plan: Plan) -> str:
+    """The plan as lines of text."""
+    case, found = plan.case, plan.case.print
+    n_ctx = case.request.n_ctx
+    lines = [
+        f"{found.name}: {found.architecture}, {found.n_layer} layers, {_count(found.n_params)} weights "
+        f"in {_size(found.weight_bytes)}",
+        f"  experts       {_size(found.expert_bytes)}, can be paged"
+        + (f"; one token chooses {_size(found.chosen_bytes)}" if found.layers else ""),
+        f"  other weights {_size(found.resident_bytes)}, stay resident",
+        f"  KV cache      {_size(found.kv_bytes(n_ctx))} for {n_ctx} tokens in f16"
+        + (
+            f"; {_size(full)} where windows are not used"
+            if (full := found.kv_bytes(n_ctx, windows=False)) != found.kv_bytes(n_ctx)
+            else ""
+        ),
+        *(
+            [f"  context       {n_ctx} tokens are asked for; it was trained for {found.n_ctx_train}"]
+            if 0 < found.n_ctx_train < n_ctx
+            else []
+        ),
+        "",
+        *_machine(case),
+        "",
+    ]
+    rows = [["", "decode tok/s", "limit", "prompt tok/s", "limit", "VRAM", "memory"]]
+    for option in plan.options:
+        rows.append(
+            [
+                option.name,
+                *_speed(option.decode),
+                *_speed(option.prefill),
+                _size(option.vram_bytes),
+                _size(option.ram_bytes),
+            ]
+        )
+    lines += _columns(rows)
+    for option in plan.options:
+        if option.problem:
+            lines.append(f"{option.name}: not here, {option.problem}")
+    lines += [_slots(option) for option in plan.options if option.is_rotary and option.n_slots]
+    if found.layers:
+        lines.append(f"hit rates by {case.hits.source}")
+    lines += ["", plan.why]
+    if plan.best is not None:
+        lines.append(f"  {plan.best.command}")
+    return "\n".join(lines)
+
+
+def _machine(case: Case) -> list[str]:
+    machine, sources = case.machine, case.machine.sources or {}
+    values = {
+        "vram": _size(machine.vram_bytes),
+        "ram": _size(machine.ram_bytes),
+        "vram rate": _rate(machine.vram_rate),
+        "link": _rate(machine.link_rate),
+        "ram rate": _rate(machine.ram_rate),
+        "disk": _rate(machine.disk_rate),
+        "gpu compute": _operations(machine.gpu_flops),
+        "cpu compute": _operations(machine.cpu_flops),
+        "gpu layer": f"{1e6 * machine.gpu_layer_s:.0f} us",
+        "cpu layer": f"{1e6 * machine.cpu_layer_s:.0f} us",
+        "sync": f"{1e6 * machine.sync_s:.0f} us",
     }
-    left = case.ram_free - case.embedding_bytes
-    faults = _faults(case, layers[:n_cpu], left)
-    if faults:
-        decode[DISK] = faults
-    late = case.per_token(_unread(case, case.touched(0, n_cpu), on_cpu, left))
-    if offload:
-        prefill = {
-            COMPUTE: gpu_prompt(case),
-            LINK: case.per_token(case.touched(0, n_cpu)) / (machine.link_rate * _PAGEABLE),
-        }
-    else:
-        experts = footprint.expert_flops * share
-        prefill = {COMPUTE: gpu_prompt(case) - experts / machine.gpu_flops + experts / machine.cpu_flops}
-    return replace(
-        option,
-        decode=one_after_another(decode),
-        prefill=one_after_another({**prefill, **({DISK: late} if late else {})}),
-    )
+    if not machine.vram_bytes:
+        for name in ("vram rate", "link", "gpu compute", "gpu layer", "sync"):
+            del values[name]
+    return [f"{_WORDS.get(name, name):<20} {value:>14}  {sources[name]}" for name, value in values.items()]
 
 
-def _stock_cpu(case: Case) -> Option:
-    footprint = case.print
-    fixed = case.fixed(windows=True) + case.embedding_bytes
-    short = fixed + footprint.expert_bytes > case.ram_free
-    # Repacking makes a copy that cannot be dropped and read again: with too little memory it is fatal.
-    option = Option(
-        "cpu", "all on the CPU, mapped", _llama_cli(case, "-ngl 0" + (" --no-repack" if short else "")),
-        0, min(fixed + footprint.expert_bytes, case.ram_free),
-    )  # fmt: skip
-    left = case.ram_free - fixed
-    if left < 0:
-        return replace(option, problem=_lacks("memory", fixed, case.ram_free))
-    decode = {RAM: cpu_read(case), STEPS: steps(case, case.machine.cpu_step_s)}
-    faults = _faults(case, footprint.layers, left)
-    prefill = {COMPUTE: cpu_prompt(case)}
-    if faults:
-        decode[DISK] = faults
-        prefill[DISK] = case.per_token(_unread(case, case.touched(), footprint.expert_bytes, left))
-    return replace(option, decode=one_after_another(decode), prefill=one_after_another(prefill))
-
-
-def _faults(case: Case, layers: Sequence[LayerInfo], left: int) -> float:
-    """Seconds of page faults of a token, where experts of some layers share `left` bytes of page cache."""
-    wanted = _bytes(layers)
-    if wanted <= left or not layers:
-        return 0.0
-    slots = _slots_for(case, max(left, 0) / wanted)
-    return (1 - case.hits.of(slots)) * _chosen(layers) / min(case.machine.disk_rate, _FAULT_RATE)
-
-
-def _unread(case: Case, touched: float, stored: int, left: int) -> float:
-    """Seconds of reading what a micro-batch wants of experts that do not fit into `left` bytes."""
-    absent = 1 - min(1.0, max(left, 0) / max(stored, 1))
-    return touched * absent / min(case.machine.disk_rate, _FAULT_RATE)
-
-
-# ---- Rotary
-
-
-def _rotary_gpu(case: Case) -> Option:
-    footprint, machine = case.print, case.machine
-    margin = max(512 * MIB, machine.vram_bytes // 10)
-    fixed = case.fixed(windows=False)
-    option = Option("rotary-gpu", "Rotary on the GPU", _rotary_run(case, 0, ""), fixed, case.embedding_bytes)
-    given = case.budget if case.budget != "auto" else None
-    try:
-        slots, budget = divide(
-            case.budget, footprint.layers, machine.vram_bytes - margin - fixed, footprint.name
-        )
-    except BudgetError as error:
-        return replace(option, problem=str(error))
-    if given and fixed + budget + _FIT_MARGIN > machine.vram_bytes:
-        return replace(option, problem=_lacks("VRAM", fixed + budget + _FIT_MARGIN, machine.vram_bytes))
-    hit = _hit_rate(case, slots)
-    missed = (1 - hit) * footprint.chosen_bytes
-    in_ram = footprint.expert_bytes + case.embedding_bytes <= case.ram_free
-    # Unasked, experts are page-locked if they take at most three quarters of memory; else they are copied.
-    locked = in_ram and footprint.expert_bytes <= machine.ram_bytes * 3 // 4
-    link = machine.link_rate if locked else min(machine.link_rate, machine.copy_rate)
-    decode = {VRAM: gpu_read(case), STEPS: steps(case, machine.gpu_step_s), LINK: missed / link}
-    touched = case.touched() if hit < 1 else 0.0
-    moved = {COMPUTE: gpu_prompt(case), LINK: case.per_token(touched / link)}
-    ram_bytes = footprint.expert_bytes
-    if not in_ram:
-        ram_bytes = case.ram_free - case.embedding_bytes
-        if ram_bytes < footprint.chosen_bytes:
-            needed = case.embedding_bytes + footprint.chosen_bytes
-            return replace(option, problem=_lacks("memory", needed, case.ram_free))
-        tier = _slots_for(case, ram_bytes / footprint.expert_bytes)
-        reads = 1 - case.hits.of([max(each) for each in zip(tier, slots, strict=True)])
-        decode[DISK] = reads * footprint.chosen_bytes / machine.disk_rate
-        moved[DISK] = case.per_token(touched / machine.disk_rate)
-    return replace(
-        option, command=_rotary_run(case, budget, ""),
-        decode=one_after_another(decode), prefill=side_by_side(moved), vram_bytes=fixed + budget,
-        ram_bytes=ram_bytes + case.embedding_bytes, budget_bytes=budget,
-        n_slots=tuple(slots), hit_rate=hit, uniform_hit_rate=uniform(footprint.layers, slots),
-        store="memory" if in_ram else "direct",
-    )  # fmt: skip
-
-
-def _rotary_cpu(case: Case) -> Option:
-    footprint, machine = case.print, case.machine
-    fixed = case.fixed(windows=False) + case.embedding_bytes
-    fits = fixed + footprint.expert_bytes <= case.ram_free
-    mapped = fits if case.store == "auto" else case.store == "mmap"
-    # A staging area for reads in flight: a 24th of memory, 16 to 256 MiB.
-    staging = 0 if mapped else min(max(case.machine.ram_bytes // 24, 16 * MIB), 256 * MIB)
-    inner = " --inner CPU" if machine.vram_bytes else ""
-    inner += f" --store {case.store}" if case.store != "auto" else ""
-    option = Option("rotary-cpu", "Rotary on the CPU", _rotary_run(case, 0, inner), 0, fixed)
-    try:
-        slots, budget = divide(case.budget, footprint.layers, case.ram_free - fixed - staging, footprint.name)
-    except BudgetError as error:
-        return replace(option, problem=str(error))
-    if mapped and not fits:
-        return replace(option, problem=_lacks("memory", fixed + footprint.expert_bytes, case.ram_free))
-    if fixed + staging + budget > case.ram_free:
-        return replace(option, problem=_lacks("memory", fixed + staging + budget, case.ram_free))
-    hit = _hit_rate(case, slots)
-    missed = (1 - hit) * footprint.chosen_bytes
-    computing = {RAM: cpu_read(case), STEPS: steps(case, machine.cpu_step_s)}
-    prompt = cpu_prompt(case)
-    absent = 1 - budget / footprint.expert_bytes
-    if mapped:
-        decode = one_after_another({**computing, RAM: computing[RAM] + missed / machine.copy_rate})
-        # A prompt's batches are computed from the mapping, whatever is in slots, if its layout will do.
-        rewritten = case.per_token(case.touched() * absent / machine.copy_rate) if machine.repacks else 0.0
-        prefill = one_after_another({COMPUTE: prompt, RAM: rewritten})
-    else:
-        decode = in_bunches(computing, {DISK: missed / machine.disk_rate})
-        read = case.per_token(case.touched() * absent / machine.disk_rate)
-        prefill = side_by_side({COMPUTE: prompt, DISK: read})
-    return replace(
-        option, command=_rotary_run(case, budget, inner), decode=decode, prefill=prefill,
-        ram_bytes=fixed + staging + budget, budget_bytes=budget, n_slots=tuple(slots), hit_rate=hit,
-        uniform_hit_rate=uniform(footprint.layers, slots), store="mmap" if mapped else "direct",
-    )  # fmt: skip
-
-
-def _slots_for(case: Case, share: float) -> list[int]:
-    """What a share of the experts is in each layer, one token's at least."""
-    return [max(layer.n_expert_used, int(share * layer.n_expert)) for layer in case.print.layers]
-
-
-def _hit_rate(case: Case, slots: Sequence[int]) -> float:
-    if all(n == layer.n_expert for n, layer in zip(slots, case.print.layers, strict=True)):
-        return 1.0  # filled at the start
-    return case.hits.of(slots)
-
-
-# ---- words
-
-
-def _bytes(layers: Sequence[LayerInfo]) -> int:
-    return sum(layer.layer_bytes for layer in layers)
-
-
-def _chosen(layers: Sequence[LayerInfo]) -> int:
-    return sum(layer.n_expert_used * layer.expert_bytes for layer in layers)
-
-
-def _lacks(what: str, needed: float, there: int) -> str:
-    return f"{needed / 2**30:.1f} GiB of {what} needed, {max(there, 0) / 2**30:.1f} there"
-
-
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{100 * rate:.0f} %"
-
-
-def _llama_cli(case: Case, flags: str) -> str:
-    threads = f" -t {case.threads}" if case.threads else ""
-    return f"llama-cli -m {shlex.quote(case.model)} {flags}{threads} -c {case.request.n_ctx}"
-
-
-def _rotary_run(case: Case, budget: int, inner: str) -> str:
-    threads = f" --threads {case.threads}" if case.threads else ""
+def _slots(option: Option) -> str:
+    least, most = min(option.n_slots), max(option.n_slots)
+    each = str(least) if least == most else f"{least} to {most}"
     return (
-        f'rotary run {shlex.quote(case.model)} -p "..." --budget {budget // MIB}MiB{inner}{threads} '
-        f"--ctx {case.request.n_ctx}"
+        f"{option.name}: {each} slots per layer in {_size(option.budget_bytes or 0)}, store "
+        f"{option.store}; {percent(option.hit_rate)} hits expected, {percent(option.uniform_hit_rate)} "
+        "if routing had no locality"
     )
+
+
+def _speed(cost: Cost | None) -> tuple[str, str]:
+    return ("-", "") if cost is None else (f"{cost.rate:.1f}", cost.limit)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        for i, cell in enumerate(row[1:], start=1):
+            cells.append(cell.ljust(widths[i]) if rows[0][i] == "limit" else cell.rjust(widths[i]))
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:.1f} MiB"
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.1f} billion" if n >= 1e9 else f"{n / 1e6:.1f} million"
+
+
+def _operations(rate: float) -> str:
+    return f"{rate / 1e12:.1f} Tflop/s" if rate >= 1e12 else f"{rate / 1e9:.0f} Gflop/s"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate / 1e9:.2f} GB/s"
+
+
+# ---- as data
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain dicts, lists, strings and numbers, for JSON."""
+    case, found = plan.case, plan.case.print
+    sizes = asdict(found)
+    for left_out in ("layers", "cached", "matrices", "dense", "heads"):
+        del sizes[left_out]
+    return {
+        "model": {
+            **sizes,
+            "n_expert_layers": len(found.layers),
+            "expert_bytes": found.expert_bytes,
+            "chosen_bytes": found.chosen_bytes,
+            "kv_bytes": found.kv_bytes(case.request.n_ctx),
+        },
+        "machine": asdict(case.machine),
+        "request": asdict(case.request),
+        "hit_rate_source": case.hits.source,
+        "options": [_option(option) for option in plan.options],
+        "recommendation": {
+            "option": plan.best.key if plan.best else None,
+            "uses_rotary": bool(plan.best and plan.best.is_rotary),
+            "command": plan.best.command if plan.best else None,
+            "why": plan.why,
+        },
+    }
+
+
+def _option(option: Option) -> dict[str, Any]:
+    plain = {key: value for key, value in vars(option).items() if key not in ("decode", "prefill", "n_slots")}
+    for name, cost in (("decode", option.decode), ("prefill", option.prefill)):
+        plain[f"{name}_tokens_per_second"] = cost.rate if cost else None
+        plain[f"{name}_limit"] = cost.limit if cost else None
+        plain[f"{name}_seconds"] = cost.parts if cost else None
+    return {**plain, "n_slots": list(option.n_slots)}
+
+
+# ---- as a figure
+
+
+def write_plot(plan: Plan, output: str) -> None:
+    """Write an SVG of decode in tokens per second against Rotary's budget, stock's options as level lines.
+
+    Raises
+    ------
+    RotaryError
+        The file's name does not end in .svg, or the model has no experts, or no budget can run.
+    """
+    if not output.lower().endswith(".svg"):
+        raise RotaryError(f"{output}: figures are written as SVG; no other format is; name it .svg")
+    points = at_budgets(plan.case, _PLOTTED) if plan.case.print.layers else []
+    if not points:
+        raise RotaryError(f"{output}: no budget of Rotary's can run here, nothing to plot; see the plan")
+    reach = [option.budget_bytes or 0 for _, option in points]
+    lines = {
+        points[0][1].name: [
+            ((option.budget_bytes or 0) / GIB, option.decode.rate) for _, option in points if option.decode
+        ]
+    }
+    for option in plan.options:
+        if option.decode is not None and not option.is_rotary:
+            lines[option.name] = [(end / GIB, option.decode.rate) for end in (min(reach), max(reach))]
+    figure = standalone(lines, f"{plan.case.print.name}: decode tok/s by budget", "GiB for experts")
+    with traces.writing(output) as file:
+        file.write(figure.encode())

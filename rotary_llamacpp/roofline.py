@@ -11,7 +11,6 @@ from .footprint import Footprint
 from .hits import Hits
 
 VRAM, LINK, RAM, DISK, COMPUTE, STEPS = "VRAM", "link", "RAM", "disk", "compute", "steps"
-_STEPS_PER_LAYER = 35  # graph nodes of a layer that compute something: qwen3moe in the pinned llama.cpp
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,20 @@ class Machine:
     vram_rate: float
     link_rate: float
     ram_rate: float  # weights through the CPU's kernels, one token at a time
-    copy_rate: float  # into slots, all threads
+    copy_rate: float  # all threads
     disk_rate: float
     gpu_flops: float
     cpu_flops: float
-    gpu_step_s: float = 0.0  # starting one node of a graph
-    cpu_step_s: float = 0.0
-    repacks: bool = False  # the CPU's kernels want the experts in another layout than the file's
+    # What a layer takes beside reading weights and KV cache: attention, norms, starting its nodes.
+    gpu_layer_s: float = 0.0
+    cpu_layer_s: float = 0.0
+    # The same for a token of a prompt; None is the operations of attention at the rate of all others.
+    gpu_prompt_layer_s: float | None = None
+    cpu_prompt_layer_s: float | None = None
+    disk_cpu_s: float = 0.0  # of all processors together, for a byte of direct reads
+    # All threads, of experts into the layout that the CPU's kernels want; 0 where that is the file's.
+    repack_rate: float = 0.0
+    sync_s: float = 0.0  # of the host, for a GPU and back
     sources: dict[str, str] | None = None
 
 
@@ -46,6 +52,16 @@ class Request:
     def depth(self) -> int:
         """Tokens in the KV cache while the answer is decoded, on average."""
         return min(self.n_ctx, self.prompt + self.answer // 2)
+
+    @property
+    def micro_batch(self) -> int:
+        """Tokens of the prompt that are computed at once."""
+        return min(self.prompt, self.n_ubatch)
+
+    @property
+    def prompt_depth(self) -> int:
+        """Tokens in the KV cache while the prompt is computed, on average of its micro-batches."""
+        return (self.prompt + self.micro_batch) // 2
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,11 @@ class Case:
         return self.machine.ram_bytes - max(64 * MIB, self.machine.ram_bytes // 24)
 
     @property
+    def fill_rate(self) -> float:
+        """Bytes per second into slots of the CPU's."""
+        return self.machine.repack_rate or self.machine.copy_rate
+
+    @property
     def buffers(self) -> int:
         """Computation's, estimated: logits and eight hidden states of a micro-batch, in F32."""
         return self.request.n_ubatch * 4 * (self.print.n_vocab + 8 * self.print.n_embd)
@@ -100,15 +121,14 @@ class Case:
 
     def touched(self, first: int = 0, last: int | None = None) -> float:
         """Bytes of the experts of some layers that a micro-batch of the prompt wants at least once."""
-        n_tokens = min(self.request.prompt, self.request.n_ubatch)
         return sum(
-            layer.layer_bytes * (1 - (1 - layer.n_expert_used / layer.n_expert) ** n_tokens)
+            layer.layer_bytes * (1 - (1 - layer.n_expert_used / layer.n_expert) ** self.request.micro_batch)
             for layer in self.print.layers[first:last]
         )
 
     def per_token(self, micro_batch: float) -> float:
         """A token's share of what is done once per micro-batch of the prompt."""
-        return micro_batch / min(self.request.prompt, self.request.n_ubatch)
+        return micro_batch / self.request.micro_batch
 
 
 # ---- seconds of a token
@@ -129,24 +149,27 @@ def _token_bytes(case: Case) -> float:
     return footprint.token_bytes + footprint.chosen_bytes + footprint.kv_read_bytes(case.request.depth)
 
 
-def _prompt_flops(case: Case) -> float:
-    footprint = case.print
-    return footprint.token_flops - footprint.output_flops + footprint.expert_flops
-
-
-def steps(case: Case, step_s: float) -> float:
-    """Starting the nodes of a token's graph one after the other: what a small model's time goes to."""
-    return case.print.n_layer * _STEPS_PER_LAYER * step_s
+def steps(case: Case, layer_s: float) -> float:
+    """What a token's layers take beside reading: what a small model's time goes to."""
+    return case.print.n_layer * layer_s
 
 
 def gpu_prompt(case: Case) -> float:
     """Computing a token of the prompt, all on the GPU."""
-    return _prompt_flops(case) / case.machine.gpu_flops
+    return _prompt(case, case.machine.gpu_flops, case.machine.gpu_prompt_layer_s)
 
 
 def cpu_prompt(case: Case) -> float:
     """The same, all on the CPU."""
-    return _prompt_flops(case) / case.machine.cpu_flops
+    return _prompt(case, case.machine.cpu_flops, case.machine.cpu_prompt_layer_s)
+
+
+def _prompt(case: Case, rate: float, layer_s: float | None) -> float:
+    footprint = case.print
+    flops = footprint.token_flops - footprint.output_flops + footprint.expert_flops
+    if layer_s is None:
+        return (flops + footprint.attention_flops(case.request.prompt_depth)) / rate
+    return flops / rate + steps(case, layer_s)
 
 
 def one_after_another(parts: dict[str, float]) -> Cost:

@@ -267,7 +267,10 @@ def test_plans_are_held_against_runs(native, tiny_model, monkeypatch):
                 "copy_rate": 5e9,
                 "disk_rate": 1e9,
                 "cpu_flops": 1e11,
-                "cpu_step_s": 1e-6,
+                "cpu_layer_s": 1e-6,
+                "cpu_prompt_layer_s": 0.0,
+                "disk_cpu_s": 0.0,
+                "repack_rate": 0.0,
             }
         config = arguments[1]
         return {"decode": 100.0, "prefill": 200.0, "hit_rate": 0.5 if config else None}

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from rotary_llamacpp import _native, doctor, machine
+from rotary_llamacpp import _native, disk, doctor, machine
 
 
 def by_name(checks):
@@ -72,19 +72,20 @@ def test_page_lock_limit_matters_for_gpus_only(monkeypatch, limit, inner, verdic
 
 
 def test_slow_disk(monkeypatch, tiny_model):
-    monkeypatch.setattr(doctor, "read_cold", lambda path: (10 << 20, 1.0, "direct"))
+    monkeypatch.setattr(disk, "read_cold", lambda path: disk.ColdRead(10 << 20, 1.0, 0.1, "direct"))
     check = doctor._disk(str(tiny_model))
     assert check.verdict == doctor.WARN and "10 MiB/s" in check.detail and check.advice
 
 
 def test_reads_the_whole_of_a_small_file_and_no_more_of_a_large_one(tiny_model, tmp_path, monkeypatch):
-    n_bytes, seconds, how = doctor.read_cold(tiny_model)
-    assert n_bytes == tiny_model.stat().st_size and seconds > 0 and how in ("direct", "cache dropped")
+    found = disk.read_cold(tiny_model)
+    assert found.n_bytes == tiny_model.stat().st_size and found.how in ("direct", "cache dropped")
+    assert found.seconds > 0 and found.busy >= 0
     large = tmp_path / "large"
     with large.open("wb") as file:
         file.truncate(64 << 20)
-    monkeypatch.setattr(doctor, "_SAMPLE_BYTES", 16 << 20)
-    assert doctor.read_cold(large)[0] == 16 << 20
+    monkeypatch.setattr(disk, "_SAMPLE_BYTES", 16 << 20)
+    assert disk.read_cold(large).n_bytes == 16 << 20
 
 
 def test_missing_file_for_the_disk_check(native):

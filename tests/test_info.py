@@ -7,12 +7,14 @@ import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from gguf import GGUFWriter
 
+from rotary_llamacpp import shapes
 from rotary_llamacpp.errors import ModelError
 from rotary_llamacpp.info import ModelInfo
 
@@ -115,6 +117,15 @@ def test_disagreeing_expert_tensors_are_refused(tmp_path):
     writer.close()
     with pytest.raises(ModelError, match="layer 0"):
         ModelInfo.read(path)
+
+
+def test_layers_that_predict_several_tokens_are_not_loaded():
+    header = shapes.header("qwen3-30b-a3b")
+    whole = ModelInfo.of([header])
+    found = ModelInfo.of([replace(header, metadata={**header.metadata, "qwen3moe.nextn_predict_layers": 1})])
+    assert (whole.n_layer, found.n_layer) == (48, 47) and found.layers == whole.layers[:-1]
+    last = sum(tensor.n_bytes for tensor in header.tensors if tensor.name.startswith("blk.47."))
+    assert found.resident_bytes + found.expert_bytes == whole.resident_bytes + whole.expert_bytes - last
 
 
 def test_to_dict_is_json(tiny_model):

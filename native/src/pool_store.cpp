@@ -92,7 +92,8 @@ void pool::choose_store() {
     }
     const host_memory memory = host_memory_now();
     const uint64_t    dense  = file_bytes > expert_bytes && inner_is_host_ ? file_bytes - expert_bytes : 0;
-    const uint64_t    wanted = expert_bytes + dense + margin_bytes(memory.total);
+    const uint64_t    margin = inner_is_host_ ? margin_bytes(memory.total) : host_margin(memory.total);
+    const uint64_t    wanted = expert_bytes + dense + margin;
     const bool        fits   = wanted <= memory.available;
     if (config.store == ROTARY_STORE_AUTO && (fits || !mapped)) {
         return;
