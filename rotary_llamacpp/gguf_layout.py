@@ -24,16 +24,15 @@ from pathlib import Path
 from .errors import ModelError, RotaryError
 from .gguf_fields import encode, raw_fields, text_bytes
 from .gguf_header import GGUFHeader, TensorInfo
-from .info import EXPERT_TENSOR, SHARD
+from .info import EXPERT_TENSOR, MOST_EXPERTS, SHARD
 
 PAGE = 4096  # bytes; what every disk of today can read directly
 SECTOR = 512  # bytes; what most can
 OURS = "rotary."  # keys of this package begin so
 _MIB = 1 << 20
 
-_ONE_EXPERT = re.compile(
-    r"(blk\.(\d+)\.ffn_(?:gate|up|down))\.(\d+)\.weight"
-)  # Mixtral's of before April 2024
+# Mixtral's of before April 2024.
+_ONE_EXPERT = re.compile(r"(blk\.(\d{1,6})\.ffn_(?:gate|up|down))\.(\d{1,6})\.weight")
 _MOST_SHARDS = 65535  # split.count is 16 bits
 
 
@@ -130,12 +129,11 @@ def _direct_lines(experts: Sequence[tuple[Weight, int]]) -> list[str]:
     others: dict[int, int] = {}
     for weight, at in experts:
         each = weight.n_bytes // weight.n_expert
-        for expert in range(weight.n_expert):
-            total += 1
-            if (at + expert * each) % PAGE == 0 and each % PAGE == 0:
-                aligned += 1
-            else:
-                others[each] = others.get(each, 0) + 1
+        total += weight.n_expert
+        if at % PAGE == 0 and each % PAGE == 0:
+            aligned += weight.n_expert
+        else:
+            others[each] = others.get(each, 0) + weight.n_expert
     lines = [f"direct reads    {aligned} of {total} expert matrices are whole pages of {PAGE} bytes"]
     for each, count in sorted(others.items()):
         if each % SECTOR:
@@ -215,10 +213,15 @@ def _joined(headers: Sequence[GGUFHeader], name: str, experts: dict[int, tuple[i
 def _check(header: GGUFHeader) -> None:
     end, before = 0, ""
     for tensor in sorted(header.tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
-        if len(tensor.shape) > 4 or prod(tensor.shape) >= 1 << 63:
+        if len(tensor.shape) > 4 or not 0 < prod(tensor.shape) < 1 << 63:
             raise ModelError(
-                f"{header.path}: {tensor.name} is {list(tensor.shape)}; tensors have at most 4 dimensions "
-                "and 2^63 elements; download or convert it again"
+                f"{header.path}: {tensor.name} is {list(tensor.shape)}; tensors have at most 4 dimensions, "
+                "and 1 to 2^63 elements; download or convert it again"
+            )
+        if EXPERT_TENSOR.fullmatch(tensor.name) and tensor.shape[2:] > (MOST_EXPERTS,):
+            raise ModelError(
+                f"{header.path}: {tensor.name} is {list(tensor.shape)}; a layer has at most {MOST_EXPERTS} "
+                "experts; download or convert it again"
             )
         if tensor.offset < end:
             raise ModelError(
@@ -274,6 +277,15 @@ def shard_paths(path: Path, n_split: int) -> list[Path]:
     return [path.with_name(f"{stem}-{i:05d}-of-{n_split:05d}.gguf") for i in range(1, n_split + 1)]
 
 
+def check_alignment(alignment: int) -> None:
+    """A RotaryError for what llama.cpp does not take."""
+    if alignment < 32 or alignment & (alignment - 1) or alignment > 1 << 30:
+        raise RotaryError(
+            f"alignment: {alignment} bytes; llama.cpp takes powers of two, and its kernels want 32 or more; "
+            f"give {PAGE}"
+        )
+
+
 def lay_out(
     headers: Sequence[GGUFHeader],
     path: Path,
@@ -305,11 +317,7 @@ def lay_out(
     RotaryError
         The alignment is none, or the result would have too many shards.
     """
-    if alignment < 32 or alignment & (alignment - 1) or alignment > 1 << 30:
-        raise RotaryError(
-            f"alignment: {alignment} bytes; llama.cpp takes powers of two, and its kernels want 32 or more; "
-            f"give {PAGE}"
-        )
+    check_alignment(alignment)
     weights = weights_of(headers)
     fields, notes = metadata_of(described_by or headers, alignment, changes or {})
     joined = sum(len(weight.pieces) > 1 for weight in weights)

@@ -13,13 +13,13 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from paged import assert_equal, paged_trace
 
-from rotary_llamacpp import profiles
+from rotary_llamacpp import imatrices, profiles
 from rotary_llamacpp.convert import HISTORY_KEY, Options, convert
 from rotary_llamacpp.errors import RotaryError
 from rotary_llamacpp.gguf_fields import array_strings, raw_fields
 from rotary_llamacpp.gguf_header import GGUFHeader, read_header
 from rotary_llamacpp.info import ModelInfo, read_shards
-from rotary_llamacpp.quantising import Wish, load_imatrix
+from rotary_llamacpp.quantising import Wish
 
 SHAPE = {"layers": 2, "embd": 256, "ff": 256, "experts": 8, "used": 2}
 
@@ -271,7 +271,7 @@ def test_an_importance_matrix_is_heeded(synthetic, tmp_path):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        last = load_imatrix(str(path))["blk.1.ffn_down_exps.weight"]
+        last = imatrices.load(str(path))["blk.1.ffn_down_exps.weight"]
         assert len(last) == 8 * 256 and last.max() < 9 / 4 + 1e-6
         out = tmp_path / f"{number}.gguf"
         convert(model, out, Options(wish=replace(wish, imatrix=str(path))))
@@ -294,7 +294,7 @@ def test_command(rotary_command, tiny_model, tmp_path):
     assert ran.returncode == 2 and "is there already; --force" in ran.stderr
     assert rotary_command("convert", tiny_model, out, "--force").returncode == 0
     for options, text in (
-        (["--experts", "Q3_K_M"], "type 'Q3_K_M': unknown"),
+        (["--experts", "Q3_K_M"], "type 'Q3_K_M': nothing is"),
         (["--type", "(=Q8_0"], "regular expression"),
         (["--type", "Q8_0"], "PATTERN=TYPE"),
         (["--alignment", "48"], "powers of two"),

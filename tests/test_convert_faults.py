@@ -150,11 +150,7 @@ def test_damaged_legacy_layouts_are_refused(synthetic, tmp_path):
     for before, after, text in (
         (b"blk.1.ffn_up.7.weight", b"blk.1.ffn_no.7.weight", "lacks expert 7, 11 are there"),
         (b"blk.1.ffn_up.7.weight", b"blk.1.ffn_up.6.weight", "a second time"),
-        (
-            b"blk.1.ffn_up.7.weight",
-            b"blk.1.ffn_up.07.weight"[:0] or b"blk.1.ffn_up.8.weight",
-            "a second time",
-        ),
+        (b"blk.1.ffn_up.10.weight", b"blk.1.ffn_up.07.weight", "is there twice"),
     ):
         legacy.write_bytes(whole.replace(before, after))
         with pytest.raises(ModelError, match=text):
@@ -164,7 +160,6 @@ def test_damaged_legacy_layouts_are_refused(synthetic, tmp_path):
 
 def test_a_quantiser_that_fails_leaves_nothing(tiny_model, tmp_path):
     for wish, text in (
-        (quantising.Wish("I8"), "not quantised"),
         (quantising.Wish(types=("(?P<x>_exps)=Q4_0",)), "not quantised"),  # no such groups in C++
     ):
         with pytest.raises(ModelError, match=text):
