@@ -19,6 +19,7 @@ from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_convert import tensor_bytes
+from test_gguf_header import PEAK
 
 from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.errors import ModelError, RotaryError
@@ -176,17 +177,17 @@ def test_damage_ends_in_one_line_or_in_a_whole_file(changes, n_bytes):
 
 ONE_FIELD = struct.pack("<QQ", 0, 1)
 
-HUGE = """
-import resource, sys, time
+HUGE = f"""{PEAK}
+import os, sys, time
 from rotary_llamacpp.convert import convert
 from rotary_llamacpp.errors import RotaryError
-before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+before, begin = peak_kib(), time.monotonic()
 try:
     convert(sys.argv[1], sys.argv[2])
 except RotaryError as error:
     print(error)
 print(time.monotonic() - begin)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_kib() - before)
 """
 
 
@@ -219,8 +220,7 @@ def test_damage_of_a_large_file_costs_neither_time_nor_memory(tmp_path, header, 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Without the kernel's copy, whose memory is not the process's: 16 MiB and 1 GiB of experts."""
-    code = HUGE.replace("import resource", "import os, resource", 1)
-    code = code.replace("\ntry:", "\nos.copy_file_range = lambda *_: 0\ntry:", 1)
+    code = HUGE.replace("\ntry:", "\nos.copy_file_range = lambda *_: 0\ntry:", 1)
     used = []
     for n_expert in (16, 1024):
         model = tmp_path / f"{n_expert}.gguf"
