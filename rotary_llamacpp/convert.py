@@ -267,10 +267,10 @@ class _Work:
 
     def _check_places(self) -> None:
         read = {
-            Path(path).resolve() for path in (*self.before, self.options.wish.imatrix, self.profile) if path
+            os.path.realpath(path) for path in (*self.before, self.options.wish.imatrix, self.profile) if path
         }
         for path in (*self.outputs, *self._temporary(), journals.note_path(self.out)):
-            if path.resolve() in read:
+            if os.path.realpath(path) in read:
                 raise RotaryError(
                     f"{path}: is read and written; a model is not converted in place; give another name"
                 )

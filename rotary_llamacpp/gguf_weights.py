@@ -124,7 +124,7 @@ def _check(header: GGUFHeader) -> None:
                 f"{header.path}: {tensor.name} is {list(tensor.shape)}; tensors have at most 4 dimensions, "
                 "and 1 to 2^63 elements; download or convert it again"
             )
-        if EXPERT_TENSOR.fullmatch(tensor.name) and tensor.shape[2:] > (MOST_EXPERTS,):
+        if EXPERT_TENSOR.fullmatch(tensor.name) and max(tensor.shape[2:], default=1) > MOST_EXPERTS:
             raise ModelError(
                 f"{header.path}: {tensor.name} is {list(tensor.shape)}; a layer has at most {MOST_EXPERTS} "
                 "experts; download or convert it again"

@@ -184,7 +184,7 @@ convert(sys.argv[1], sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGHUP])
 def test_the_converter_ends_with_its_parent(folder, results, tiny_model, tmp_path, monkeypatch, how):
     log = stand_in(tmp_path, monkeypatch, f"{copying(tiny_model)}; time.sleep(60)")
     made = results / "out.gguf.folder.part"

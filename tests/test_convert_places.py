@@ -62,6 +62,7 @@ def test_somebody_elses_temporary_files_are_left(tiny_model, tmp_path, name, lin
         ("model.gguf", "is read and written"),  # by its temporary name
         ("a.profile", "is read and written"),
         ("dangling", "is there already; --force"),
+        ("loop", "is there already; --force"),
     ],
 )
 def test_places_that_are_refused(tiny_model, tmp_path, monkeypatch, out, text, dry_run):
@@ -70,9 +71,10 @@ def test_places_that_are_refused(tiny_model, tmp_path, monkeypatch, out, text, d
     source.write_bytes(tiny_model.read_bytes())
     Path("folder").mkdir()
     Path("dangling").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
     numbered().save(Path("a.profile"))
     before = sorted(tmp_path.iterdir())
-    options = Options(force=out != "dangling", profile="a.profile")
+    options = Options(force="--force" not in text, profile="a.profile")
     with pytest.raises(RotaryError, match=text):
         convert(source, out, options, dry_run=dry_run)
     assert source.read_bytes() == tiny_model.read_bytes()
