@@ -6,8 +6,24 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from tqdm import tqdm
+
+
+class _Terminal:
+    """Standard error, to which what cannot be written is lost: its terminal may be gone meanwhile."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def bars(
@@ -19,7 +35,6 @@ def bars(
 
     @contextlib.contextmanager
     def bar(what: str, n_bytes: int) -> Iterator[Callable[[int], object]]:
-        hidden = off or not sys.stderr.isatty()
         with tqdm(
             total=n_bytes,
             desc=what,
@@ -27,7 +42,9 @@ def bars(
             unit_scale=True,
             unit_divisor=1024,
             leave=False,
-            disable=hidden,
+            file=_Terminal(),
+            dynamic_ncols=True,  # without, it asks for those of sys.stderr itself only
+            disable=off or not sys.stderr.isatty(),
         ) as made:
             yield made.update
 

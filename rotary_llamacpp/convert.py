@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,10 +21,10 @@ from gguf.constants import GGML_QUANT_VERSION
 
 from . import copying, folders, profiles, quantising
 from . import journal as journals
-from .errors import RotaryError
+from .errors import ModelError, RotaryError
 from .gguf_fields import array_strings, encode, raw_fields
 from .gguf_header import GGUFHeader, read_header
-from .gguf_layout import PAGE, Layout, lay_out
+from .gguf_layout import PAGE, Layout, check_alignment, lay_out
 from .info import read_shards
 from .quantising import Wish
 
@@ -104,10 +103,14 @@ def convert(
     RotaryError
         It cannot be written, or not so.
     """
-    options = options or Options()
-    source, out = Path(source), Path(out)
+    out = Path(out)
+
+    def heard(line: str) -> None:
+        with contextlib.suppress(OSError):  # a pipe that nobody reads any more fails no conversion
+            say(line)
+
     try:
-        return _convert(source, out, options, dry_run, say, bar)
+        return _Work(Path(source), out, options or Options(), heard, bar).run(dry_run)
     except OSError as error:
         where = error.filename or out
         what = f"{error.strerror or error}"
@@ -117,84 +120,68 @@ def convert(
         ) from error
 
 
-def _convert(source: Path, out: Path, options: Options, dry_run: bool, say: Say, bar: Bar) -> list[Path]:
-    if not source.is_dir():
-        return _convert_files(read_shards(source), source, out, options, dry_run, say, bar)
-    files = folders.weights_of(source)
-    folders.converter()
-    n_bytes = sum(file.stat().st_size for file in files)
-    say(f"{source}: {n_bytes / _MIB:.1f} MiB of safetensors; llama.cpp's converter makes a GGUF of it first")
-    if dry_run:
-        say("what is in that is known then")
-        return [out]
-    _check_folder(out.parent, n_bytes)
-    made = journals.part(out.with_name(out.name + ".folder"))
-    noted = journals.part(out.with_name(out.name + ".folder.json"))  # is there once the other is whole
-    subject = json.dumps([journals.identity(file) for file in files])
-    keep = False
-    try:
-        if made.is_file() and noted.is_file() and noted.read_text() == subject:
-            say("going on with the GGUF that was made of it")
-        else:
-            noted.unlink(missing_ok=True)
-            with bar("read safetensors", n_bytes):
-                folders.to_gguf(source, made)
-            noted.write_text(subject)
-        return _convert_files(read_shards(made), source, out, options, dry_run, say, bar)
-    except KeyboardInterrupt:
-        keep = noted.is_file()
-        raise
-    finally:
-        if not keep:
-            made.unlink(missing_ok=True)
-            noted.unlink(missing_ok=True)
-
-
-def _convert_files(
-    headers: list[GGUFHeader], source: Path, out: Path, options: Options, dry_run: bool, say: Say, bar: Bar
-) -> list[Path]:
-    work = _Work(source, out, options, headers, say, bar)
-    say(work.describe())
-    paths = [output.path for output in work.layout.outputs]
-    if not dry_run:
-        _check_places(headers, work, options)
-        work.do()
-    return paths
-
-
 class _Work:
-    """One conversion: its plan from headers, and what is done in what order."""
+    """One conversion: what is known before anything is written, and what is done in what order."""
 
-    def __init__(
-        self, source: Path, out: Path, options: Options, headers: list[GGUFHeader], say: Say, bar: Bar
-    ) -> None:
-        self.source, self.out, self.options, self.headers, self.say, self.bar = (
-            source, out, options, headers, say, bar,
-        )  # fmt: skip
+    def __init__(self, source: Path, out: Path, options: Options, say: Say, bar: Bar) -> None:
+        self.source, self.out, self.options, self.say, self.bar = source, out, options, say, bar
+        if not out.name or out.is_dir():
+            raise RotaryError(f"{str(out)!r}: is a folder; the result is a file; give its name too")
+        quantising.patterns(options.wish)
+        check_alignment(options.alignment)
+        self.profile = _profile(source, options)
+        self.made = journals.part(out.with_name(out.name + ".folder"))  # of a Hugging Face folder
         self.quantised = journals.part(out.with_name(out.name + ".quantised"))
-        self.planned = quantising.planned(options.wish, headers) if options.wish else None
-        self.layout = self._lay_out([self.planned] if self.planned else headers)
+        self.planned: GGUFHeader | None = None
+        self.layout: Layout | None = None  # until a folder is read
+        self.folder_bytes = 0
+        if source.is_dir():
+            inputs = folders.files_of(source)
+            folders.converter()
+            self.folder_bytes = sum(file.stat().st_size for file in inputs if file.suffix == ".safetensors")
+            self.description = (
+                f"{source}: {self.folder_bytes / _MIB:.1f} MiB of safetensors; llama.cpp's converter makes a "
+                "GGUF of it first, and what is in that is known then"
+            )
+        else:
+            self._plan(read_shards(source))
+            inputs = [header.path for header in self.headers]
+        self.before = {path: journals.identity(path) for path in inputs}
 
-    def describe(self) -> str:
-        """The plan as text."""
-        lines = [self.layout.describe()]
+    def _plan(self, headers: list[GGUFHeader]) -> None:
+        self.headers = headers
+        wish = self.options.wish
+        lines: list[str] = []
+        if wish:
+            self.planned, lines = quantising.planned(wish, headers)
+            lines.insert(0, f"quantise        {wish}")
         if self.planned:
             mib = sum(tensor.n_bytes for tensor in self.planned.tensors) / _MIB
-            lines.append(f"quantise        {self.options.wish}; {mib:.1f} MiB more are taken meanwhile")
-            lines += quantising.changes(self.headers, self.planned)
-        return "\n".join(lines)
+            lines[0] += f"; {mib:.1f} MiB more are taken meanwhile"
+        self.layout = self._lay_out([self.planned] if self.planned else headers)
+        self.description = "\n".join([self.layout.describe(), *lines])
 
-    def missing_bytes(self) -> int:
-        """Disk space that is still to be taken."""
-        wanted = journals.missing_bytes(self.layout)
-        if self.planned:
-            wanted += max(0, self.planned.n_bytes - journals.size(self.quantised))
-        return wanted
+    @property
+    def outputs(self) -> list[Path]:
+        """Names of the result; that of the first alone until more is known."""
+        return [output.path for output in self.layout.outputs] if self.layout else [self.out]
 
-    def do(self) -> None:
+    def _temporary(self) -> dict[Path, int]:
+        """Files that are still to be written under names of their own, and their bytes."""
+        if self.layout is None:
+            return {self.made: self.folder_bytes, journals.part(self.out): self.folder_bytes}
+        found = {journals.part(output.path): output.n_bytes for output in self.layout.outputs}
+        return found | ({self.quantised: self.planned.n_bytes} if self.planned else {})
+
+    def run(self, dry_run: bool) -> list[Path]:
         """All of it; what is left behind is told where it goes on."""
+        self.say(self.description)
+        self._check_places()
+        if dry_run:
+            self._check_space()
+            return self.outputs
         subject = {
-            "sources": [journals.identity(header.path) for header in self.headers],
+            "sources": list(self.before.values()),
             "options": {k: v for k, v in asdict(self.options).items() if k not in ("verify", "force")},
             "imatrix": journals.identity(Path(imatrix)) if (imatrix := self.options.wish.imatrix) else None,
             "version": _version(),
@@ -204,21 +191,43 @@ class _Work:
         try:
             if journal.stale:
                 self.say("another conversion was begun here; this one begins anew")
-            self._write(journal)
+            layout = self._write(journal)
+            with copying.undisturbed():
+                copying.give_names(layout, force=self.options.force)
+                journal.close(remove=True)
         except KeyboardInterrupt:
-            keep = bool(journal.done != [0, 0] or journal.stages)
+            keep = journal.resumable
             self.say(self._interrupted(journal) if keep else "interrupted; nothing is left")
             raise
         finally:
-            if not keep:
-                journals.remove_parts(self.layout)
-                self.quantised.unlink(missing_ok=True)
             journal.close(remove=not keep)
+        if self.options.verify:
+            read = "what was quantised" if self.planned else "their sources"
+            self.say(f"verified: {len(layout.weights)} tensors are equal to {read}")
+        return self.outputs
 
-    def _write(self, journal: journals.Journal) -> None:
+    def _write(self, journal: journals.Journal) -> Layout:
+        """All files under temporary names; what they hold."""
+        journal.claim(self._temporary())
+        if self.layout is None:
+            if not journal.has(self.made):
+                self._check_space()
+            self._stage(
+                journal, self.made, "read safetensors", self.folder_bytes,
+                lambda progress: folders.to_gguf(self.source, self.made, progress),
+            )  # fmt: skip
+            self._plan(read_shards(self.made))
+            self.say(self.description)
+            self._check_places()
+            journal.claim(self._temporary())
+        self._check_space()
         headers = self.headers
         if self.planned:
-            headers = [self._quantise(journal)]
+            self._stage(
+                journal, self.quantised, "quantise", sum(header.n_bytes for header in headers),
+                lambda progress: quantising.quantise(self.options.wish, headers, self.quantised, progress),
+            )  # fmt: skip
+            headers = [read_header(self.quantised)]
         layout = self.layout = self._lay_out(headers)
         sources = [header.path for header in headers]
         journal.begin(layout)
@@ -226,31 +235,72 @@ class _Work:
             self.say(f"going on after {self._done_bytes(journal) / _MIB:.1f} MiB that are done")
         with self.bar("copy", layout.n_bytes) as progress:
             copying.copy(layout, sources, journal, progress)
+        self._check_unchanged()
         copying.check_headers(layout)
         if self.options.verify:
             with self.bar("verify", sum(weight.n_bytes for weight, _ in layout.weights)) as progress:
                 copying.verify(layout, sources, progress)
-            self.say(f"verified: {len(layout.weights)} tensors are equal to their sources")
-        copying.give_names(layout)
+        return layout
 
-    def _quantise(self, journal: journals.Journal) -> GGUFHeader:
-        if self.quantised.exists() and journal.stages.get("quantised") == journals.identity(self.quantised):
-            self.say("going on with what is quantised")
-            return read_header(self.quantised)
-        self.quantised.unlink(missing_ok=True)
-        with self.bar("quantise", sum(header.n_bytes for header in self.headers)) as progress:
-            quantising.quantise(self.options.wish, self.headers, self.quantised, progress)
-        journal.stages["quantised"] = journals.identity(self.quantised)
-        journal.write()
-        return read_header(self.quantised)
+    def _stage(
+        self, journal: journals.Journal, path: Path, what: str, n_bytes: int,
+        make: Callable[[copying.Progress], None],
+    ) -> None:  # fmt: skip
+        """A file that the next steps read is there and whole."""
+        if journal.has(path):
+            self.say(f"going on with {path.name}, which is whole")
+        else:
+            path.unlink(missing_ok=True)
+            with self.bar(what, n_bytes) as progress:
+                make(progress)
+            self._check_unchanged()
+            journal.finish(path)
+        self.before[path] = journals.identity(path)
+
+    def _check_unchanged(self) -> None:
+        for path, before in self.before.items():
+            if journals.identity(path) != before:
+                raise ModelError(
+                    f"{path}: changed while it was converted; the result would be of two models; "
+                    "convert it again"
+                )
+
+    def _check_places(self) -> None:
+        read = {
+            os.path.realpath(path) for path in (*self.before, self.options.wish.imatrix, self.profile) if path
+        }
+        for path in (*self.outputs, *self._temporary(), journals.note_path(self.out)):
+            if os.path.realpath(path) in read:
+                raise RotaryError(
+                    f"{path}: is read and written; a model is not converted in place; give another name"
+                )
+        for path in self.outputs:
+            if path.is_dir():
+                raise RotaryError(f"{path}: is a folder; the result is a file; give another name")
+            if os.path.lexists(path) and not self.options.force:
+                raise RotaryError(f"{path}: is there already; --force replaces it; or give another name")
+        if not self.out.parent.is_dir():
+            raise RotaryError(
+                f"{self.out.parent}: no such folder; the result goes there; make it, or give another"
+            )
+
+    def _check_space(self) -> None:
+        folder = self.out.parent
+        wanted = sum(max(0, n_bytes - journals.size(path)) for path, n_bytes in self._temporary().items())
+        free = shutil.disk_usage(folder).free
+        if wanted > free:
+            raise RotaryError(
+                f"{folder}: {wanted / _MIB:.0f} MiB wanted, {free / _MIB:.0f} MiB free; "
+                "the source stays beside the result; free some space, or write to another disk"
+            )
 
     def _lay_out(self, headers: list[GGUFHeader]) -> Layout:
-        changes: dict[str, bytes | None] = {HISTORY_KEY: _history(self.headers, self.source, self.options)}
-        changes[profiles.KEY] = _profile(self.source, self.options)
-        if not changes[profiles.KEY] and self.options.profile == "auto":
-            del changes[profiles.KEY]  # what the source has stays
-        if self.options.wish:
-            if (number := quantising.announced(self.options.wish)) is not None:
+        wish = self.options.wish if self.planned else Wish()
+        changes: dict[str, bytes | None] = {HISTORY_KEY: self._history(wish)}
+        if self.profile or self.options.profile == "off":  # otherwise what the source has stays
+            changes[profiles.KEY] = encode(profiles.KEY, self.profile.read_bytes()) if self.profile else None
+        if wish:
+            if (number := quantising.announced(wish)) is not None:
                 changes["general.file_type"] = encode("general.file_type", number)
             changes["general.quantization_version"] = encode(
                 "general.quantization_version", GGML_QUANT_VERSION
@@ -260,12 +310,23 @@ class _Work:
             changes=changes, described_by=self.headers,
         )  # fmt: skip
 
+    def _history(self, wish: Wish) -> bytes:
+        raw = raw_fields(self.headers[0], [HISTORY_KEY]).get(HISTORY_KEY)
+        before = array_strings(raw, HISTORY_KEY) if raw else []
+        n_bytes = sum(header.n_bytes for header in self.headers)
+        line = (
+            f"rotary-llamacpp {_version()}: {self.source.name}, {n_bytes} bytes in {len(self.headers)} "
+            f"file{'s' * (len(self.headers) > 1)}; alignment {self.options.alignment}"
+            + (f"; {wish}" if wish else "")
+        )
+        return encode(HISTORY_KEY, [*before, line][-_LONGEST_HISTORY:])
+
     def _done_bytes(self, journal: journals.Journal) -> int:
         file, n_bytes = journal.done
-        return sum(output.n_bytes for output in self.layout.outputs[:file]) + n_bytes
+        return sum(output.n_bytes for output in self.layout.outputs[:file]) + n_bytes if self.layout else 0
 
     def _interrupted(self, journal: journals.Journal) -> str:
-        done, total = self._done_bytes(journal) / _MIB, self.layout.n_bytes / _MIB
+        done, total = self._done_bytes(journal) / _MIB, self.layout.n_bytes / _MIB if self.layout else 0
         parts = self.out.with_name(f"{self.out.name.removesuffix('.gguf')}*.part*")
         return (
             f"interrupted after {done:.1f} of {total:.1f} MiB; the same command goes on from there; "
@@ -273,27 +334,15 @@ class _Work:
         )
 
 
-def _profile(source: Path, options: Options) -> bytes | None:
-    """The profile to store, encoded; None for none."""
+def _profile(source: Path, options: Options) -> Path | None:
+    """The file of the profile to store; None for none."""
     if options.profile == "off":
         return None
     path = profiles.beside(source) if options.profile == "auto" else Path(options.profile)
     if options.profile == "auto" and not path.is_file():
         return None
     profiles.load(path)  # so that nothing else is stored
-    return encode(profiles.KEY, path.read_bytes())
-
-
-def _history(headers: list[GGUFHeader], source: Path, options: Options) -> bytes:
-    raw = raw_fields(headers[0], [HISTORY_KEY]).get(HISTORY_KEY)
-    before = array_strings(raw, HISTORY_KEY) if raw else []
-    n_bytes = sum(header.n_bytes for header in headers)
-    line = (
-        f"rotary-llamacpp {_version()}: {source.name}, {n_bytes} bytes in {len(headers)} "
-        f"file{'s' * (len(headers) > 1)}; alignment {options.alignment}"
-        + (f"; {options.wish}" if options.wish else "")
-    )
-    return encode(HISTORY_KEY, [*before, line][-_LONGEST_HISTORY:])
+    return path
 
 
 def _version() -> str:
@@ -301,26 +350,3 @@ def _version() -> str:
         return version("rotary-llamacpp")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _check_places(headers: list[GGUFHeader], work: _Work, options: Options) -> None:
-    inputs = {header.path.resolve() for header in headers}
-    for output in work.layout.outputs:
-        if output.path.resolve() in inputs:
-            raise RotaryError(
-                f"{output.path}: is read and written; a model is not converted in place; give another name"
-            )
-        if output.path.exists() and not options.force:
-            raise RotaryError(f"{output.path}: is there already; --force replaces it; or give another name")
-    _check_folder(work.out.parent, work.missing_bytes())
-
-
-def _check_folder(folder: Path, wanted: int) -> None:
-    if not folder.is_dir():
-        raise RotaryError(f"{folder}: no such folder; the result goes there; make it, or give another")
-    free = shutil.disk_usage(folder).free
-    if wanted > free:
-        raise RotaryError(
-            f"{folder}: {wanted / _MIB:.0f} MiB wanted, {free / _MIB:.0f} MiB free; "
-            "the source stays beside the result; free some space, or write to another disk"
-        )

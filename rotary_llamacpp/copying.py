@@ -13,7 +13,7 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .errors import ModelError, RotaryError
 from .gguf_header import read_header
 from .gguf_layout import Layout, Output
-from .journal import Journal, identity, part
+from .journal import Journal, part
 
 CHUNK_BYTES = 32 << 20  # copied between two looks at signals and at the clock
 _BUFFER_BYTES = 8 << 20  # where the kernel does not copy
@@ -136,6 +136,12 @@ class _Durable(threading.Thread):
         self.end()
 
 
+@contextlib.contextmanager
+def _opened(paths: Iterable[Path]) -> Iterator[list[int]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(open(path, "rb", buffering=0)).fileno() for path in paths]
+
+
 def copy(
     layout: Layout, sources: Sequence[Path], journal: Journal, progress: Progress = lambda _: None
 ) -> None:
@@ -144,18 +150,14 @@ def copy(
     Raises
     ------
     ModelError
-        A source has become shorter, or another file.
+        A source has become shorter.
     OSError
         It cannot be read or written.
     """
-    before = [identity(path) for path in sources]
-    with contextlib.ExitStack() as stack:
-        fds = []
-        for path in sources:
-            fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            stack.callback(os.close, fds[-1])
+    with _opened(sources) as fds:
+        for fd in fds:
             with contextlib.suppress(OSError):
-                os.posix_fadvise(fds[-1], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         copier = _Copier()
         for number, output in enumerate(layout.outputs):
             file, done = journal.done
@@ -163,18 +165,13 @@ def copy(
                 progress(output.n_bytes)
                 continue
             _copy_one(output, number, done if number == file else 0, fds, sources, copier, journal, progress)
-    for path, was in zip(sources, before, strict=True):
-        if identity(path) != was:
-            raise ModelError(
-                f"{path}: changed while it was converted; the result would be of two models; convert it again"
-            )
 
 
 def _copy_one(
     output: Output, number: int, done: int, fds: Sequence[int], sources: Sequence[Path], copier: _Copier,
     journal: Journal, progress: Progress,
 ) -> None:  # fmt: skip
-    fd = os.open(part(output.path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = os.open(part(output.path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         if done == 0:
             os.ftruncate(fd, 0)
@@ -248,30 +245,34 @@ def verify(layout: Layout, sources: Sequence[Path], progress: Progress = lambda 
     RotaryError
         One differs.
     """
-    ours, theirs = (np.empty(_BUFFER_BYTES, np.uint8) for _ in range(2))
-    with contextlib.ExitStack() as stack:
-        fds = []
-        for path in [*sources, *(part(output.path) for output in layout.outputs)]:
-            fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            stack.callback(os.close, fds[-1])
-        for number, output in enumerate(layout.outputs):
-            fd = fds[len(sources) + number]
-            with contextlib.suppress(OSError):  # what was just copied is still in memory
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            for move in moves(output):
-                for begin in range(0, move.n_bytes, _BUFFER_BYTES):
-                    n_bytes = min(_BUFFER_BYTES, move.n_bytes - begin)
-                    _soon(fd, move.to + begin + n_bytes)
-                    _soon(fds[move.source], move.at + begin + n_bytes)
-                    n_ours = _read_into(fd, ours[:n_bytes], move.to + begin)
-                    n_theirs = _read_into(fds[move.source], theirs[:n_bytes], move.at + begin)
-                    if n_ours != n_theirs or not np.array_equal(ours[:n_ours], theirs[:n_ours]):
-                        name = next(w.name for w, at in output.weights if move.to < at + w.n_bytes)
-                        raise RotaryError(
-                            f"{output.path}: {name} differs from {sources[move.source]} within {n_bytes} "
-                            f"bytes from {move.to + begin}; a copy is equal; check disk and memory, try again"
-                        )
-                    progress(n_bytes)
+    buffers = (np.empty(_BUFFER_BYTES, np.uint8), np.empty(_BUFFER_BYTES, np.uint8))
+    with _opened(sources) as fds:
+        for output in layout.outputs:
+            with _opened([part(output.path)]) as (fd,):
+                with contextlib.suppress(OSError):  # what was just copied is still in memory
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                for move in moves(output):
+                    _compare(output, fd, move, fds[move.source], sources[move.source], buffers, progress)
+
+
+def _compare(
+    output: Output, fd: int, move: _Move, source_fd: int, source: Path,
+    buffers: tuple[NDArray[np.uint8], NDArray[np.uint8]], progress: Progress,
+) -> None:  # fmt: skip
+    ours, theirs = buffers
+    for begin in range(0, move.n_bytes, _BUFFER_BYTES):
+        n_bytes = min(_BUFFER_BYTES, move.n_bytes - begin)
+        _soon(fd, move.to + begin + n_bytes)
+        _soon(source_fd, move.at + begin + n_bytes)
+        n_ours = _read_into(fd, ours[:n_bytes], move.to + begin)
+        n_theirs = _read_into(source_fd, theirs[:n_bytes], move.at + begin)
+        if n_ours != n_theirs or not np.array_equal(ours[:n_ours], theirs[:n_ours]):
+            name = next(w.name for w, at in output.weights if move.to < at + w.n_bytes)
+            raise RotaryError(
+                f"{output.path}: {name} differs from {source} within {n_bytes} bytes from "
+                f"{move.to + begin}; a copy is equal; check disk and memory, try again"
+            )
+        progress(n_bytes)
 
 
 def _soon(fd: int, at: int) -> None:
@@ -287,25 +288,60 @@ def _read_into(fd: int, view: NDArray[np.uint8], at: int) -> int:
     return done
 
 
-def give_names(layout: Layout) -> None:
-    """Rename the whole files, the one that is loaded last; no signal comes between two of them.
+def give_names(layout: Layout, *, force: bool = False) -> None:
+    """Rename the whole files, the one that is loaded last.
 
-    If one cannot be renamed, those that were lose their names again.
+    If one cannot be renamed, those that were lose their names again, unless they replaced a file.
+
+    Raises
+    ------
+    RotaryError
+        There is a file of such a name, and `force` is not given; or some are replaced and some are not.
+    OSError
+        They cannot be renamed.
     """
-    renamed: list[Path] = []
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    made: list[Path] = []
+    replaced: list[Path] = []
     try:
         for output in reversed(layout.outputs):
+            there = os.path.lexists(output.path)
+            if there and not force:
+                raise RotaryError(
+                    f"{output.path}: was made by another meanwhile; --force replaces it; or give another name"
+                )
             os.replace(part(output.path), output.path)
-            renamed.append(output.path)
+            (replaced if there else made).append(output.path)
+    except BaseException as error:
+        for path in made:
+            path.unlink(missing_ok=True)
+        if replaced:
+            raise RotaryError(
+                f"{output.path}: not replaced, {error}; {len(replaced)} of {len(layout.outputs)} files were, "
+                "and the old model is lost; mend that, and convert again"
+            ) from error
+        raise
+    with contextlib.suppress(OSError):  # some file systems cannot
         folder = os.open(layout.outputs[0].path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except BaseException:
-        for path in renamed:
-            path.unlink(missing_ok=True)
-        raise
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that end a process are ignored meanwhile, where this is the thread that Python gives them to.
+
+    A mask would not do: another thread would take the signal, and this one would still be interrupted.
+    """
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if (handler := signal.getsignal(number)) is not None:  # None is not Python's, and stays
+                    before[number] = handler
+                    signal.signal(number, signal.SIG_IGN)
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -55,6 +55,7 @@ def read_cold(path: Path) -> ColdRead:
         descriptor, how = os.open(path, os.O_RDONLY | os.O_DIRECT), "direct"
     except OSError:  # a file system without O_DIRECT, such as tmpfs
         descriptor, how = os.open(path, os.O_RDONLY), "cache dropped"
+        os.posix_fadvise(descriptor, 0, _SAMPLE_BYTES, os.POSIX_FADV_DONTNEED)
     numbers = itertools.count()
     start = time.monotonic()
 
@@ -68,7 +69,6 @@ def read_cold(path: Path) -> ColdRead:
         return n_bytes
 
     try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         with ThreadPoolExecutor(_READERS) as pool:
             busy = _busy_seconds()
             start = time.monotonic()

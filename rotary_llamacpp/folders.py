@@ -7,37 +7,42 @@ source must be there: ROTARY_LLAMA_CPP_DIR, or build/sdist of a checkout, where 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from . import pinned
+from .children import child
 from .errors import ModelError, RotaryError
+from .journal import size
 
 _SCRIPT = "convert_hf_to_gguf.py"
 _MODULES = ("torch", "transformers", "safetensors", "sentencepiece", "gguf", "numpy")
 _REQUIREMENTS = Path("requirements") / "requirements-convert_hf_to_gguf.txt"
+_LOOK_S = 0.2  # between two looks at how far it is
 
 
-def weights_of(folder: Path) -> list[Path]:
-    """The folder's safetensors files.
+def files_of(folder: Path) -> list[Path]:
+    """The folder's files, without what conversions put there.
 
     Raises
     ------
     ModelError
         It is no folder of a model.
     """
-    found = sorted(folder.glob("*.safetensors"))
-    config = (folder / "config.json").is_file()
-    if not found or not config:
+    found = sorted(path for path in folder.iterdir() if path.is_file())
+    n_weights = sum(path.suffix == ".safetensors" for path in found)
+    config = folder / "config.json" in found
+    if not n_weights or not config:
         raise ModelError(
-            f"{folder}: {len(found)} safetensors files and {'a' if config else 'no'} config.json; "
+            f"{folder}: {n_weights} safetensors files and {'a' if config else 'no'} config.json; "
             "a Hugging Face model has both; give its folder, or a GGUF file"
         )
-    return found
+    return [path for path in found if not path.name.endswith((".gguf", ".part", ".part.json"))]
 
 
 def converter() -> Path:
@@ -66,8 +71,10 @@ def converter() -> Path:
     return source / _SCRIPT
 
 
-def to_gguf(folder: Path, target: Path) -> None:
+def to_gguf(folder: Path, target: Path, progress: Callable[[int], object]) -> None:
     """Write a folder's model to one GGUF file, in the 16-bit float that it has.
+
+    `progress` is called with bytes of that file.
 
     Raises
     ------
@@ -78,18 +85,20 @@ def to_gguf(folder: Path, target: Path) -> None:
     """
     script = converter()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(folder), "--outfile", str(target), "--outtype", "auto"],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        if status != 0 or not target.is_file():
+        with child(
+            str(script), str(folder), "--outfile", str(target), "--outtype", "auto",
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        ) as process:  # fmt: skip
+            seen = 0
+            while process.returncode is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_LOOK_S)
+                there = size(target)
+                progress(there - seen)
+                seen = there
+        if process.returncode != 0 or not target.is_file():
             log.seek(0)
-            said = [line.strip() for line in log if line.strip()] or [f"exit status {status}"]
+            said = [line.strip() for line in log if line.strip()] or [f"exit status {process.returncode}"]
             raise ModelError(
                 f"{folder}: {_SCRIPT} failed, {said[-1]}; it converts what llama.cpp supports; "
                 f"run it by hand for all it says: {script}"

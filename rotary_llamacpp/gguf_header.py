@@ -27,13 +27,15 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING = 8
 _ARRAY = 9
 _LONGEST_KEPT_ARRAY = 4096  # per-layer values are kept, vocabularies are walked over
-_LONGEST_NAME = 65535  # bytes of a key or of a tensor's name, as the format has it
-_LONGEST_KEPT_STRING = 1 << 24  # bytes; chat templates are some thousand
-_MOST_STRINGS = 1 << 22  # in arrays of one header; large vocabularies with merges are under a million
+_MOST_KEPT_VALUES = 1 << 20  # of arrays in all; what comes after is walked over
+_MOST_KEPT_BYTES = 1 << 24  # of keys in all, and of strings; chat templates are some thousand
+_LONGEST_KEY = 65535  # bytes, as the format has it
+_LONGEST_NAME = 63  # bytes of a tensor's, as llama.cpp has it
+_MOST_STRINGS = 1 << 21  # in arrays of one header; large vocabularies with merges are under a million
 _LARGEST = 1 << 29  # bytes of metadata; those of large vocabularies are some ten million
 # More than any model has. A hole in a file reads as zeros, which are valid entries of no size: without these
 # limits a damaged count in a large file would be walked for hours.
-_MOST_TENSORS, _MOST_FIELDS = 1 << 17, 1 << 14
+_MOST_TENSORS, _MOST_FIELDS = 1 << 16, 1 << 14
 _SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 _TYPE_NAMES = {int(kind): kind.name for kind in GGML_QUANT_SIZES}
 _SIZES.setdefault(42, (64, 18))  # of the pinned llama.cpp, and not yet in every gguf package
@@ -66,8 +68,8 @@ class Field:
 class GGUFHeader:
     """Metadata and tensors of one file.
 
-    `metadata` leaves out arrays of strings, arrays of over 4096 values and strings of over 16 MiB; `fields`
-    has all, as ranges of the file.
+    `metadata` leaves out arrays of strings, arrays of over 4096 values, and what comes after a million values
+    or 16 MiB of strings; `fields` has all, as ranges of the file.
     """
 
     path: Path
@@ -111,6 +113,7 @@ class _Cursor:
         self.size = len(data)
         self.at = 4
         self.strings = 0  # passed over in arrays
+        self.values = self.bytes = 0  # kept
 
     def header(self) -> GGUFHeader:
         version = self.scalar("I")
@@ -121,12 +124,14 @@ class _Cursor:
         n_tensors, n_fields = self.count(24, _MOST_TENSORS), self.count(12, _MOST_FIELDS)
         metadata: dict[str, Any] = {}
         fields: dict[str, Field] = {}
+        key_bytes = 0
         for _ in range(n_fields):
             start = self.at
-            key = self.name(fields)
+            key = self.name(fields, _LONGEST_KEY)
             value = self.value(self.scalar("I"))
-            if self.at > _LARGEST:
-                raise self.damaged(f"metadata of over {_LARGEST} bytes")
+            key_bytes += len(key)
+            if self.at > _LARGEST or key_bytes > _MOST_KEPT_BYTES:
+                raise self.damaged(f"metadata of over {_LARGEST} bytes, or {_MOST_KEPT_BYTES} of keys,")
             fields[key] = Field(key, start, self.at)
             if value is not None:
                 metadata[key] = value
@@ -167,18 +172,18 @@ class _Cursor:
         return tuple(tensors)
 
     def tensor_entry(self, known: Container[str]) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.name(known)
+        name = self.name(known, _LONGEST_NAME)
         n_dims = self.scalar("I")
         if n_dims > 8:
             raise self.damaged(f"tensor {name[:64]!r} has {n_dims} dimensions")
         shape = tuple(self.scalar("Q") for _ in range(n_dims))
         return name, shape, self.scalar("I"), self.scalar("Q")
 
-    def name(self, known: Container[str]) -> str:
+    def name(self, known: Container[str], longest: int) -> str:
         """A key or a tensor's name, which are not empty and differ; in a damaged file they soon do not."""
         length = self.scalar("Q")
-        if not 0 < length <= _LONGEST_NAME:
-            raise self.damaged(f"a name of {length} bytes")
+        if not 0 < length <= longest:
+            raise self.damaged(f"a name of {length} bytes, {longest} at most,")
         self.advance(length)
         name = self.data[self.at - length : self.at].decode("utf-8", "replace")
         if name in known or not name.isprintable():
@@ -202,8 +207,9 @@ class _Cursor:
         n_items = self.count(width)
         at = self.at
         self.advance(n_items * width)
-        if n_items > _LONGEST_KEPT_ARRAY:
+        if n_items > min(_LONGEST_KEPT_ARRAY, _MOST_KEPT_VALUES - self.values):
             return None
+        self.values += n_items
         return list(struct.unpack_from(f"<{n_items}{_SCALARS[item]}", self.data, at))
 
     def pass_strings(self, n_items: int) -> None:
@@ -230,8 +236,9 @@ class _Cursor:
         length = self.scalar("Q")
         at = self.at
         self.advance(length)
-        if length > _LONGEST_KEPT_STRING:
+        if length > _MOST_KEPT_BYTES - self.bytes:
             return None
+        self.bytes += length
         return self.data[at : self.at].decode("utf-8", "replace")
 
     def scalar(self, code: str) -> Any:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Where a converted model's tensors go: their order, alignment and shards, and the header that says so.
 
-Knows the sources' headers and no weights; copying.py moves those. What is not an expert comes first, in the
-sources' order, then the experts, layer by layer. The format asks every tensor to begin at the next multiple
-of general.alignment after the one before, so one number aligns all of them, and an expert inside its tensor
-begins at a multiple of its own bytes, whatever that number is: `Layout.describe` says where that is no page.
+Knows the sources' headers and no weights; copying.py moves those. The format asks every tensor to begin at
+the next multiple of general.alignment after the one before, so one number aligns all of them, and an expert
+inside its tensor begins at a multiple of its own bytes, whatever that number is: `Layout.describe` says where
+that is no page.
 
 Metadata is copied as the bytes it is in the source, so that no type, order or invalid text changes;
 gguf.GGUFWriter would decode and encode every word of a vocabulary.
@@ -14,61 +14,22 @@ Format and names of shards: https://github.com/ggml-org/ggml/blob/master/docs/gg
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 
-from .errors import ModelError, RotaryError
+from .errors import RotaryError
 from .gguf_fields import encode, raw_fields, text_bytes
-from .gguf_header import GGUFHeader, TensorInfo
-from .info import EXPERT_TENSOR, SHARD
+from .gguf_header import GGUFHeader
+from .gguf_weights import Weight, weights_of
+from .info import SHARD
 
 PAGE = 4096  # bytes; what every disk of today can read directly
 SECTOR = 512  # bytes; what most can
 OURS = "rotary."  # keys of this package begin so
 _MIB = 1 << 20
-
-_ONE_EXPERT = re.compile(
-    r"(blk\.(\d+)\.ffn_(?:gate|up|down))\.(\d+)\.weight"
-)  # Mixtral's of before April 2024
 _MOST_SHARDS = 65535  # split.count is 16 bits
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Bytes of one source file."""
-
-    source: int
-    offset: int
-    n_bytes: int
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of the result and the pieces of the sources that it is made of, in order.
-
-    `layer` is None where it stays resident. `shape` is in ggml's order.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type_number: int
-    type_name: str
-    pieces: tuple[Piece, ...]
-    layer: int | None
-
-    @property
-    def n_bytes(self) -> int:
-        """Without padding."""
-        return sum(piece.n_bytes for piece in self.pieces)
-
-    @property
-    def n_expert(self) -> int:
-        """1 where it stays resident."""
-        return self.shape[2] if self.layer is not None else 1
 
 
 @dataclass(frozen=True)
@@ -130,12 +91,11 @@ def _direct_lines(experts: Sequence[tuple[Weight, int]]) -> list[str]:
     others: dict[int, int] = {}
     for weight, at in experts:
         each = weight.n_bytes // weight.n_expert
-        for expert in range(weight.n_expert):
-            total += 1
-            if (at + expert * each) % PAGE == 0 and each % PAGE == 0:
-                aligned += 1
-            else:
-                others[each] = others.get(each, 0) + 1
+        total += weight.n_expert
+        if at % PAGE == 0 and each % PAGE == 0:
+            aligned += weight.n_expert
+        else:
+            others[each] = others.get(each, 0) + weight.n_expert
     lines = [f"direct reads    {aligned} of {total} expert matrices are whole pages of {PAGE} bytes"]
     for each, count in sorted(others.items()):
         if each % SECTOR:
@@ -146,90 +106,6 @@ def _direct_lines(experts: Sequence[tuple[Weight, int]]) -> list[str]:
             why = "whole pages, but do not begin on one"
         lines.append(f"                {count} are {each} bytes: {why}")
     return lines
-
-
-# ---- what the sources hold ---------------------------------------------------------------------------
-
-
-def weights_of(headers: Sequence[GGUFHeader]) -> list[Weight]:
-    """The sources' tensors, the result's order; those that are one tensor an expert joined.
-
-    Raises
-    ------
-    ModelError
-        Tensors overlap, appear twice, or an expert is missing or unlike the others.
-    """
-    found: dict[str, Weight] = {}
-    single: dict[str, dict[int, tuple[int, TensorInfo]]] = {}
-    for source, header in enumerate(headers):
-        _check(header)
-        for tensor in header.tensors:
-            if match := _ONE_EXPERT.fullmatch(tensor.name):
-                name = f"{match[1]}_exps.weight"
-                experts = single.setdefault(name, {})
-                if int(match[3]) in experts:
-                    raise _twice(header.path, tensor.name)
-                experts[int(match[3])] = (source, tensor)
-                # Where the first of them is.
-                found.setdefault(name, Weight(name, (), 0, "", (), int(match[2])))
-                continue
-            if tensor.name in found:
-                raise _twice(header.path, tensor.name)
-            is_expert = EXPERT_TENSOR.fullmatch(tensor.name) if len(tensor.shape) == 3 else None
-            found[tensor.name] = Weight(
-                tensor.name, tensor.shape, tensor.type_number, tensor.type_name,
-                (Piece(source, tensor.offset, tensor.n_bytes),), int(is_expert[1]) if is_expert else None,
-            )  # fmt: skip
-    for name, experts in single.items():
-        if found[name].pieces:
-            raise _twice(headers[0].path, name)
-        found[name] = _joined(headers, name, experts)
-    resident = [weight for weight in found.values() if weight.layer is None]
-    experts_last = [weight for weight in found.values() if weight.layer is not None]
-    return resident + sorted(experts_last, key=lambda weight: weight.layer or 0)
-
-
-def _joined(headers: Sequence[GGUFHeader], name: str, experts: dict[int, tuple[int, TensorInfo]]) -> Weight:
-    first = next(iter(experts.values()))[1]
-    n_expert = len(experts)
-    for expert in range(n_expert):
-        if expert not in experts:
-            raise ModelError(
-                f"{headers[0].path}: {name} lacks expert {expert}, {n_expert} are there; "
-                "experts are numbered from 0 without a gap; download it again"
-            )
-        tensor = experts[expert][1]
-        if (tensor.shape, tensor.type_number) != (first.shape, first.type_number) or len(first.shape) != 2:
-            raise ModelError(
-                f"{headers[0].path}: {tensor.name} is {tensor.type_name} {list(tensor.shape)}, {first.name} "
-                f"{first.type_name} {list(first.shape)}; the experts of a layer are matrices of one type and "
-                "shape; convert from the original, or quantise all alike"
-            )
-    layer = EXPERT_TENSOR.fullmatch(name)
-    assert layer is not None
-    pieces = tuple(Piece(experts[i][0], experts[i][1].offset, experts[i][1].n_bytes) for i in range(n_expert))
-    shape = (*first.shape, n_expert)
-    return Weight(name, shape, first.type_number, first.type_name, pieces, int(layer[1]))
-
-
-def _check(header: GGUFHeader) -> None:
-    end, before = 0, ""
-    for tensor in sorted(header.tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
-        if len(tensor.shape) > 4 or prod(tensor.shape) >= 1 << 63:
-            raise ModelError(
-                f"{header.path}: {tensor.name} is {list(tensor.shape)}; tensors have at most 4 dimensions "
-                "and 2^63 elements; download or convert it again"
-            )
-        if tensor.offset < end:
-            raise ModelError(
-                f"{header.path}: {tensor.name} begins at byte {tensor.offset}, {before} ends at {end}; "
-                "tensors do not overlap; download or convert it again"
-            )
-        end, before = tensor.offset + tensor.n_bytes, tensor.name
-
-
-def _twice(path: Path, name: str) -> ModelError:
-    return ModelError(f"{path}: {name} is there twice; a name stands for one tensor; download it again")
 
 
 # ---- metadata ----------------------------------------------------------------------------------------
@@ -274,6 +150,15 @@ def shard_paths(path: Path, n_split: int) -> list[Path]:
     return [path.with_name(f"{stem}-{i:05d}-of-{n_split:05d}.gguf") for i in range(1, n_split + 1)]
 
 
+def check_alignment(alignment: int) -> None:
+    """A RotaryError for what llama.cpp does not take."""
+    if alignment < 32 or alignment & (alignment - 1) or alignment > 1 << 30:
+        raise RotaryError(
+            f"alignment: {alignment} bytes; llama.cpp takes powers of two, and its kernels want 32 or more; "
+            f"give {PAGE}"
+        )
+
+
 def lay_out(
     headers: Sequence[GGUFHeader],
     path: Path,
@@ -305,11 +190,7 @@ def lay_out(
     RotaryError
         The alignment is none, or the result would have too many shards.
     """
-    if alignment < 32 or alignment & (alignment - 1) or alignment > 1 << 30:
-        raise RotaryError(
-            f"alignment: {alignment} bytes; llama.cpp takes powers of two, and its kernels want 32 or more; "
-            f"give {PAGE}"
-        )
+    check_alignment(alignment)
     weights = weights_of(headers)
     fields, notes = metadata_of(described_by or headers, alignment, changes or {})
     joined = sum(len(weight.pieces) > 1 for weight in weights)

@@ -20,7 +20,7 @@ from .gguf_header import GGUFHeader, TensorInfo, read_header
 # The tensors that llama.cpp multiplies with MUL_MAT_ID. Their .bias and .scale companions stay resident.
 EXPERT_TENSOR = re.compile(r"blk\.(\d{1,6})\.ffn_(?:gate|up|down|gate_up)_(exps|chexps)\.weight")
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.")
-_MOST_EXPERTS = 1 << 16
+MOST_EXPERTS = 1 << 16
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -195,7 +195,20 @@ def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
             f"<name>-00001-of-{n_split:05d}.gguf; rename them back"
         )
     rest = [path.with_name(f"{match[1]}-{i:05d}-of-{n_split:05d}.gguf") for i in range(2, n_split + 1)]
-    return [first, *(read_header(shard) for shard in rest)]
+    headers = [first, *(read_header(shard) for shard in rest)]
+    for i, header in enumerate(headers):
+        if header.metadata.get("split.no") != i:
+            raise ModelError(
+                f"{header.path}: split.no is {str(header.metadata.get('split.no'))[:40]}, {i} is expected; "
+                "shards of one model count up; download this one again"
+            )
+    n_tensors = sum(len(header.tensors) for header in headers)
+    if n_tensors != (n_expected := _number(first, "split.tensors.count", 0)):
+        raise ModelError(
+            f"{path}: {n_tensors} tensors in {n_split} shards, {n_expected} are expected; some shard is of "
+            "another model; download them again"
+        )
+    return headers
 
 
 def loaded(headers: Sequence[GGUFHeader]) -> tuple[int, list[TensorInfo]]:
@@ -250,10 +263,10 @@ def _expert_layers(tensors: list[TensorInfo], used: int | list[int]) -> tuple[La
     layers = []
     for (il, kind), group in sorted(groups.items()):
         n_expert = group[0].shape[2]
-        if not 1 <= n_expert <= _MOST_EXPERTS or sum(tensor.n_bytes for tensor in group) < n_expert:
+        if not 1 <= n_expert <= MOST_EXPERTS or sum(tensor.n_bytes for tensor in group) < n_expert:
             raise ModelError(
                 f"layer {il}: {n_expert} experts in {sum(tensor.n_bytes for tensor in group)} bytes; "
-                f"1 to {_MOST_EXPERTS} of a byte or more are possible; convert the model again"
+                f"1 to {MOST_EXPERTS} of a byte or more are possible; convert the model again"
             )
         if any(tensor.shape[2] != n_expert for tensor in group):
             shapes = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in group)

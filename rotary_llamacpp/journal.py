@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import RotaryError
 from .gguf_layout import Layout
+
+_BEGIN = b'{"subject": '  # of every journal
 
 
 def part(path: Path) -> Path:
@@ -32,94 +35,6 @@ def note_path(out: Path) -> Path:
     return part(out).with_name(part(out).name + ".json")
 
 
-def exists(out: Path) -> bool:
-    """Whether a conversion to `out` can go on."""
-    return note_path(out).exists()
-
-
-class Journal:
-    """``OUT.part.json``: what is being made out of what, and how many bytes of it are durable.
-
-    Held locked, so that two conversions do not write the same files. Written in place; one that is cut off is
-    no JSON, and counts as none.
-    """
-
-    def __init__(self, out: Path, subject: Mapping[str, Any]) -> None:
-        self.path = note_path(out)
-        self.subject = json.loads(json.dumps(subject))
-        self.stages: dict[str, Any] = {}  # temporary inputs that are whole, by name
-        self.done = [0, 0]  # file, bytes of it
-        self.stale = False  # another conversion's was found
-        self._layout = ""  # digest of what `done` is of
-        self._files: list[str] = []  # under temporary names
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._fd)
-            raise RotaryError(
-                f"{out}: being converted by another process, which holds {self.path.name}; "
-                "one at a time; wait for it or give another name"
-            ) from None
-        self._read()
-
-    def _read(self) -> None:
-        raw = os.pread(self._fd, 1 << 20, 0)
-        try:
-            found = json.loads(raw)
-            same = found["subject"] == self.subject
-            stages, layout, (file, n_bytes) = dict(found["stages"]), found["layout"], found["done"]
-            self._files = [name for name in found["files"] if name.endswith(".part")]
-        except (ValueError, KeyError, TypeError):
-            self.stale = bool(raw)
-            return
-        if same:
-            self.stages, self._layout, self.done = stages, layout, [int(file), int(n_bytes)]
-        self.stale = not same
-
-    def begin(self, layout: Layout) -> None:
-        """From here on `done` is of this layout; from its start, unless its files are there so far."""
-        digest = hashlib.sha256()
-        for output in layout.outputs:
-            digest.update(f"{output.path}\n{output.n_bytes}\n".encode() + output.header)
-        there = (size(part(output.path)) == output.n_bytes for output in layout.outputs)
-        n_needed = self.done[0] + (self.done[1] > 0)
-        if self._layout != digest.hexdigest() or not all(itertools.islice(there, n_needed)):
-            self.done = [0, 0]
-        self._layout = digest.hexdigest()
-        mine = [str(part(output.path)) for output in layout.outputs]
-        for path in set(self._files) - set(mine):  # of the conversion that was begun before
-            Path(path).unlink(missing_ok=True)
-        self._files = mine
-
-    def note(self, file: int, n_bytes: int) -> None:
-        """The first `n_bytes` of this file are durable, and all files before."""
-        self.done = [file, n_bytes]
-        self.write()
-
-    def write(self) -> None:
-        """Make what is known durable."""
-        known = {
-            "subject": self.subject, "stages": self.stages, "layout": self._layout, "files": self._files,
-            "done": self.done,
-        }  # fmt: skip
-        raw = json.dumps(known).encode()
-        os.pwrite(self._fd, raw, 0)
-        os.ftruncate(self._fd, len(raw))
-        os.fsync(self._fd)
-
-    def close(self, *, remove: bool) -> None:
-        """Let go of it; `remove` it where nothing is left to resume."""
-        if remove:
-            self.path.unlink(missing_ok=True)
-        os.close(self._fd)
-
-
-def missing_bytes(layout: Layout) -> int:
-    """Disk space that is still to be taken."""
-    return sum(max(0, output.n_bytes - size(part(output.path))) for output in layout.outputs)
-
-
 def size(path: Path) -> int:
     """0 where there is no file."""
     try:
@@ -128,7 +43,144 @@ def size(path: Path) -> int:
         return 0
 
 
-def remove_parts(layout: Layout) -> None:
-    """Leave nothing of a conversion that will not go on."""
-    for output in layout.outputs:
-        part(output.path).unlink(missing_ok=True)
+class Journal:
+    """``OUT.part.json``: what is being made out of what, and how many bytes of it are durable.
+
+    Held locked, so that two conversions do not write the same files. Names every temporary file before it is
+    made, by its name alone, and removes no other. Written in place; of one that was cut off meanwhile only
+    that it was one is believed.
+    """
+
+    def __init__(self, out: Path, subject: Mapping[str, Any]) -> None:
+        self.path = note_path(out)
+        self.subject = json.loads(json.dumps(subject))
+        self.done = [0, 0]  # file, bytes of it
+        self.stale = False  # another conversion's was found
+        self._stages: dict[str, Any] = {}  # identities of temporary inputs that are whole, by name
+        self._layout = ""  # digest of what `done` is of
+        self._files: set[str] = set()  # under temporary names
+        self._cut_off = False
+        self._fd: int | None = self._open(out)
+        try:
+            self._read()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _open(self, out: Path) -> int:
+        while True:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise RotaryError(
+                    f"{out}: being converted by another process, which holds {self.path.name}; "
+                    "one at a time; wait for it or give another name"
+                ) from None
+            except OSError:  # a file system without locks
+                return fd
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(self.path)):
+                    return fd
+            os.close(fd)  # who held it has removed it since it was opened
+
+    def _read(self) -> None:
+        assert self._fd is not None
+        raw = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        if not raw:
+            return
+        if not raw.startswith(_BEGIN):
+            raise RotaryError(
+                f"{self.path}: is there already, and no journal of a conversion; its name is needed until "
+                "the result is whole; move it away, or give another name"
+            )
+        self.stale = True
+        try:
+            found = json.loads(raw)
+            files = {name for name in found["files"] if name.endswith(".part") and Path(name).name == name}
+            stages, layout, (file, n_bytes) = dict(found["stages"]), found["layout"], found["done"]
+        except (ValueError, KeyError, TypeError):
+            self._cut_off = True
+            return
+        if found["subject"] == self.subject:
+            self.stale, self._files = False, files
+            self._stages, self._layout, self.done = stages, layout, [int(file), int(n_bytes)]
+        else:
+            self._remove(files)
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.path.with_name(name).unlink(missing_ok=True)
+
+    def claim(self, paths: Collection[Path]) -> None:
+        """These temporary files are this conversion's from here on.
+
+        Raises
+        ------
+        RotaryError
+            One is there already, and no conversion's.
+        """
+        for path in paths:
+            if os.path.lexists(path) and path.name not in self._files and not self._cut_off:
+                raise RotaryError(
+                    f"{path}: is there already, and of no conversion; its name is needed until the result is "
+                    "whole; move it away, or give another name"
+                )
+        self._files |= {path.name for path in paths}
+        self.write()
+
+    def has(self, path: Path) -> bool:
+        """Whether a temporary input is whole, and still what it was then."""
+        return path.is_file() and self._stages.get(path.name) == identity(path)
+
+    def finish(self, path: Path) -> None:
+        """A temporary input is whole; make it durable, then note that."""
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        self._stages[path.name] = identity(path)
+        self.write()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether anything is done that need not be done again."""
+        return self.done != [0, 0] or bool(self._stages)
+
+    def begin(self, layout: Layout) -> None:
+        """From here on `done` is of this layout; from its start, unless its files are there so far."""
+        digest = hashlib.sha256()
+        for output in layout.outputs:
+            digest.update(f"{output.path.name}\n{output.n_bytes}\n".encode() + output.header)
+        there = (size(part(output.path)) == output.n_bytes for output in layout.outputs)
+        n_needed = self.done[0] + (self.done[1] > 0)
+        if self._layout != digest.hexdigest() or not all(itertools.islice(there, n_needed)):
+            self.done = [0, 0]
+        self._layout = digest.hexdigest()
+        self.claim([part(output.path) for output in layout.outputs])
+
+    def note(self, file: int, n_bytes: int) -> None:
+        """The first `n_bytes` of this file are durable, and all files before."""
+        self.done = [file, n_bytes]
+        self.write()
+
+    def write(self) -> None:
+        """Make what is known durable."""
+        assert self._fd is not None
+        known = {
+            "subject": self.subject, "stages": self._stages, "layout": self._layout,
+            "files": sorted(self._files), "done": self.done,
+        }  # fmt: skip
+        raw = json.dumps(known).encode()
+        os.pwrite(self._fd, raw, 0)
+        os.ftruncate(self._fd, len(raw))
+        os.fsync(self._fd)
+
+    def close(self, *, remove: bool) -> None:
+        """Let go of it once; `remove` it and all temporary files where nothing is left to resume."""
+        if self._fd is None:
+            return
+        if remove:
+            self._remove(self._files)
+            self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = None

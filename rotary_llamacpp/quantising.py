@@ -2,9 +2,8 @@
 """Changes the types of a model's tensors with llama.cpp's own quantiser, in a process of its own.
 
 Of its own, because llama_model_quantize() ends for no signal, and aborts the process on what it did not
-expect. The process is this module; it reads one line of JSON from standard input, writes llama.cpp's log to
-standard output, and ends with its parent, when standard input does. Every tensor gets a rule, so that none of
-llama.cpp's mixtures is applied.
+expect. The process is this module; it reads JSON from standard input and writes llama.cpp's log to standard
+output. Every tensor gets a rule, so that none of llama.cpp's mixtures is applied.
 """
 
 from __future__ import annotations
@@ -15,25 +14,27 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
+from . import imatrices
+from .children import child
 from .errors import ModelError, RotaryError
-from .gguf_header import GGUFHeader, TensorInfo, read_header
+from .gguf_header import GGUFHeader, TensorInfo
 
-TYPES = {kind.name: int(kind) for kind in GGMLQuantizationType}
+# ggml_quantize_chunk() aborts for these.
+_NO_QUANTISER = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
+TYPES = {kind.name: int(kind) for kind in GGMLQuantizationType if kind.name not in _NO_QUANTISER}
 _MIXTURES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}  # general.file_type
 _NO_BLOCKS = ("F32", "F16", "BF16")
 _EXPERTS = r"^blk\.\d+\.ffn_(gate|up|down|gate_up)(_exps|_chexps|\.\d+)\.weight$"
 _BUFFER_BYTES = 256 << 20  # of rows that the quantiser holds at once; its own default is 8 GiB
-_TENSOR = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[[^]]*\], type = +(\w+), ")
+_TENSOR = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[")
 _CHANGED = re.compile(r"size = [^\n]* MiB -> [^\n]* MiB \((\w+)\)")
 
 
@@ -76,13 +77,28 @@ def type_number(name: str) -> int:
     """
     if name.upper() not in TYPES:
         raise RotaryError(
-            f"type {name!r}: unknown; those of a single tensor are {', '.join(TYPES)}; give one of them"
+            f"type {name!r}: nothing is quantised to it; those of a single tensor are {', '.join(TYPES)}; "
+            "give one of them"
         )
     return TYPES[name.upper()]
 
 
-def rules(wish: Wish, headers: Sequence[GGUFHeader]) -> list[tuple[str, int]]:
-    """Patterns and types for the quantiser: the first that matches counts, and one matches each tensor."""
+def patterns(wish: Wish) -> list[tuple[str, int]]:
+    """The patterns of `types` and their types.
+
+    Raises
+    ------
+    RotaryError
+        The wish cannot be one of any model: a type or a pattern is none, or nothing is to be quantised.
+    """
+    if wish.imatrix and not wish:
+        raise RotaryError(
+            f"{wish.imatrix}: an importance matrix, and no type; it is for quantising; "
+            "give --experts, --rest or --type too"
+        )
+    for kind in (wish.experts, wish.rest):
+        if kind is not None:
+            type_number(kind)
     made = []
     for text in wish.types:
         pattern, equals, kind = text.rpartition("=")
@@ -95,7 +111,20 @@ def rules(wish: Wish, headers: Sequence[GGUFHeader]) -> list[tuple[str, int]]:
         if not equals or not pattern:
             raise RotaryError(f"{text}: no type for a pattern; PATTERN=TYPE is wanted; write it so")
         made.append((pattern, type_number(kind)))
-    for tensor in (tensor for header in headers for tensor in header.tensors):
+    return made
+
+
+def rules(wish: Wish, headers: Sequence[GGUFHeader]) -> list[tuple[str, int]]:
+    """Patterns and types for the quantiser: the first that matches counts, and one matches each tensor."""
+    made = patterns(wish)
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    for pattern, _ in made:
+        if not any(re.search(pattern, tensor.name) for tensor in tensors):
+            raise RotaryError(
+                f"{headers[0].path}: no tensor's name has {pattern!r}; a pattern is of some; "
+                "mend it, gguf-dump shows names"
+            )
+    for tensor in tensors:
         is_expert = re.search(_EXPERTS, tensor.name) is not None
         if (wish.experts if is_expert else wish.rest) is None:
             made.append((f"^{re.escape(tensor.name)}$", tensor.type_number))
@@ -157,26 +186,33 @@ def quantise(
     _run(_request(wish, headers, target, False), headers[0].path, on_tensor)
 
 
-def planned(wish: Wish, headers: Sequence[GGUFHeader]) -> GGUFHeader:
-    """What `quantise` will write, as far as a layout needs it; llama.cpp itself says the types.
+def planned(wish: Wish, headers: Sequence[GGUFHeader]) -> tuple[GGUFHeader | None, list[str]]:
+    """What `quantise` will write, as far as a layout needs it, and lines on what changes.
+
+    None where nothing does. llama.cpp itself says the types.
 
     Raises
     ------
     ModelError
-        llama.cpp does not read this model, or quantises it only with an importance matrix.
+        llama.cpp does not read this model, or the importance matrix is none.
+    RotaryError
+        It quantises this only with an importance matrix, or another one.
     """
     log = _run(_request(wish, headers, Path(os.devnull), True), headers[0].path, lambda _: None)
     kinds = {}
     begun = [*_TENSOR.finditer(log)]
     for match, following in zip(begun, [*begun[1:], None], strict=True):
-        changed = _CHANGED.search(log, match.end(), following.start() if following else len(log))
-        kinds[match[1]] = type_number(changed[1] if changed else match[2])
+        if changed := _CHANGED.search(log, match.end(), following.start() if following else len(log)):
+            kinds[match[1]] = type_number(changed[1])
+    if not kinds:
+        return None, [f"{' ' * 16}no tensor changes: all are of these types, or llama.cpp quantises none"]
     if "will require an imatrix" in log:
         raise RotaryError(
             f"{headers[0].path}: {wish} needs an importance matrix; types of so few bits are useless else; "
             "give --imatrix, or a larger type"
         )
-    tensors, at = [], 0
+    tensors, changing, at = [], [], 0
+    counts: dict[tuple[str, str], int] = {}
     for tensor in (tensor for header in headers for tensor in header.tensors):
         number = kinds.get(tensor.name, tensor.type_number)
         kind = GGMLQuantizationType(number)
@@ -184,85 +220,51 @@ def planned(wish: Wish, headers: Sequence[GGUFHeader]) -> GGUFHeader:
         n_bytes = prod(tensor.shape) // block * block_bytes
         tensors.append(TensorInfo(tensor.name, tensor.shape, kind.name, at, n_bytes, number))
         at += n_bytes
-    return replace(headers[0], tensors=tuple(tensors), n_bytes=at)
-
-
-def changes(before: Sequence[GGUFHeader], after: GGUFHeader) -> list[str]:
-    """Lines on what changes: how many tensors from what to what, and what is lost twice."""
-    kinds = {tensor.name: tensor.type_name for header in before for tensor in header.tensors}
-    counts: dict[tuple[str, str], int] = {}
-    for tensor in after.tensors:
-        pair = (kinds[tensor.name], tensor.type_name)
-        counts[pair] = counts.get(pair, 0) + (pair[0] != pair[1])
-    lines = [f"                {n} tensors {a} -> {b}" for (a, b), n in sorted(counts.items()) if n]
-    if any(n and a not in _NO_BLOCKS for (a, _), n in counts.items()):
-        lines.append("                quantised before: what that lost stays lost; the original gives better")
-    return lines or ["                no tensor changes: all are of these types"]
+        if tensor.name in kinds:
+            changing.append(tensors[-1])
+            pair = (tensor.type_name, kind.name)
+            counts[pair] = counts.get(pair, 0) + 1
+    lines = [f"{n} tensors {a} -> {b}" for (a, b), n in sorted(counts.items())]
+    if wish.imatrix:
+        lines.append(imatrices.coverage(wish.imatrix, changing))
+    if any(before not in _NO_BLOCKS for before, _ in counts):
+        lines.append("quantised before: what that lost stays lost; the original gives better")
+    return replace(headers[0], tensors=tuple(tensors), n_bytes=at), [" " * 16 + line for line in lines]
 
 
 def _run(request: Mapping[str, Any], model: Path, on_tensor: Callable[[str], None]) -> str:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rotary_llamacpp.quantising"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        # So that Ctrl-C comes to the parent alone, which ends this one.
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    log = ""
-    try:
+    log, seen = "", 0
+    with child(__name__, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        process.stdin.flush()
-        seen = 0
+        process.stdin.write(json.dumps(request).encode())
+        process.stdin.close()
         while chunk := os.read(process.stdout.fileno(), 1 << 16):
             log += chunk.decode("utf-8", "replace")
             for match in _TENSOR.finditer(log, seen):
                 on_tensor(match[1])
                 seen = match.end()
         process.wait()
-    finally:
-        process.kill()
-        process.communicate()
+    if "iostream error" in log:
+        raise RotaryError(
+            f"{request['target']}: cannot be written, {_last(log, 'iostream error')}; the quantised model "
+            "goes there first; free some space, and convert again"
+        )
     if process.returncode != 0:
-        said = [line for line in log.splitlines() if "failed to quantize" in line or "Error: " in line]
-        why = said[-1].strip() if said else f"the quantiser ended with status {process.returncode}"
+        said = _last(log, "failed to quantize", "Error: ", "GGML_ASSERT")
+        why = said or f"the quantiser ended with status {process.returncode}"
         raise ModelError(
             f"{model}: not quantised, {why}; llama.cpp quantises models it can load; check model and types"
         )
     return log
 
 
+def _last(log: str, *words: str) -> str:
+    """The last line with one of these."""
+    said = [line.strip() for line in log.splitlines() if any(word in line for word in words)]
+    return said[-1] if said else ""
+
+
 # ---- the process -------------------------------------------------------------------------------------
-
-
-def load_imatrix(path: str) -> dict[str, np.ndarray]:
-    """Weights of columns by tensor: sums of squares over counts, as llama-quantize takes them.
-
-    A tensor of experts has also the names that its experts have one by one.
-    """
-    header = read_header(path)
-    sums: dict[str, np.ndarray] = {}
-    for tensor in header.tensors:
-        if tensor.type_name == "F32":
-            values = np.fromfile(path, np.float32, prod(tensor.shape), offset=tensor.offset)
-            sums[tensor.name] = values
-    found = {}
-    for name in (name.removesuffix(".in_sum2") for name in sums if name.endswith(".in_sum2")):
-        counts = np.round(sums.get(f"{name}.counts", np.zeros(1, np.float32)))[:, None]
-        values = sums[f"{name}.in_sum2"].reshape(len(counts), -1)
-        means = np.where(counts > 0, values / np.maximum(counts, 1), 1).astype(np.float32)
-        found[name] = np.ascontiguousarray(means.reshape(-1))
-        if "_exps.weight" in name:
-            for expert, row in enumerate(means):
-                found[name.replace("_exps.weight", f".{expert}.weight")] = np.ascontiguousarray(row)
-    if not found:
-        raise ModelError(
-            f"{path}: no importance matrix; a GGUF of llama-imatrix has tensors named *.in_sum2; "
-            "make one, or an old .dat new with `llama-imatrix --in-file`"
-        )
-    return found
 
 
 def _main(request: dict[str, Any]) -> int:
@@ -272,11 +274,6 @@ def _main(request: dict[str, Any]) -> int:
     def log(_level: int, text: bytes, _data: ctypes.c_void_p) -> None:
         os.write(1, text)
 
-    def die_with_parent() -> None:
-        os.read(0, 1)  # past Python's own buffer, which its end would wait for
-        os._exit(1)
-
-    threading.Thread(target=die_with_parent, daemon=True).start()
     api.llama_log_set(log, ctypes.c_void_p(0))
     params = api.llama_model_quantize_default_params()
     params.nthread = len(os.sched_getaffinity(0))
@@ -295,7 +292,7 @@ def _main(request: dict[str, Any]) -> int:
         keys[0].value = value
         params.kv_overrides = keys
     if request["imatrix"]:
-        data = load_imatrix(request["imatrix"])
+        data = imatrices.load(request["imatrix"])
         entries = (api.llama_model_imatrix_data * (len(data) + 1))()
         for column, (name, values) in zip(entries, data.items(), strict=False):
             column.name, column.size = name.encode(), values.size
@@ -308,6 +305,6 @@ def _main(request: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(_main(json.loads(sys.stdin.buffer.readline())))
+        sys.exit(_main(json.load(sys.stdin)))
     except RotaryError as error_:
         sys.exit(f"Error: {error_}")

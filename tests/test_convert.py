@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from rotary_llamacpp.errors import RotaryError
 from rotary_llamacpp.gguf_fields import array_strings, raw_fields
 from rotary_llamacpp.gguf_header import GGUFHeader, read_header
 from rotary_llamacpp.info import ModelInfo, read_shards
-from rotary_llamacpp.quantising import Wish, load_imatrix
 
 SHAPE = {"layers": 2, "embd": 256, "ff": 256, "experts": 8, "used": 2}
 
@@ -202,85 +200,6 @@ def test_a_profile_travels_in_the_model(native, tiny_model, tmp_path):
         convert(out, tmp_path / "no.gguf", Options(profile=str(tiny_model)))
 
 
-# ---- quantising --------------------------------------------------------------------------------------
-
-
-@pytest.mark.model
-def test_experts_and_the_rest_are_quantised_apart(synthetic, tmp_path, stock_trace):
-    model = synthetic(type="f16", **SHAPE)
-    said: list[str] = []
-    wish = Wish("Q3_K", "q8_0", (r"blk\.0\..*_exps=Q6_K",))
-    (out,) = convert(model, tmp_path / "out.gguf", Options(wish=wish, verify=True), say=said.append)
-    assert_nothing_else(tmp_path, out)
-    kinds = {tensor.name: tensor.type_name for tensor in read_header(out).tensors}
-    assert {kinds[f"blk.0.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")} == {"Q6_K"}
-    assert {kinds[f"blk.1.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")} == {"Q3_K"}
-    assert kinds["blk.1.attn_q.weight"] == kinds["token_embd.weight"] == "Q8_0"
-    assert kinds["blk.1.ffn_gate_inp.weight"] == "F32", "routers stay as they are"
-    # The plan, made before, is what came out.
-    assert f"{out.stat().st_size / 2**20:.1f} MiB in 1 file" in said[0] and "3 tensors F16 -> Q3_K" in said[0]
-    assert read_header(out).metadata["general.file_type"] == 12  # MOSTLY_Q3_K_M
-    unchanged = {"general.file_type", "general.quantization_version"}
-    before, after = fields_of(model), fields_of(out)
-    assert {k: v for k, v in after.items() if k not in unchanged} == {
-        k: v for k, v in before.items() if k not in unchanged
-    }
-    assert np.isfinite(stock_trace(out, n_prompt=40)["logits"]).all()
-
-
-@pytest.mark.model
-def test_what_is_not_named_keeps_its_bytes(tiny_model, tmp_path):
-    """From a source of another alignment too, at which llama.cpp's quantiser writes what it cannot read."""
-    (aligned,) = convert(tiny_model, tmp_path / "aligned.gguf")
-    wish = Wish(types=(r"blk\.2\..*_exps=Q4_0",))
-    (out,) = convert(aligned, tmp_path / "out.gguf", Options(wish=wish))
-    before, after = tensor_bytes([read_header(tiny_model)]), tensor_bytes([read_header(out)])
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {f"blk.2.ffn_{part}_exps.weight" for part in ("gate", "up", "down")}
-    assert {after[name][1] for name in changed} == {"Q4_0"}
-
-
-@pytest.mark.model
-def test_legacy_layouts_are_quantised_alike(synthetic, tmp_path):
-    model = synthetic("test-llama", type="q8_0", layers=2, experts=12, used=2)
-    legacy = tmp_path / "legacy.gguf"
-    write_legacy(model, legacy)
-    options = Options(wish=Wish("Q4_0"))
-    one, other = (convert(path, tmp_path / f"{path.stem}-q.gguf", options)[0] for path in (model, legacy))
-    assert tensor_bytes([read_header(one)]) == tensor_bytes([read_header(other)])
-
-
-@pytest.mark.model
-def test_an_importance_matrix_is_heeded(synthetic, tmp_path):
-    model = synthetic(type="f16", **SHAPE)
-    wish = Wish("IQ2_S")
-    with pytest.raises(RotaryError, match="needs an importance matrix"):
-        convert(model, tmp_path / "out.gguf", Options(wish=wish))
-    rng, results = np.random.default_rng(0), []
-    for number in range(2):
-        path = tmp_path / f"{number}.imatrix"
-        writer = GGUFWriter(path, "imatrix")
-        writer.add_type("imatrix")
-        for tensor in read_header(model).tensors:
-            if "_exps" in tensor.name:
-                n_in, _, n_expert = tensor.shape
-                sums = rng.uniform(0.1, 9, (n_expert, n_in)).astype(np.float32)
-                writer.add_tensor(f"{tensor.name}.in_sum2", sums)
-                writer.add_tensor(f"{tensor.name}.counts", np.full((n_expert, 1), 4, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        last = load_imatrix(str(path))["blk.1.ffn_down_exps.weight"]
-        assert len(last) == 8 * 256 and last.max() < 9 / 4 + 1e-6
-        out = tmp_path / f"{number}.gguf"
-        convert(model, out, Options(wish=replace(wish, imatrix=str(path))))
-        results.append(tensor_bytes([read_header(out)])["blk.1.ffn_down_exps.weight"])
-    assert results[0][1] == "IQ2_S" and results[0][2] != results[1][2]
-    with pytest.raises(RotaryError, match="no importance matrix"):
-        convert(model, tmp_path / "no.gguf", Options(wish=replace(wish, imatrix=str(model))))
-
-
 # ---- the command -------------------------------------------------------------------------------------
 
 
@@ -294,7 +213,7 @@ def test_command(rotary_command, tiny_model, tmp_path):
     assert ran.returncode == 2 and "is there already; --force" in ran.stderr
     assert rotary_command("convert", tiny_model, out, "--force").returncode == 0
     for options, text in (
-        (["--experts", "Q3_K_M"], "type 'Q3_K_M': unknown"),
+        (["--experts", "Q3_K_M"], "type 'Q3_K_M': nothing is"),
         (["--type", "(=Q8_0"], "regular expression"),
         (["--type", "Q8_0"], "PATTERN=TYPE"),
         (["--alignment", "48"], "powers of two"),

@@ -19,7 +19,7 @@ from conftest import ROOT
 from test_convert import assert_nothing_else, tensor_bytes
 from test_convert_faults import MIB, at_call, small_steps  # noqa: F401 (a fixture)
 
-from rotary_llamacpp import quantising
+from rotary_llamacpp import copying, quantising
 from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.info import read_shards
@@ -27,7 +27,7 @@ from rotary_llamacpp.journal import note_path, part
 
 
 @pytest.mark.usefixtures("small_steps")
-@pytest.mark.parametrize("options", [Options(), Options(split_bytes=8 * MIB), Options(verify=True)])
+@pytest.mark.parametrize("options", [Options(), Options(split_bytes=8 * MIB)])
 @pytest.mark.parametrize("number", [1, 3, 60, 70])
 def test_an_interrupted_copy_goes_on(tiny_model, tmp_path, monkeypatch, options, number):
     whole = tmp_path / "whole"
@@ -57,6 +57,27 @@ def test_an_interrupted_copy_goes_on(tiny_model, tmp_path, monkeypatch, options,
     total = sum(tensor.n_bytes for tensor in read_header(tiny_model).tensors)
     if number >= 60:
         assert "going on after" in "\n".join(said) and 0 < sum(copied) < total - 3 * MIB
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "number"), [(copying, "_read_into", 9), (os, "replace", 1), (os, "replace", 2)]
+)
+def test_an_interrupted_end_goes_on(tiny_model, tmp_path, monkeypatch, where, name, number):
+    options = Options(split_bytes=12 * MIB, verify=True)
+    real = getattr(where, name)
+    monkeypatch.setattr(where, name, at_call(number, real, KeyboardInterrupt()))
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_model, tmp_path / "out.gguf", options, say=said.append)
+    assert "the same command goes on" in said[-1]
+    assert all(".part" in path.name for path in tmp_path.iterdir()), "nothing has its final name"
+    monkeypatch.setattr(where, name, real)
+    if name == "_read_into":
+        monkeypatch.setattr(os, "copy_file_range", lambda *_: pytest.fail("it was copied again"))
+    paths = convert(tiny_model, tmp_path / "out.gguf", options, say=said.append)
+    assert said[-1].startswith("verified")
+    assert_nothing_else(tmp_path, *paths)
+    assert tensor_bytes(read_shards(paths[0])) == tensor_bytes([read_header(tiny_model)])
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -104,7 +125,7 @@ def test_what_is_quantised_is_kept_when_the_copy_is_interrupted(tiny_model, tmp_
     monkeypatch.setattr(quantising, "quantise", lambda *_: pytest.fail("it was quantised again"))
     said: list[str] = []
     convert(tiny_model, out, options, say=said.append)
-    assert "going on with what is quantised" in said
+    assert "going on with out.gguf.quantised.part, which is whole" in said
     assert_nothing_else(tmp_path, out)
 
 
@@ -122,7 +143,7 @@ cli.main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_signals(tiny_model, tmp_path, how):
     """A real signal to a real process, at several moments."""
     out = tmp_path / "out.gguf"
@@ -163,7 +184,15 @@ def _noted(out: Path) -> int:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_quantiser(synthetic, tmp_path):
+def test_ctrl_c_ends_the_quantiser(synthetic, tmp_path, monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
     model = synthetic(type="f16", layers=4, experts=16, embd=512, ff=512)
     target = part(tmp_path / "out.gguf.quantised")
     interrupted = threading.Event()
@@ -182,4 +211,5 @@ def test_ctrl_c_ends_the_quantiser(synthetic, tmp_path):
         convert(model, tmp_path / "out.gguf", Options(wish=quantising.Wish("IQ4_XS", "Q6_K")))
     thread.join()
     assert interrupted.is_set() and time.monotonic() - begin < 30
+    assert [process.returncode for process in started][1:] == [-signal.SIGKILL]
     assert_nothing_else(tmp_path)

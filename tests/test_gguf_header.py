@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from gguf import GGUFReader
 
 from rotary_llamacpp.errors import ModelError
@@ -54,6 +57,61 @@ def test_absurd_array_ends_at_once(tmp_path):
     broken.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
     with pytest.raises(ModelError, match="damaged"):
         read_header(broken)
+
+
+# Of a process by itself. Not getrusage(), whose peak begins with that of the process it was forked from.
+PEAK = """
+def peak_kib():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+"""
+
+MEASURED = f"""{PEAK}
+import sys, time
+from rotary_llamacpp.errors import ModelError
+from rotary_llamacpp.gguf_header import read_header
+before, begin = peak_kib(), time.monotonic()
+try:
+    print(len(read_header(sys.argv[1]).metadata), "kept")
+except ModelError as error:
+    print(error)
+print(time.monotonic() - begin)
+print(peak_kib() - before)
+"""
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+@pytest.mark.parametrize(
+    ("n_tensors", "n_fields", "part", "more_bytes", "said"),
+    [
+        # Just below what is refused; what is not kept is in the file, and not in memory.
+        (
+            0,
+            999,
+            lambda i: text(b"%d" % i) + struct.pack("<IIQ", 9, 5, 4096) + bytes(16384),
+            0,
+            "256 kept",
+        ),
+        (0, 20, lambda i: text(b"%d" % i) + struct.pack("<IQ", 8, 1 << 22) + b"a" * (1 << 22), 0, "4 kept"),
+        (0, 1, lambda i: text(b"k") + struct.pack("<IIQ", 9, 8, 1 << 21), 1 << 24, "0 kept"),
+        (0, 400, lambda i: text(b"%060000d" % i) + struct.pack("<IB", 0, 1), 0, "of keys"),
+        (1 << 16, 0, lambda i: text(b"%063d" % i) + struct.pack("<IQIQ", 1, 0, 0, 0), 32, "0 kept"),
+    ],
+)
+def test_large_headers_cost_little(tmp_path, n_tensors, n_fields, part, more_bytes, said):
+    path = tmp_path / "large.gguf"
+    with open(path, "wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_fields))
+        file.writelines(map(part, range(n_tensors + n_fields)))
+        file.truncate(file.tell() + more_bytes)
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURED, path],
+        env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    found, seconds, kib = ran.stdout.splitlines()
+    assert said in found and float(seconds) < 3 and int(kib) < 80_000
 
 
 def test_unknown_type_is_measured_by_the_gap(tiny_model, tmp_path):

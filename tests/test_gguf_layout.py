@@ -19,6 +19,8 @@ from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_convert import tensor_bytes
+from test_convert_faults import within
+from test_gguf_header import PEAK
 
 from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.errors import ModelError, RotaryError
@@ -176,17 +178,17 @@ def test_damage_ends_in_one_line_or_in_a_whole_file(changes, n_bytes):
 
 ONE_FIELD = struct.pack("<QQ", 0, 1)
 
-HUGE = """
-import resource, sys, time
+HUGE = f"""{PEAK}
+import os, sys, time
 from rotary_llamacpp.convert import convert
 from rotary_llamacpp.errors import RotaryError
-before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+before, begin = peak_kib(), time.monotonic()
 try:
     convert(sys.argv[1], sys.argv[2])
 except RotaryError as error:
     print(error)
 print(time.monotonic() - begin)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_kib() - before)
 """
 
 
@@ -219,8 +221,7 @@ def test_damage_of_a_large_file_costs_neither_time_nor_memory(tmp_path, header, 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Without the kernel's copy, whose memory is not the process's: 16 MiB and 1 GiB of experts."""
-    code = HUGE.replace("import resource", "import os, resource", 1)
-    code = code.replace("\ntry:", "\nos.copy_file_range = lambda *_: 0\ntry:", 1)
+    code = HUGE.replace("\ntry:", "\nos.copy_file_range = lambda *_: 0\ntry:", 1)
     used = []
     for n_expert in (16, 1024):
         model = tmp_path / f"{n_expert}.gguf"
@@ -250,6 +251,33 @@ def test_overlapping_tensors_are_refused(tmp_path):
     path.write_bytes(data[:at] + struct.pack("<Q", 128) + data[at + 8 :])
     with pytest.raises(ModelError, match=r"b\.weight begins at byte .* tensors do not overlap"):
         convert(path, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "text"),
+    [
+        ("blk.0.ffn_up_exps.weight", (0, 1, 1 << 40), "1 to 2"),
+        ("blk.0.ffn_up_exps.weight", (32, 2, 0), "1 to 2"),
+        ("blk.0.ffn_up_exps.weight", (1, 1, (1 << 16) + 1), "at most 65536 experts"),
+        ("output.weight", (32, 0), "1 to 2"),
+        ("x" * 64, (32, 2), "a name of 64 bytes"),
+        # What is no name of an expert is copied as it is.
+        ("blk.0.ffn_up_exps.weight", (1, 1, 1 << 16), ""),
+        ("blk.1234567.ffn_up.0.weight", (32, 2), ""),
+        (f"blk.0.ffn_up.{'1' * 40}.weight", (32, 2), ""),
+        ("x" * 63, (32, 2), ""),
+    ],
+)
+def test_made_up_tensors(tmp_path, name, shape, text):
+    path, out = tmp_path / "model.gguf", tmp_path / "out.gguf"
+    write_gguf(path, [Made(name, shape, F32)], 32)
+    with within(10):
+        if text:
+            with pytest.raises(ModelError, match=text):
+                convert(path, out)
+        else:
+            convert(path, out)
+            assert tensor_bytes([read_header(out)]) == tensor_bytes([read_header(path)])
 
 
 def test_limits_of_splitting(tiny_model):

@@ -68,6 +68,14 @@ def test_missing_and_wrong_shards(synthetic, tmp_path):
         ModelInfo.read(tmp_path / shards[0].name)
     with pytest.raises(ModelError, match="shard 2 of 3"):
         ModelInfo.read(shards[1])
+    third = tmp_path / shards[2].name
+    third.write_bytes(shards[1].read_bytes())
+    with pytest.raises(ModelError, match=r"split\.no is 1, 2 is expected"):
+        ModelInfo.read(tmp_path / shards[0].name)
+    other = ModelInfo.read(synthetic(type="q8_0", shards=3, layers=2)).files
+    third.write_bytes(other[2].read_bytes())
+    with pytest.raises(ModelError, match=r"tensors in 3 shards, .* are expected"):
+        ModelInfo.read(tmp_path / shards[0].name)
     renamed = tmp_path / "renamed.gguf"
     renamed.write_bytes(shards[0].read_bytes())
     with pytest.raises(ModelError, match="rename"):
