@@ -385,6 +385,11 @@ def _hit_rate(case: Case, slots: Sequence[int]) -> float:
 # ---- words
 
 
+def size(n_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / MIB:.1f} MiB"
+
+
 def _bytes(layers: Sequence[LayerInfo]) -> int:
     return sum(layer.layer_bytes for layer in layers)
 
@@ -394,7 +399,7 @@ def _chosen(layers: Sequence[LayerInfo]) -> int:
 
 
 def _lacks(what: str, needed: float, there: int) -> str:
-    return f"{needed / 2**30:.1f} GiB of {what} needed, {max(there, 0) / 2**30:.1f} there"
+    return f"{size(needed)} of {what} needed, {size(max(there, 0))} there"
 
 
 def _lacks_vram(case: Case, needed: float) -> str:

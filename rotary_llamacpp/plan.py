@@ -11,11 +11,11 @@ from typing import Any
 
 from . import calibration, footprint, hits, profiles, shapes, traces
 from .comparison import percent
-from .config import MIB, STORES, Budget
+from .config import STORES, Budget
 from .drawing import standalone
 from .errors import RotaryError
 from .info import read_shards
-from .options import Option, at_budgets, options, recommend
+from .options import Option, at_budgets, options, recommend, size
 from .roofline import Case, Cost, Request
 
 GIB = 2**30
@@ -130,13 +130,13 @@ def describe(plan: Plan) -> str:
     n_ctx = case.request.n_ctx
     lines = [
         f"{found.name}: {found.architecture}, {found.n_layer} layers, {_count(found.n_params)} weights "
-        f"in {_size(found.weight_bytes)}",
-        f"  experts       {_size(found.expert_bytes)}, can be paged"
-        + (f"; one token chooses {_size(found.chosen_bytes)}" if found.layers else ""),
-        f"  other weights {_size(found.resident_bytes)}, stay resident",
-        f"  KV cache      {_size(found.kv_bytes(n_ctx))} for {n_ctx} tokens in f16"
+        f"in {size(found.weight_bytes)}",
+        f"  experts       {size(found.expert_bytes)}, can be paged"
+        + (f"; one token chooses {size(found.chosen_bytes)}" if found.layers else ""),
+        f"  other weights {size(found.resident_bytes)}, stay resident",
+        f"  KV cache      {size(found.kv_bytes(n_ctx))} for {n_ctx} tokens in f16"
         + (
-            f"; {_size(full)} where windows are not used"
+            f"; {size(full)} where windows are not used"
             if (full := found.kv_bytes(n_ctx, windows=False)) != found.kv_bytes(n_ctx)
             else ""
         ),
@@ -156,8 +156,8 @@ def describe(plan: Plan) -> str:
                 option.name,
                 *_speed(option.decode),
                 *_speed(option.prefill),
-                _size(option.vram_bytes),
-                _size(option.ram_bytes),
+                size(option.vram_bytes),
+                size(option.ram_bytes),
             ]
         )
     lines += _columns(rows)
@@ -176,8 +176,8 @@ def describe(plan: Plan) -> str:
 def _machine(case: Case) -> list[str]:
     machine, sources = case.machine, case.machine.sources or {}
     values = {
-        "vram": _size(machine.vram_bytes),
-        "ram": _size(machine.ram_bytes),
+        "vram": size(machine.vram_bytes),
+        "ram": size(machine.ram_bytes),
         "vram rate": _rate(machine.vram_rate),
         "link": _rate(machine.link_rate),
         "ram rate": _rate(machine.ram_rate),
@@ -198,7 +198,7 @@ def _slots(option: Option) -> str:
     least, most = min(option.n_slots), max(option.n_slots)
     each = str(least) if least == most else f"{least} to {most}"
     return (
-        f"{option.name}: {each} slots per layer in {_size(option.budget_bytes or 0)}, store "
+        f"{option.name}: {each} slots per layer in {size(option.budget_bytes or 0)}, store "
         f"{option.store}; {percent(option.hit_rate)} hits expected, {percent(option.uniform_hit_rate)} "
         "if routing had no locality"
     )
@@ -217,10 +217,6 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
             cells.append(cell.ljust(widths[i]) if rows[0][i] == "limit" else cell.rjust(widths[i]))
         lines.append("  ".join(cells).rstrip())
     return lines
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB else f"{n_bytes / MIB:.1f} MiB"
 
 
 def _count(n: int) -> str:

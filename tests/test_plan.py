@@ -200,7 +200,7 @@ def test_rotary_on_the_gpu():
     # What is in slots is not moved for a prompt; computing takes longer than moving the rest.
     assert rotary.prefill.parts[LINK] == pytest.approx(2 * TOUCHED * (1 - 500 / 800) / 100 / 4)
     assert rotary.prefill.seconds == pytest.approx(max(0.5, rotary.prefill.parts[LINK]))
-    assert "1.2 GiB of VRAM needed" in found["cpu-experts"].problem, "stock's margin is larger"
+    assert "1.21 GiB of VRAM needed" in found["cpu-experts"].problem, "stock's margin is larger"
     best, why = recommend(case(vram_bytes=1232 * MIB), list(found.values()))
     assert best.key == "rotary-gpu" and "75 % of the chosen experts" in why
 
