@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +34,11 @@ def native() -> _native.Library:
     if not _native.library_path().is_file() and os.environ.get("ROTARY_TESTS_ALLOW_NO_NATIVE") == "1":
         pytest.skip("native library not built, and ROTARY_TESTS_ALLOW_NO_NATIVE=1 allows that")
     return _native.load()
+
+
+def heed_hang_ups() -> None:
+    """Of a process that begins: under nohup it would have inherited that SIGHUP is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, heed_hang_ups
 from test_convert import assert_nothing_else, tensor_bytes
 from test_convert_faults import MIB, at_call, small_steps  # noqa: F401 (a fixture)
 
@@ -189,7 +189,8 @@ def test_the_converter_ends_with_its_parent(folder, results, tiny_model, tmp_pat
     log = stand_in(tmp_path, monkeypatch, f"{copying(tiny_model)}; time.sleep(60)")
     made = results / "out.gguf.folder.part"
     command = [sys.executable, "-c", KILLED, folder, results / "out.gguf"]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, preexec_fn=heed_hang_ups)
     until(lambda: made.exists() and made.stat().st_size == tiny_model.stat().st_size)
     process.send_signal(how)
     assert process.wait() == -how

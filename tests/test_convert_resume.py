@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, heed_hang_ups
 from test_convert import assert_nothing_else, tensor_bytes
 from test_convert_faults import MIB, at_call, small_steps  # noqa: F401 (a fixture)
 
@@ -151,7 +151,9 @@ def test_signals(tiny_model, tmp_path, how):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     for _ in range(3):
         before = _noted(out)
-        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=heed_hang_ups
+        )
         deadline = time.monotonic() + 60
         while process.poll() is None and _noted(out) == before:
             assert time.monotonic() < deadline
