@@ -20,7 +20,7 @@ import numpy as np
 from . import _native, disk, machine
 from ._kernels import KernelRates, LayerShape, Matrices, measure_layer, measure_link
 from ._kernels import measure as measure_matrices
-from .config import MIB, parse_bytes
+from .config import MIB, parse_size
 from .errors import RotaryError
 from .footprint import Footprint
 from .roofline import Machine, Request
@@ -68,7 +68,7 @@ def describe(
     ram_bytes_rate = rate("ram rate", ram_rate, _RAM)
     return Machine(
         vram_bytes=vram_bytes,
-        ram_bytes=parse_bytes(ram) if ram is not None else there or 0,
+        ram_bytes=parse_size(ram) if ram is not None else there or 0,
         vram_rate=rate("vram rate", vram_rate, _VRAM),
         link_rate=rate("link", link, _LINK),
         ram_rate=ram_bytes_rate,
@@ -92,7 +92,7 @@ def describe(
 
 def _vram(given: str | None) -> tuple[int, str]:
     if given is not None:
-        return parse_bytes(given), "given"
+        return parse_size(given), "given"
     lib = _library()
     if lib is None:
         return 0, "no GPU is known: the native library cannot be loaded"

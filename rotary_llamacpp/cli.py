@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import click
 
-from .config import PINS, SPLITS, STORES, RotaryConfig, parse_bytes
+from .config import PINS, SPLITS, STORES, RotaryConfig, parse_size
 from .errors import LibraryError, RotaryError
 from .policies import AUTO, NATIVE
 from .predictors import NAMES as PREDICTORS
@@ -27,6 +27,7 @@ def _one_line_errors() -> Iterator[None]:
         click.echo(f"rotary: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
+        click.echo("rotary: interrupted", err=True)
         sys.exit(130)
 
 
@@ -408,7 +409,7 @@ def convert_(
 
     IN is a GGUF, the first of its shards, or a Hugging Face folder of safetensors. OUT is a GGUF that stock
     llama.cpp loads too, with the same output unless it is quantised. Interrupted, the same
-    command goes on where it was.
+    command goes on where it was; quantising itself begins again.
     """
     with _one_line_errors():
         from .bars import bars
@@ -417,7 +418,7 @@ def convert_(
 
         options = Options(
             alignment=alignment,
-            split_bytes=None if split_size is None else parse_bytes(split_size),
+            split_bytes=None if split_size is None else parse_size(split_size),
             profile=profile,
             wish=Wish(experts, rest, types, imatrix),
             verify=verify,

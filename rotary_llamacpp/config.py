@@ -40,6 +40,14 @@ def parse_bytes(value: int | str) -> int:
     return _scaled(match)
 
 
+def parse_size(value: str) -> int:
+    """The same of what a person says; a bare small number is refused, for it was meant in a unit."""
+    n_bytes = parse_bytes(value)
+    if value.strip().isdigit() and 0 < n_bytes < MIB:
+        raise RotaryError(f"size {value!r}: is {n_bytes} bytes; a size has a unit; write {n_bytes}GiB")
+    return n_bytes
+
+
 def _scaled(match: re.Match[str]) -> int:
     number = int(match[1]) if match[1].isdigit() else float(match[1])  # a float would round large integers
     return int(number * _UNITS[match[2]])

@@ -175,8 +175,8 @@ class _Work:
 
     def run(self, dry_run: bool) -> list[Path]:
         """All of it; what is left behind is told where it goes on."""
-        self.say(self.description)
         self._check_places()
+        self.say(self.description)
         if dry_run:
             self._check_space()
             return self.outputs

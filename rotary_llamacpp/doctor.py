@@ -104,10 +104,10 @@ def _abi() -> Check:
 
 def _cuda_link() -> Check:
     path = _native.library_path().with_name("libggml-rotary-cuda.so")
-    if path.is_file():
-        return Check("cuda paging", OK, "on")
     lib = _native.loaded()
     on_gpu = lib is not None and any(inner.startswith("CUDA") for inner in lib.default_inner)
+    if path.is_file():
+        return Check("cuda paging", OK, "on" if on_gpu else "built; ggml knows no CUDA device here")
     detail = f"off: {path.name} was not built, nvcc was not found"
     if on_gpu:
         return Check("cuda paging", WARN, detail, "install the CUDA toolkit, then Rotary again")

@@ -68,11 +68,13 @@ class Generation:
         ]
         stats = self.rotary
         if stats["active"]:
+            slots = [layer["n_slots"] for layer in stats["layers"]] or [stats["n_slots"]]
+            each = str(min(slots)) if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
             hits = "no request" if stats["hit_rate"] is None else f"hit rate {100 * stats['hit_rate']:.1f} %"
             parts += [
                 hits,
                 f"{stats['bytes_paged'] / MIB:.1f} MiB paged",
-                f"{stats['n_slots']} of {stats['n_expert']} slots per layer in "
+                f"{each} of {stats['n_expert']} slots per layer in "
                 f"{stats['budget_bytes'] / MIB:.1f} MiB on {stats['inner_device']}",
             ]
             if stats["store"] == "direct":

@@ -204,6 +204,11 @@ def lay_out(
     for number, (file, group) in enumerate(zip(paths, groups, strict=True)):
         mine = _shard_fields(fields, alignment, number, len(groups), len(weights))
         outputs.append(_output(file, group, mine, alignment))
+    notes += [
+        f"{output.path.name} has {output.n_bytes} bytes, more than asked for: one tensor is so large"
+        for output in outputs
+        if split_bytes is not None and output.n_bytes > split_bytes
+    ]
     return Layout(tuple(outputs), alignment, joined, tuple(notes))
 
 

@@ -45,7 +45,7 @@ def make(
     Parameters
     ----------
     vram, ram, link, disk, ram_rate, vram_rate, budget, store : str
-        Sizes as `rotary_llamacpp.config.parse_bytes`, rates as `rotary_llamacpp.simulation.parse_rate`, the
+        Sizes as `rotary_llamacpp.config.parse_size`, rates as `rotary_llamacpp.simulation.parse_rate`, the
         budget and the store as of `rotary_llamacpp.RotaryConfig`.
     trace, profile : str
         Files that say how much is hit; ``"auto"`` is the profile beside the model or in it, ``"off"`` none.
@@ -170,6 +170,8 @@ def describe(plan: Plan) -> str:
     lines += ["", plan.why]
     if plan.best is not None:
         lines.append(f"  {plan.best.command}")
+    if case.machine.vram_bytes:
+        lines += ["", "rates of a GPU are those above; no plan for one has been held against a run yet"]
     return "\n".join(lines)
 
 

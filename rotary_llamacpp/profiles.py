@@ -147,5 +147,5 @@ def _read(file: str | os.PathLike[str] | io.BytesIO, name: object) -> Profile:
         ) from error
     except DAMAGED as error:
         raise RotaryError(
-            f"{name}: not a profile, or damaged ({error}); an archive of `rotary profile`; make it anew"
+            f"{name}: not a profile, or damaged; an archive of `rotary profile` is expected; make it anew"
         ) from error

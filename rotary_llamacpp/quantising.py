@@ -32,6 +32,7 @@ _NO_QUANTISER = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
 TYPES = {kind.name: int(kind) for kind in GGMLQuantizationType if kind.name not in _NO_QUANTISER}
 _MIXTURES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}  # general.file_type
 _NO_BLOCKS = ("F32", "F16", "BF16")
+_OURS = "Error: "  # begins a line of this module, and of none of llama.cpp's
 _EXPERTS = r"^blk\.\d+\.ffn_(gate|up|down|gate_up)(_exps|_chexps|\.\d+)\.weight$"
 _BUFFER_BYTES = 256 << 20  # of rows that the quantiser holds at once; its own default is 8 GiB
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[")
@@ -249,8 +250,10 @@ def _run(request: Mapping[str, Any], model: Path, on_tensor: Callable[[str], Non
             f"{request['target']}: cannot be written, {_last(log, 'iostream error')}; the quantised model "
             "goes there first; free some space, and convert again"
         )
+    if process.returncode != 0 and (ours := _last(log, _OURS)):
+        raise RotaryError(ours.removeprefix(_OURS))
     if process.returncode != 0:
-        said = _last(log, "failed to quantize", "Error: ", "GGML_ASSERT")
+        said = _last(log, "failed to quantize", "GGML_ASSERT")
         why = said or f"the quantiser ended with status {process.returncode}"
         raise ModelError(
             f"{model}: not quantised, {why}; llama.cpp quantises models it can load; check model and types"
@@ -307,4 +310,4 @@ if __name__ == "__main__":
     try:
         sys.exit(_main(json.load(sys.stdin)))
     except RotaryError as error_:
-        sys.exit(f"Error: {error_}")
+        sys.exit(f"{_OURS}{error_}")

@@ -88,12 +88,13 @@ def header(name: str, type_name: str | None = None) -> GGUFHeader:
     ModelError
         The name or the type is not known.
     """
+    name = name.lower()
     shape = SHAPES.get(name)
     if shape is None:
         raise ModelError(
             f"{name}: no such file and no known shape; shapes are {', '.join(SHAPES)}; give one or a file"
         )
-    kind = type_name or shape.type
+    kind = (type_name or shape.type).lower()
     if kind not in TYPES:
         raise ModelError(f"{name}: type {kind!r} not known; {', '.join(TYPES)}; choose one of them")
     tensors: list[TensorInfo] = []

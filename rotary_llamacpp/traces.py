@@ -175,8 +175,8 @@ def load(path: str | os.PathLike[str]) -> Trace:
         ) from error
     except DAMAGED as error:
         raise RotaryError(
-            f"{path}: not a routing trace, or damaged ({error}); an archive of `rotary trace` or route_trace "
-            "CSV; record it again"
+            f"{path}: not a routing trace, or damaged; an archive of `rotary trace` or route_trace CSV is "
+            "expected; record it again"
         ) from error
 
 

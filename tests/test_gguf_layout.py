@@ -285,6 +285,7 @@ def test_limits_of_splitting(tiny_model):
     out = Path("out-00001-of-00007.gguf")
     assert [str(path) for path in shard_paths(out, 2)] == [f"out-0000{i}-of-00002.gguf" for i in (1, 2)]
     layout = lay_out(headers, out, split_bytes=1)
+    assert f"out-00001-of-{len(layout.outputs):05d}.gguf has " in layout.describe()
     assert len(layout.outputs) == 74 and all(len(output.weights) == 1 for output in layout.outputs)
     for alignment in (0, 16, 48, 1 << 31):
         with pytest.raises(RotaryError, match="powers of two"):

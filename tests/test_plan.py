@@ -608,6 +608,10 @@ def test_plan_of_a_shape_as_json(rotary_command):
     assert found["recommendation"]["command"].startswith("rotary run qwen3-30b-a3b-q4_k_m.gguf")
 
 
+def test_names_in_capitals():
+    assert shapes.header("GPT-OSS-20B", "Q4_K_M").path.name == "gpt-oss-20b-q4_k_m.gguf"
+
+
 def test_plan_by_a_trace(native, tiny_model, tmp_path, rotary_command):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("In the beginning\n")
@@ -639,6 +643,7 @@ def test_plot(native, rotary_command, tmp_path):
         (("no-such-shape",), "no such file and no known shape"),
         (("no-such.gguf",), "no such file"),
         (("deepseek-v3", "--vram", "much"), "size 'much'"),
+        (("deepseek-v3", "--vram", "24"), "size '24': is 24 bytes; a size has a unit; write 24GiB"),
         (("deepseek-v3", "--link", "wire"), "link 'wire': not a rate"),
         (("deepseek-v3", "--type", "q3"), "type 'q3' not known"),
         (("deepseek-v3", "--ctx", "100", "--prompt", "90", "--answer", "20"), "do not fit"),
