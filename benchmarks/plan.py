@@ -29,6 +29,7 @@ import click
 from benchmarks.common import ProcessFailed, cpu_name, in_process
 from rotary_llamacpp import plan as plans
 from rotary_llamacpp.hits import Hits
+from rotary_llamacpp.machine import busy_seconds
 from rotary_llamacpp.options import Option, options
 
 RATES = (
@@ -67,9 +68,9 @@ def undisturbed(others_share: float, module: str, function: str, *arguments: obj
     allowed = others_share * (os.cpu_count() or 1)
     for _ in range(20):
         _wait_for_idle(allowed)
-        busy, ours, begin = _busy_seconds(), _child_seconds(), time.monotonic()
+        busy, ours, begin = busy_seconds(), _child_seconds(), time.monotonic()
         result = in_process(module, function, *arguments)
-        others = _busy_seconds() - busy - (_child_seconds() - ours)
+        others = busy_seconds() - busy - (_child_seconds() - ours)
         if others < allowed * (time.monotonic() - begin):
             return result
         click.echo(f"\r{others:.1f} s of other processes, again ", nl=False, err=True)
@@ -88,18 +89,10 @@ def _wait_for_idle(allowed: float, seconds: float = 1800, sample: float = 3) -> 
     """Until no more than `allowed` processors have been busy for a moment, or in vain."""
     begin = time.monotonic()
     while time.monotonic() - begin < seconds:
-        busy = _busy_seconds()
+        busy = busy_seconds()
         time.sleep(sample)
-        if _busy_seconds() - busy < allowed * sample:
+        if busy_seconds() - busy < allowed * sample:
             return
-
-
-def _busy_seconds() -> float:
-    """Of all processors so far, with what a hypervisor took."""
-    user, nice, system, _, _, irq, softirq, steal, *_ = map(
-        int, Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    )
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _child_seconds() -> float:

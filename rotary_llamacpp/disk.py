@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from .machine import busy_seconds
+
 _SAMPLE_BYTES = 256 << 20
 _SAMPLE_SECONDS = 2.0
 _BLOCK_BYTES = 1 << 20
@@ -57,7 +59,6 @@ def read_cold(path: Path) -> ColdRead:
         descriptor, how = os.open(path, os.O_RDONLY), "cache dropped"
         os.posix_fadvise(descriptor, 0, _SAMPLE_BYTES, os.POSIX_FADV_DONTNEED)
     numbers = itertools.count()
-    start = time.monotonic()
 
     def read() -> int:
         n_bytes = 0
@@ -70,17 +71,10 @@ def read_cold(path: Path) -> ColdRead:
 
     try:
         with ThreadPoolExecutor(_READERS) as pool:
-            busy = _busy_seconds()
+            busy = busy_seconds(user=False)
             start = time.monotonic()
             readers = [pool.submit(read) for _ in range(_READERS)]
             n_bytes = sum(reader.result() for reader in readers)
-            return ColdRead(n_bytes, time.monotonic() - start, _busy_seconds() - busy, how)
+            return ColdRead(n_bytes, time.monotonic() - start, busy_seconds(user=False) - busy, how)
     finally:
         os.close(descriptor)
-
-
-def _busy_seconds() -> float:
-    """Of all processors, since the start: the kernel's, interrupts', and what a hypervisor took."""
-    times = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    _, _, system, _, _, irq, softirq, steal = map(int, times)
-    return (system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

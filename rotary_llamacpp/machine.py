@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import struct
@@ -108,3 +109,10 @@ def memlock_limit() -> int | None:
     """Bytes this process may page-lock; None if unlimited."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def busy_seconds(*, user: bool = True) -> float:
+    """Of all processors so far, with what a hypervisor took; not of programs themselves without `user`."""
+    times = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    own, nice, system, _, _, irq, softirq, steal = map(int, times)
+    return (user * (own + nice) + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

@@ -304,8 +304,7 @@ def _rotary_gpu(case: Case) -> Option:
         STEPS: steps(case, machine.gpu_layer_s) + syncs * machine.sync_s,
         LINK: missed / link,
     }
-    touched = case.touched()
-    absent = touched * (1 - budget / footprint.expert_bytes)
+    absent = case.touched() * (1 - budget / footprint.expert_bytes)
     moved = {COMPUTE: gpu_prompt(case), LINK: case.per_token(absent / link)}
     ram_bytes = footprint.expert_bytes
     if not in_ram:

@@ -293,7 +293,7 @@ def test_runs_beside_other_processes_are_repeated(monkeypatch):
     from benchmarks import plan as planned
 
     busy = iter([0.0, 50.0, 50.0, 50.0])  # 50 s of processors while the first run lasted, none in the second
-    monkeypatch.setattr(planned, "_busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(planned, "busy_seconds", lambda: next(busy))
     monkeypatch.setattr(planned, "_wait_for_idle", lambda _: None)
     monkeypatch.setattr(planned, "_child_seconds", lambda: 0.0)
     results = iter([{"run": 1}, {"run": 2}])
