@@ -25,7 +25,7 @@ from typing import Any
 from . import machine, pinned
 from .errors import BudgetError, DeviceError, LibraryError, ReadError, RotaryError, VersionError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _HERE = Path(__file__).resolve().parent
 _STRUCTS = (
@@ -116,18 +116,6 @@ def ggml_build(lib: ctypes.CDLL) -> tuple[str, str]:
     return lib.ggml_version().decode(), lib.ggml_commit().decode()
 
 
-def missing_cpu_features(lib: ctypes.CDLL) -> list[str]:
-    """CPU features that this llama.cpp was compiled to use and this machine lacks: it would die of SIGILL."""
-    flags = machine.cpu_flags()
-    if not flags:
-        return []
-    return [
-        flag
-        for name, flag in machine.CPU_FEATURES.items()
-        if flag not in flags and (has := getattr(lib, f"ggml_cpu_has_{name}", None)) is not None and has()
-    ]
-
-
 @contextlib.contextmanager
 def native_log_muted() -> Iterator[None]:
     """llama.cpp's log without what our library says in a call: its error text becomes an exception's."""
@@ -150,13 +138,6 @@ class Library:
         check_llama_cpp_version()
         self.path = path
         self.llama = libllama()
-        missing = missing_cpu_features(self.llama)
-        if missing:
-            raise LibraryError(
-                f"llama-cpp-python: compiled for a CPU with {', '.join(missing)}, which this one lacks; "
-                "it would stop with an illegal instruction; build it here with `pip install "
-                f"--no-binary :all: llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}`"
-            )
         self.ffi = cffi.FFI()
         self.ffi.cdef(api_declarations())
         try:
@@ -167,6 +148,7 @@ class Library:
             ) from None
         self._check_abi()
         self._check_ggml()
+        self._check_processor()
         self._register()
         self.default_inner = [self.inner(device) for device in range(self.device_count())]
 
@@ -196,6 +178,15 @@ class Library:
             raise VersionError(
                 f"{self.path}: compiled against ggml {built}, llama-cpp-python brings {here}; they must be "
                 "the same; build it again with `pip install .`"
+            )
+
+    def _check_processor(self) -> None:
+        if not self.c.rotary_cpu_runs():
+            self.llama.llama_print_system_info.restype = ctypes.c_char_p
+            built_for = self.llama.llama_print_system_info().decode().strip(" |")
+            raise LibraryError(
+                "llama-cpp-python: a trial run dies of an illegal instruction on this processor; "
+                f"it was compiled for [{built_for}]; build it here with `{pinned.REBUILD_LLAMA_CPP}`"
             )
 
     def _register(self) -> None:

@@ -74,7 +74,7 @@ def _import_llama_cpp() -> Check:
     )
     if child.returncode == 0:
         return Check("llama.cpp", OK, "imports")
-    build = f"pip install --force-reinstall --no-binary :all: llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}"
+    build = pinned.REBUILD_LLAMA_CPP
     if child.returncode < 0:
         return Check(
             "llama.cpp",

@@ -23,16 +23,6 @@ _ELF_MACHINES = {
 }
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386", "i586": "i386"}
 
-# ggml_cpu_has_<key>() is a constant of the llama.cpp build; the value is the flag in /proc/cpuinfo it relies
-# on.
-CPU_FEATURES = {
-    "sse3": "pni", "ssse3": "ssse3", "avx": "avx", "avx_vnni": "avx_vnni", "avx2": "avx2", "f16c": "f16c",
-    "fma": "fma", "bmi2": "bmi2", "avx512": "avx512f", "avx512_vbmi": "avx512_vbmi",
-    "avx512_vnni": "avx512_vnni", "avx512_bf16": "avx512_bf16", "amx_int8": "amx_int8",
-    "neon": "asimd", "fp16_va": "asimdhp", "dotprod": "asimddp", "matmul_int8": "i8mm", "sve": "sve",
-    "sme": "sme", "sme2": "sme2",
-}  # fmt: skip
-
 
 def check_library_machine(path: Path) -> None:
     """Refuse a shared library that this machine cannot load.
@@ -71,19 +61,6 @@ def check_library_machine(path: Path) -> None:
                 f"{path}: truncated, {n_bytes} bytes; its header announces "
                 f"{sections + entry_bytes * n_entries}; build it again with `pip install .`"
             )
-
-
-def cpu_flags() -> frozenset[str]:
-    """Feature flags of the CPU as the kernel names them; empty where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip().lower() in ("flags", "features"):
-            return frozenset(value.split())
-    return frozenset()
 
 
 def available_memory() -> int | None:

@@ -7,3 +7,7 @@ assignments and imports nothing.
 
 LLAMA_CPP_PYTHON = "0.3.36"  # its sdist carries the llama.cpp source the native library is compiled against
 GGML_VERSION = "0.25.3"
+REBUILD_LLAMA_CPP = (
+    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python "
+    f"llama-cpp-python=={LLAMA_CPP_PYTHON}"
+)

@@ -118,15 +118,19 @@ def apart(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return process.result()
 
 
-def faulty_disk(folder: Path) -> dict[str, str]:
-    """The environment of a process whose disk obeys `Disk`: faulty_disk.c, compiled into `folder`."""
+def preload(folder: Path, source: Path) -> dict[str, str]:
+    """The environment of a process in which a C file's functions, compiled into `folder`, come first."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        pytest.skip("no C compiler for faulty_disk.c")
-    library = folder / "faulty_disk.so"
-    source = ROOT / "tests" / "faulty_disk.c"
+        pytest.skip(f"no C compiler for {source.name}")
+    library = (folder / source.name).with_suffix(".so")
     subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
     return {"LD_PRELOAD": str(library)}
+
+
+def faulty_disk(folder: Path) -> dict[str, str]:
+    """The environment of a process whose disk obeys `Disk`: faulty_disk.c, compiled into `folder`."""
+    return preload(folder, ROOT / "tests" / "faulty_disk.c")
 
 
 class Disk:

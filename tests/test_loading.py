@@ -5,11 +5,15 @@ API."""
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from paged import preload
 
 from rotary_llamacpp import _native, machine, pinned
 from rotary_llamacpp.errors import DeviceError, LibraryError, RotaryError, VersionError
@@ -91,13 +95,64 @@ def test_another_struct(native, monkeypatch):
     assert "rotary_stats" in refused(native.path, VersionError)
 
 
-def test_cpu_features_that_are_not_there(native, monkeypatch):
-    assert _native.missing_cpu_features(native.llama) == []
-    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"fpu"}))
-    if platform.machine() == "x86_64":
-        assert "illegal instruction" in refused(native.path, LibraryError)
-    monkeypatch.setattr(machine, "cpu_flags", frozenset)
-    assert _native.missing_cpu_features(native.llama) == [], "unknown flags prove nothing"
+# What the trial in a child meets there, in place of ggml's own function.
+TRIALS = {
+    "illegal": "raise(SIGILL); return 0;",
+    "killed": "raise(SIGKILL); return 0;",
+    "failed": "return -1;",
+}
+
+
+@pytest.fixture
+def trial(native, tmp_path):
+    """Loads the library in a process where the trial runs `body`, no graph; the last line printed."""
+
+    def run(body: str, before: str = "") -> str:
+        source = tmp_path / "trial.c"
+        function = "int ggml_backend_graph_compute(void * backend, void * graph)"
+        source.write_text(f"#include <signal.h>\n{function} {{ {body} }}\n")
+        program = f"""if True:
+            {before}
+            from rotary_llamacpp import _native
+            from rotary_llamacpp.errors import LibraryError
+            try:
+                print(_native.load().device_count(), "devices")
+            except LibraryError as error:
+                print(error)"""
+        environment = {**os.environ, **preload(tmp_path, source)}
+        ran = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ran.stderr == ""
+        return ran.stdout.splitlines()[-1]
+
+    return run
+
+
+def test_a_processor_that_llama_cpp_was_not_built_for(trial):
+    text = trial(TRIALS["illegal"])
+    assert "illegal instruction" in text and text.count("; ") == 2
+    assert "CPU : " in text, "what it was compiled for, in ggml's words"
+
+
+def test_handlers_of_the_application_do_not_hide_it(trial):
+    assert "illegal instruction" in trial(TRIALS["illegal"], "import faulthandler; faulthandler.enable()")
+
+
+@pytest.mark.parametrize("how", ["killed", "failed"])
+def test_a_trial_that_proves_nothing_refuses_nothing(trial, how):
+    assert trial(TRIALS[how]).endswith(" devices")
+
+
+def test_no_child_to_try_in(trial):
+    """Children that are waited for by the system leave no exit status."""
+    ignore = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+    assert trial(TRIALS["failed"], ignore).endswith(" devices")
 
 
 def test_loading_is_done_once(native):
@@ -159,7 +214,6 @@ def test_list_without_our_devices(native):
     assert native.device_list([0])[0] not in list(chosen)
 
 
-def test_flags_and_memory_of_this_machine():
+def test_memory_of_this_machine():
     assert machine.available_memory() > 0
-    assert machine.cpu_flags()
     assert machine.memlock_limit() is None or machine.memlock_limit() >= 0

@@ -72,6 +72,10 @@ const char * rotary_built_ggml_version(void);
 const char * rotary_built_ggml_commit(void);
 const char * rotary_built_machine(void);
 
+// Whether the CPU backend of the ggml in this process runs on this processor: 0 if a small graph, computed in a child
+// process, dies of an illegal instruction; else 1, also where no child can be had.
+int32_t rotary_cpu_runs(void);
+
 // Status of the last error on this thread, for functions that return a pointer; ROTARY_OK if none.
 int32_t rotary_last_status(void);
 

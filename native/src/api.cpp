@@ -20,7 +20,7 @@ struct rotary_pool {
 // ---- library
 
 int32_t rotary_abi_version(void) {
-    return 5;
+    return 6;
 }
 
 size_t rotary_sizeof(const char * struct_name) {
