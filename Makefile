@@ -27,7 +27,7 @@ VERSION := $(shell sed -n 's/^LLAMA_CPP_PYTHON = "\([^"]*\)".*/\1/p' rotary_llam
 SDIST   := build/sdist/llama_cpp_python-$(VERSION)
 WHEELS  := build/wheel-$(VERSION)
 LIBRARY := rotary_llamacpp/lib/libggml-rotary.so
-NATIVE  := CMakeLists.txt $(wildcard native/src/*.* native/src/policies/* native/cuda/* native/include/*)
+NATIVE  := CMakeLists.txt $(shell find native -type f)
 
 # For the pip that builds wheels, and for tests that start the build again.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -51,7 +51,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror native/src/*.* native/src/policies/* native/src/predictors/* native/cuda/* tests/conformance/*.c tests/*.c tests/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find native/src native/cuda tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 
 clean:
 	rm -rf $(VENV) build/native build/conformance build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include

@@ -9,6 +9,7 @@ from the llama-cpp-python sdist unpacked in build/sdist, else from one that pip 
 `python setup.py llama_cpp` does only that and prints the directory.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -21,6 +22,12 @@ from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
+
+if not sys.platform.startswith("linux") and sys.argv[1:2] != ["sdist"]:
+    sys.exit(
+        f"rotary-llamacpp: it does not run on {sys.platform}; it needs Linux (in Windows, WSL 2 is one); "
+        "install it there"
+    )
 
 ROOT = Path(__file__).resolve().parent
 SDIST_DIR = ROOT / "build" / "sdist"
@@ -59,6 +66,7 @@ def llama_cpp_dir() -> Path:
     archive = SDIST_DIR / f"{stem}.tar.gz"
     if not archive.is_file():
         download_sdist(version)
+    check_sdist(archive)
     # Unpacked beside its place and moved there, so that an interrupted run leaves no half of a source behind.
     part = SDIST_DIR / f".{stem}.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -75,24 +83,38 @@ def llama_cpp_dir() -> Path:
 
 
 def download_sdist(version: str) -> None:
-    print(f"downloading the llama-cpp-python {version} sdist to {SDIST_DIR}", file=sys.stderr, flush=True)
+    """By pip, which knows indexes, proxies and certificates; pyproject.toml asks for one to be there."""
+    wanted = f"llama-cpp-python=={version}"
+    print(f"downloading the sdist of {wanted} to {SDIST_DIR}", file=sys.stderr, flush=True)
     SDIST_DIR.mkdir(parents=True, exist_ok=True)
-    name = "llama-cpp-python"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-binary",
-        name,
-        f"{name}=={version}",
-    ]
-    result = subprocess.run([*command, "--dest", str(SDIST_DIR)], stdout=sys.stderr.fileno(), check=False)
+    environment = dict(os.environ)
+    environment.pop("PIP_BUILD_TRACKER", None)  # of the pip that runs us
+    for pips, uvs in (
+        ("PIP_INDEX_URL", "UV_DEFAULT_INDEX"),
+        ("PIP_INDEX_URL", "UV_INDEX_URL"),
+        ("PIP_EXTRA_INDEX_URL", "UV_EXTRA_INDEX_URL"),
+    ):
+        if uvs in environment:
+            environment.setdefault(pips, environment[uvs])
+    options = ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(SDIST_DIR)]
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, wanted],
+        env=environment,
+        stdout=sys.stderr.fileno(),
+        check=False,
+    )
     if result.returncode != 0:
         raise BuildFailed(
-            f"{name} {version}: its sdist could not be downloaded; check the network, "
-            "or set ROTARY_LLAMA_CPP_DIR to an unpacked one's vendor/llama.cpp"
+            f"{wanted}: pip could not download its sdist, exit status {result.returncode}, see above; "
+            "mend that, or set ROTARY_LLAMA_CPP_DIR to an unpacked one's vendor/llama.cpp"
+        )
+
+
+def check_sdist(archive: Path) -> None:
+    wanted, found = pin("LLAMA_CPP_PYTHON_SHA256"), hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != wanted:
+        raise BuildFailed(
+            f"{archive}: its SHA-256 is {found}; {PACKAGE}/pinned.py says {wanted}; delete it and try again"
         )
 
 
