@@ -4,24 +4,24 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import struct
 from pathlib import Path
 
 from .errors import LibraryError
 
-# e_machine in an ELF header, by the name platform.machine() uses.
-_ELF_MACHINES = {
-    3: "i386",
-    40: "armv7l",
-    62: "x86_64",
-    183: "aarch64",
-    21: "ppc64le",
-    22: "s390x",
-    243: "riscv64",
-}
-_ALIASES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386", "i586": "i386"}
+# e_machine in an ELF header, for messages alone.
+_ELF_MACHINES = {3: "i386", 21: "ppc64le", 22: "s390x", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv"}
+_PROGRAM = Path("/proc/self/exe")
+
+
+def _elf_target(header: bytes) -> tuple[int, int, int]:
+    """Word size, byte order and machine of what an ELF header of 64 bytes begins."""
+    return header[4], header[5], int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
+
+
+def _named(target: tuple[int, int, int]) -> str:
+    return f"{_ELF_MACHINES.get(target[2], f'ELF machine {target[2]}')} of {32 * target[0]} bits"
 
 
 def check_library_machine(path: Path) -> None:
@@ -43,16 +43,18 @@ def check_library_machine(path: Path) -> None:
         ) from None
     if header[:4] != b"\x7fELF" or len(header) < 64:
         raise LibraryError(f"{path}: not an ELF shared library; expected libggml-rotary.so; build it again")
-    order = "<" if header[5] == 1 else ">"
-    (number,) = struct.unpack_from(order + "H", header, 18)
-    built = _ELF_MACHINES.get(number, f"machine {number}")
-    here = platform.machine().lower()
-    here = _ALIASES.get(here, here)
-    if built != here:
+    # Python itself says what runs here: uname may name a 64-bit kernel under 32-bit programs.
+    try:
+        with _PROGRAM.open("rb") as file:
+            here = _elf_target(file.read(64))
+    except OSError:
+        here = _elf_target(header)
+    if _elf_target(header) != here:
         raise LibraryError(
-            f"{path}: built for {built}, this machine is {here}; a library runs on its own CPU only; "
-            "build it here with `pip install .`"
+            f"{path}: built for {_named(_elf_target(header))}, this Python is {_named(here)}; a library runs "
+            "on its own CPU only; build it here with `pip install .`"
         )
+    order = "<" if header[5] == 1 else ">"
     if header[4] == 2:  # 64 bits: the section headers come last; dlopen of a truncated file may die of SIGBUS
         (sections,) = struct.unpack_from(order + "Q", header, 40)
         entry_bytes, n_entries = struct.unpack_from(order + "HH", header, 58)

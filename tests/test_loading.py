@@ -62,7 +62,19 @@ def test_built_for_another_cpu(native, tmp_path):
     path = tmp_path / "libggml-rotary.so"
     path.write_bytes(data)
     text = refused(path, LibraryError)
-    assert platform.machine() in text and ("aarch64" in text or "x86_64" in text)
+    assert "aarch64" in text or "x86_64" in text
+
+
+@pytest.mark.parametrize("uname", ["aarch64", "loongarch64", "riscv64", ""])
+def test_uname_decides_nothing(native, monkeypatch, uname):
+    """A 64-bit kernel under 32-bit programs names the kernel's machine, and new machines have new names."""
+    monkeypatch.setattr(platform, "machine", lambda: uname)
+    machine.check_library_machine(native.path)
+
+
+def test_a_program_that_cannot_be_read(native, monkeypatch):
+    monkeypatch.setattr(machine, "_PROGRAM", Path("/nowhere"))
+    machine.check_library_machine(native.path)
 
 
 def test_damaged_library(native, tmp_path):
