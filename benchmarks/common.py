@@ -30,10 +30,13 @@ class ProcessFailed(Exception):
         self.stderr = stderr
 
 
-def in_process(module: str, function: str, *arguments: object, timeout: float | None = None) -> dict:
+def in_process(
+    module: str, function: str, *arguments: object, timeout: float | None = None, root: Path = ROOT
+) -> dict:
     """Call `module`.`function` in a fresh interpreter: no run inherits another's memory or threads.
 
-    Arguments and the result pass as JSON, the result in the last line of standard output.
+    The code is that of the checkout at `root`. Arguments and the result pass as JSON, the result in the last
+    line of standard output.
 
     Raises
     ------
@@ -48,7 +51,7 @@ def in_process(module: str, function: str, *arguments: object, timeout: float | 
     )
     result = subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False,
         timeout=timeout,
     )  # fmt: skip
     if result.returncode != 0:

@@ -7,7 +7,10 @@ over rounds, and ratios are to stock with the same kernels, repacking included. 
 same everywhere, or the benchmark fails. Run it on an idle machine: with more runnable threads than cores,
 ggml's barriers measure the scheduler.
 
+With --against another built checkout of this project runs the same, in turn with this one.
+
     python benchmarks/decode.py models/tiny-moe-q8_0.gguf
+    python benchmarks/decode.py models/tiny-moe-q8_0.gguf --against ../before
     python benchmarks/decode.py --shape qwen3-30b-a3b --layers 6 --type q4_0 --locality 0.38
 """
 
@@ -25,7 +28,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
 
-from benchmarks.common import MODELS, ProcessFailed, cpu_name, in_process, last_logits, synthetic
+from benchmarks.common import MODELS, ROOT, ProcessFailed, cpu_name, in_process, last_logits, synthetic
 
 
 def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_threads: int) -> dict:
@@ -84,53 +87,67 @@ def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_thre
 @click.option("-n", "n_decode", default=64, show_default=True, help="Decoded tokens.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write all figures here as well.")
-def main(model, shape, type_, layers, locality, budgets, n_prompt, n_decode, rounds, threads, json_path):
+def main(
+    model, shape, type_, layers, locality, budgets, n_prompt, n_decode, rounds, threads, against, json_path
+):
     """Print a table of decode and prefill speed, stock and paged."""
     if (model is None) == (shape is None):
         raise click.UsageError("give either a MODEL or --shape")
     path = Path(model).resolve() if model else synthetic(MODELS, shape, type_, locality, layers=layers)
-    configurations: list[str | None] = [None, *budgets.split(",")]
-    runs: dict[str | None, list[dict]] = {budget: [] for budget in configurations}
+    # By name: the checkout whose code runs, and the budget.
+    configurations: dict[str, tuple[Path, str | None]] = {"stock": (ROOT, None)}
+    for budget in budgets.split(","):
+        configurations[budget] = (ROOT, budget)
+        if against:
+            configurations[f"{budget} {against.name}"] = (against.resolve(), budget)
+    runs: dict[str, list[dict]] = {name: [] for name in configurations}
     for round_ in range(rounds):
-        for budget in configurations:
-            click.echo(f"\rround {round_ + 1} of {rounds}: {budget or 'stock':8}", nl=False, err=True)
+        for name, (root, budget) in configurations.items():
+            click.echo(f"\rround {round_ + 1} of {rounds}: {name:20}", nl=False, err=True)
             arguments = (str(path), budget, n_prompt, n_decode, threads)
             try:
-                runs[budget].append(in_process("benchmarks.decode", "measure", *arguments))
+                runs[name].append(in_process("benchmarks.decode", "measure", *arguments, root=root))
             except ProcessFailed as error:
-                raise click.ClickException(f"{budget or 'stock'}: failed: {error}") from None
-    click.echo("\r" + " " * 40 + "\r", nl=False, err=True)
+                raise click.ClickException(f"{name}: failed: {error}") from None
+    click.echo("\r" + " " * 50 + "\r", nl=False, err=True)
 
     hashes = {run["text_hash"] for each in runs.values() for run in each}
     if len(hashes) != 1:
         raise click.ClickException(f"{path.name}: the text differs between configurations: {sorted(hashes)}")
 
-    def median(budget: str | None, figure: str) -> float:
-        return statistics.median(run[figure] for run in runs[budget])
+    def median(name: str, figure: str) -> float:
+        return statistics.median(run[figure] for run in runs[name])
 
     click.echo(f"{path.name}, {cpu_name()}, {threads} threads, medians of {rounds} rounds")
     click.echo("| | decode tok/s | of stock | prefill tok/s | of stock | slots | hit rate |")
     click.echo("|---|---|---|---|---|---|---|")
     table = []
-    for budget in configurations:
-        run = runs[budget][0]
+    for name in configurations:
+        run = runs[name][0]
         row = {
-            "configuration": budget or "stock", "decode": median(budget, "decode"),
-            "decode_ratio": median(budget, "decode") / median(None, "decode"),
-            "prefill": median(budget, "prefill"),
-            "prefill_ratio": median(budget, "prefill") / median(None, "prefill"),
+            "configuration": name, "decode": median(name, "decode"),
+            "decode_ratio": median(name, "decode") / median("stock", "decode"),
+            "prefill": median(name, "prefill"),
+            "prefill_ratio": median(name, "prefill") / median("stock", "prefill"),
             "n_slots": run["n_slots"], "hit_rate": run["hit_rate"],
         }  # fmt: skip
         table.append(row)
         hit_rate = "" if row["hit_rate"] is None else f"{row['hit_rate']:.1%}"
         click.echo(
-            f"| {row['configuration']} | {row['decode']:.1f} | {row['decode_ratio']:.2f} "
+            f"| {name} | {row['decode']:.1f} | {row['decode_ratio']:.2f} "
             f"| {row['prefill']:.1f} | {row['prefill_ratio']:.2f} | {row['n_slots'] or ''} | {hit_rate} |"
         )
+    if against:
+        for budget in budgets.split(","):
+            decode, prefill = (
+                median(budget, figure) / median(f"{budget} {against.name}", figure)
+                for figure in ("decode", "prefill")
+            )
+            click.echo(f"{budget} against {against.name}: decode {decode:.3f}, prefill {prefill:.3f}")
     if json_path:
-        figures = {budget or "stock": each for budget, each in runs.items()}
-        everything = {"model": path.name, "table": table, "runs": figures}
+        everything = {"model": path.name, "table": table, "runs": runs}
         Path(json_path).write_text(json.dumps(everything, indent=1))
 
 
