@@ -182,7 +182,9 @@ SETUP = "import runpy; sys.argv = ['setup.py', {command!r}]; runpy.run_path('set
 
 @pytest.mark.parametrize("platform", ["darwin", "win32", "freebsd14"])
 def test_other_systems_are_refused(checkout, platform):
-    said = refused(checkout, f"sys.platform = {platform!r}; " + SETUP.format(command="egg_info"))
+    said = refused(
+        checkout, f"import setuptools; sys.platform = {platform!r}; " + SETUP.format(command="egg_info")
+    )
     assert platform in said and "Linux" in said
 
 
