@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import HANG_S, ROOT
 from tracing import OPTIONS, trace
 
 from rotary_llamacpp import Llama
@@ -96,14 +96,14 @@ class Apart:
         self.process.communicate()
         shutil.rmtree(self.folder)
 
-    def result(self, timeout: float = 120) -> Any:
+    def result(self, timeout: float = HANG_S) -> Any:
         """Wait for it; it must end by itself, and well."""
         _, said = self.process.communicate(timeout=timeout)
         assert self.process.returncode == 0, f"ended with {self.process.returncode}: {said[-2000:]}"
         with open(self.folder / "result", "rb") as file:
             return pickle.load(file)
 
-    def wait_for(self, path: Path, timeout: float = 60) -> None:
+    def wait_for(self, path: Path, timeout: float = HANG_S) -> None:
         """Wait until the process has made this file."""
         end = time.monotonic() + timeout
         while not path.exists():
@@ -150,9 +150,18 @@ class Disk:
         """Let `n` reads fail, beginning when `after` more have been made."""
         self.set(fail_at=self.reads + after + 1, n_fail=n)
 
+    def hold_next(self, after: int = 0) -> None:
+        """Let reads wait for `mend`, beginning when `after` more have been made."""
+        self.set(held=0, hold_at=self.reads + after + 1)
+
+    def wait_until_held(self) -> None:
+        """Until a read waits; it must be of another thread."""
+        while self.held == 0:
+            time.sleep(0.001)
+
     def mend(self) -> None:
         """No more failures, and full speed."""
-        self.set(fail_at=0, delay_us=0, withheld=0, most=0)
+        self.set(fail_at=0, delay_us=0, hold_at=0, withheld=0, most=0)
 
 
 def pure_logic(folder: Path, host: str, *sources: str) -> ctypes.CDLL:
