@@ -456,8 +456,8 @@ def test_a_device_that_fails(native, synthetic, stock_trace, volume, io):
 
 
 def run_until_interrupted(model, waiting):
-    """Says in the file `waiting` that a read of the prompt's waits, which it does until a signal has come; then
-    what became of it, and a run."""
+    """Says in the file `waiting` that a read of the prompt's waits, which it does until a signal has come;
+    then what became of it, and a run."""
     disk = Disk()
     llama = make(model, MIN, **IN_BATCHES)
     # Python runs handlers of signals in the main thread, which is in the graph; this is told of them at once.
