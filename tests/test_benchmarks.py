@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import ROOT
+from conftest import HANG_S, ROOT
 
 from benchmarks import cgroups, report
 from benchmarks.cells import Cell, Variant, plan
@@ -190,7 +190,7 @@ def test_other_logits_end_the_benchmark(tmp_path):
 
 def script(name, *arguments):
     command = [sys.executable, ROOT / "benchmarks" / name, *arguments]
-    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
 
 
 @pytest.mark.slow

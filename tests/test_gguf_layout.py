@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_convert import tensor_bytes
 from test_convert_faults import no_hang
@@ -88,7 +88,7 @@ def models(draw: st.DrawFn) -> tuple[list[Made], int]:
     return draw(st.permutations(tensors)), draw(st.sampled_from([32, 64, 4096]))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60)
 @given(
     model=models(),
     alignment=st.sampled_from([32, 512, 4096]),
@@ -147,7 +147,7 @@ def small_model() -> bytes:
 SMALL = small_model()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300)
 @given(
     changes=st.lists(
         st.tuples(st.integers(4, len(SMALL) - 1), st.sampled_from([0, 1, 8, 9, 10, 0x7F, 0x80, 0xFF])),
