@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from hypothesis import HealthCheck, settings
 
 # Seconds. What takes so long hangs, on however slow and busy a machine; no test fails for less.
 HANG_S = 1800
@@ -31,7 +30,6 @@ from models.synth import SHAPES, add_metadata, synthesize  # noqa: E402
 from rotary_llamacpp import _native, pinned, traces  # noqa: E402
 from rotary_llamacpp.gguf_header import read_header  # noqa: E402
 
-
 # Of what the user has set, these are for tests.
 FOR_TESTS = ("ROTARY_TESTS_ALLOW_NO_NATIVE", "ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY")
 
@@ -42,11 +40,14 @@ def pytest_configure() -> None:
         ours = name.startswith(("ROTARY_", "GGML_", "LLAMA_", "OMP_")) and name not in FOR_TESTS
         if ours or name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
             del os.environ[name]
+    # Else threads spin for each other, for minutes on a busy machine.
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
+    from hypothesis import HealthCheck, settings  # not for the processes that tests start
 
-# No example is late, on however slow a machine.
-settings.register_profile("any machine", deadline=None, suppress_health_check=list(HealthCheck))
-settings.load_profile("any machine")
+    # No example is late, on however slow a machine.
+    settings.register_profile("any machine", deadline=None, suppress_health_check=list(HealthCheck))
+    settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
