@@ -112,6 +112,10 @@ class Apart:
             time.sleep(0.005)
 
 
+# Where address space is limited: glibc reserves 64 MiB of it for the first allocation of each thread.
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+
+
 def apart(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """The same, waited for."""
     with Apart(function, *args, **options) as process:

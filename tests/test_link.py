@@ -14,7 +14,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from paged import Disk, apart, assert_equal, faulty_disk, make, paged_trace
+from paged import ONE_ARENA, Disk, apart, assert_equal, faulty_disk, make, paged_trace
 from tracing import prompt_tokens, trace
 
 from rotary_llamacpp import _native, activate, deactivate
@@ -360,7 +360,7 @@ def with_little_address_space(model):
 def test_a_tier_that_the_system_refuses_is_announced(synthetic, late):
     # All 144 MiB of experts fit into the tier at first; then the address space shrinks to less.
     model = synthetic(type="f16", used=2, ff=512, embd=768, heads=4, head_dim=64)
-    stats = apart(with_little_address_space, model, environment=late)
+    stats = apart(with_little_address_space, model, environment={**late, **ONE_ARENA})
     refused = [text for text in stats["notices"] if "no slots in RAM" in text]
     assert len(refused) == 1 and "the system refuses" in refused[0]
     assert stats["ram_bytes"] == 0 < stats["misses"]
