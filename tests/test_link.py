@@ -112,21 +112,22 @@ def test_copies_ahead_stop_for_what_is_wanted(tiny_model, stock_trace, late, bud
     # The trained model's routers are guessed right two times out of three.
     n_decode = 20
     stock = stock_trace(tiny_model, n_prompt=LONG, n_decode=n_decode, **CPU)
-    ways = {"0": True, "3000": True, "never": False}
+    # An expert has three pieces: the second comes late, and the others hardly begin.
+    ways = {"fast": ("0", True), "slow": ("4", True), "never": ("0", False)}
     configs = [
-        {"budget": budget, "prefetch": on, "environment": {"LATE_PIECE_US": us if on else "0"}}
-        for us, on in ways.items()
+        {"budget": budget, "prefetch": on, "environment": {"LATE_PIECES": pieces}}
+        for pieces, on in ways.values()
     ]
     results = dict(zip(ways, apart(run_ahead, tiny_model, configs, n_decode, environment=late), strict=True))
     for parts, stats in results.values():
         for part in parts:
             assert_equal(part, stock)
         assert stats["hits"] + stats["misses"] == stats["requests"]
-    slow, never = results["3000"][1], results["never"][1]
+    slow, never = results["slow"][1], results["never"][1]
     assert 0 < slow["late_hits"] <= slow["prefetch_used"] < slow["prefetched"] < slow["predicted"]
     assert 0.4 < slow["predicted_right"] / slow["predicted"] < 0.95
     assert never["predicted"] == never["prefetched"] == never["prefetch_used"] == 0
-    fast = results["0"][1]
+    fast = results["fast"][1]
     assert fast["prefetch_used"] > 0 and fast["predicted"] == slow["predicted"]
 
 
