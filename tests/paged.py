@@ -112,6 +112,37 @@ class Apart:
             time.sleep(0.005)
 
 
+def notices(stats: Mapping[str, Any]) -> list[str]:
+    """Those of a run, but for what this machine forces on any: it has no io_uring, as in many containers, or
+    the model's file system no direct reads."""
+
+    def is_forced(text: str) -> bool:
+        if "io_uring" in text:
+            return not has_io_uring()
+        return "refuses direct reads" in text and not reads_directly(text.partition(": ")[0])
+
+    return [text for text in stats["notices"] if not is_forced(text)]
+
+
+def reads_directly(path: Path | str) -> bool:
+    """Whether its file system has O_DIRECT."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+def has_io_uring() -> bool:
+    """Whether the kernel gives a ring that knows IORING_OP_READ, as from 5.6 on."""
+    parameters = (ctypes.c_uint32 * 30)()
+    fd = ctypes.CDLL(None).syscall(425, 1, parameters)
+    if fd < 0:
+        return False
+    os.close(fd)
+    return bool(parameters[5] & 1 << 3)  # IORING_FEAT_RW_CUR_POS, which came with it
+
+
 # Where address space is limited: glibc reserves 64 MiB of it for the first allocation of each thread.
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 

@@ -14,7 +14,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from paged import ONE_ARENA, Disk, apart, assert_equal, faulty_disk, make, paged_trace
+from paged import ONE_ARENA, Disk, apart, assert_equal, faulty_disk, make, notices, paged_trace
 from tracing import prompt_tokens, trace
 
 from rotary_llamacpp import _native, activate, deactivate
@@ -304,7 +304,7 @@ def test_direct_store(synthetic, stock_trace, late, lock):
     for paged, stats in apart(run, model, configs, environment={**late, "LATE_LOCK": lock}):
         assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
         assert stats["store"] == "direct" and stats["bytes_read"] > 0 and stats["device_lookups"] == 0
-        assert (stats["notices"] != []) == (lock == "none")
+        assert (notices(stats) != []) == (lock == "none")
 
 
 # ---- slots in RAM between the disk and the device's
@@ -323,8 +323,8 @@ def test_a_tier_in_ram(synthetic, stock_trace, late, prefetch, pin):
         assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
         assert (stats["ram_bytes"] > 0) == (stats["bytes_in_place"] > 0) == (size != "none"), size
         assert 0 <= stats["ram_hits"] <= stats["misses"]
-        assert (stats["notices"] != []) == (pin == "off" or size == "none"), stats["notices"]
-        for text in stats["notices"]:
+        assert (notices(stats) != []) == (pin == "off" or size == "none"), stats["notices"]
+        for text in notices(stats):
             said = "no slots in RAM" if size == "none" else "slots in RAM are not page-locked"
             assert said in text and (size == "none" or 'pin is "off"' in text)
     assert results["none"][1]["ram_hits"] == 0 < results["half"][1]["ram_hits"]
@@ -343,7 +343,7 @@ def test_no_tier_in_ram_is_announced(synthetic, stock_trace, late):
     for model, changed, reason in cases:
         [(paged, stats)] = apart(run, model, [changed], environment=late)
         assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
-        [notice] = stats["notices"]
+        [notice] = notices(stats)
         assert stats["ram_bytes"] == 0 and "no slots in RAM" in notice and reason in notice
 
 
