@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+# Seconds. What takes so long hangs, on however slow and busy a machine; no test fails for less.
+HANG_S = 1800
+
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
@@ -26,6 +29,25 @@ for folder in (ROOT, ROOT / "tests"):
 from models.synth import SHAPES, add_metadata, synthesize  # noqa: E402
 from rotary_llamacpp import _native, pinned, traces  # noqa: E402
 from rotary_llamacpp.gguf_header import read_header  # noqa: E402
+
+# Of what the user has set, these are for tests.
+FOR_TESTS = ("ROTARY_TESTS_ALLOW_NO_NATIVE", "ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY")
+
+
+def pytest_configure() -> None:
+    """The user's settings of ours, of llama.cpp's and of terminals are not what is tested."""
+    for name in list(os.environ):
+        ours = name.startswith(("ROTARY_", "GGML_", "LLAMA_", "OMP_")) and name not in FOR_TESTS
+        if ours or name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+            del os.environ[name]
+    # Else threads spin for each other, for minutes on a busy machine.
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+
+    from hypothesis import HealthCheck, settings  # not for the processes that tests start
+
+    # No example is late, on however slow a machine.
+    settings.register_profile("any machine", deadline=None, suppress_health_check=list(HealthCheck))
+    settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +156,7 @@ def rotary_command() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         command = [sys.executable, "-m", "rotary_llamacpp.cli", *map(str, arguments)]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_S, check=False)
 
     return run
 

@@ -3,7 +3,7 @@
 // LD_PRELOAD library: a disk that is slow, stingy or broken. It stands in front of pread(), which the reader's threads
 // use, of the system calls of io_uring, and of what decides how files are read. The variables below are its knobs, all
 // off at first; a test turns them through ctypes while the model runs. io_uring can be made to give less and to fail,
-// not to be slow; one ring is known, the last one made.
+// not to be slow or to wait; one ring is known, the last one made.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -24,6 +24,7 @@ enum { LEAST = 4096 };
 
 // knobs
 long disk_delay_us  = 0;   // that each read takes longer
+long disk_hold_at   = 0;   // number of the first read that waits, as do all after it, until this is 0 again; 0: none
 long disk_withheld  = 0;   // bytes that a read comes short of what was asked
 long disk_most      = 0;   // bytes that a read gives at most; 0: no limit
 long disk_fail_at   = 0;   // number of the first read that fails; 0: none
@@ -38,9 +39,15 @@ atomic_long disk_reads  = 0;
 atomic_long disk_short  = 0; // reads that gave less
 atomic_long disk_odd    = 0; // of these, those that ended where no direct read may begin
 atomic_long disk_failed = 0;
+atomic_long disk_held   = 0; // reads that have begun to wait
 
 static long next_number(void) {
     return atomic_fetch_add(&disk_reads, 1) + 1;
+}
+
+static int is_held(long number) {
+    const long first = *(volatile long *) &disk_hold_at;
+    return first > 0 && number >= first;
 }
 
 static int fails(long number) {
@@ -67,6 +74,10 @@ ssize_t pread(int fd, void * memory, size_t size, off_t offset) {
     if (disk_delay_us > 0) {
         const struct timespec delay = { disk_delay_us / 1000000, disk_delay_us % 1000000 * 1000 };
         nanosleep(&delay, NULL);
+    }
+    atomic_fetch_add(&disk_held, is_held(number));
+    while (is_held(number)) {
+        nanosleep(&(struct timespec) { 0, 1000000 }, NULL);
     }
     if (fails(number)) {
         errno = (int) disk_error;

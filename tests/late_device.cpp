@@ -9,7 +9,7 @@
 //   LATE_MEMORY=n  all devices together have so many bytes instead of 4 GiB
 //   LATE_LOST=n    so many of them are free, but in pieces too small for anything
 //   LATE_US=300    the longest delay before each thing a stream does, in microseconds
-//   LATE_PIECE_US=50 the delay after each piece that is copied ahead
+//   LATE_PIECES=4  so many pieces are copied ahead of a lookup before it has come, and no more; all by default
 //   LATE_LOCK      none: no host memory can be page-locked; new: not where it is; default: not read-only
 //   LATE_FAIL=n    the n-th thing asked of the link since this was set fails
 
@@ -417,14 +417,22 @@ static void score(const rotary_link_foretelling & its) {
     }
 }
 
-// A piece at a time, with delays between them, until the lookup they are for has come.
+// A piece at a time, until the lookup they are for has come.
 static void copy_ahead(const rotary_link_layer & layer, uint64_t number) {
-    rotary_page_state & state = *layer.table.state;
-    const uint32_t      all   = layer.table.n_pieces * state.n_ahead;
-    while (state.taken < all && __atomic_load_n(&state.demanded, __ATOMIC_ACQUIRE) < number) {
-        const uint32_t index = state.taken++;
-        copy_piece(layer, layer.table.ahead[index / layer.table.n_pieces], (int32_t) index % layer.table.n_pieces);
-        std::this_thread::sleep_for(std::chrono::microseconds(knob("LATE_PIECE_US")));
+    rotary_page_state & state  = *layer.table.state;
+    const uint32_t      all    = layer.table.n_pieces * state.n_ahead;
+    const long          most   = knob("LATE_PIECES");
+    const auto          wanted = [&] {
+        return __atomic_load_n(&state.demanded, __ATOMIC_ACQUIRE) >= number;
+    };
+    for (long n_copied = 0; state.taken < all && !wanted(); n_copied++) {
+        while (most > 0 && n_copied >= most && !wanted()) {
+            std::this_thread::sleep_for(std::chrono::microseconds(20));
+        }
+        if (!wanted()) {
+            const uint32_t index = state.taken++;
+            copy_piece(layer, layer.table.ahead[index / layer.table.n_pieces], (int32_t) index % layer.table.n_pieces);
+        }
     }
 }
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import HANG_S, ROOT
 from tracing import OPTIONS, trace
 
 from rotary_llamacpp import Llama
@@ -96,20 +96,55 @@ class Apart:
         self.process.communicate()
         shutil.rmtree(self.folder)
 
-    def result(self, timeout: float = 120) -> Any:
+    def result(self, timeout: float = HANG_S) -> Any:
         """Wait for it; it must end by itself, and well."""
         _, said = self.process.communicate(timeout=timeout)
         assert self.process.returncode == 0, f"ended with {self.process.returncode}: {said[-2000:]}"
         with open(self.folder / "result", "rb") as file:
             return pickle.load(file)
 
-    def wait_for(self, path: Path, timeout: float = 60) -> None:
+    def wait_for(self, path: Path, timeout: float = HANG_S) -> None:
         """Wait until the process has made this file."""
         end = time.monotonic() + timeout
         while not path.exists():
             assert self.process.poll() is None, self.process.communicate()[1][-2000:]
             assert time.monotonic() < end, f"no {path.name} within {timeout} s"
             time.sleep(0.005)
+
+
+def notices(stats: Mapping[str, Any]) -> list[str]:
+    """Those of a run, but for what this machine forces on any: it has no io_uring, as in many containers, or
+    the model's file system no direct reads."""
+
+    def is_forced(text: str) -> bool:
+        if "io_uring" in text:
+            return not has_io_uring()
+        return "refuses direct reads" in text and not reads_directly(text.partition(": ")[0])
+
+    return [text for text in stats["notices"] if not is_forced(text)]
+
+
+def reads_directly(path: Path | str) -> bool:
+    """Whether its file system has O_DIRECT."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+def has_io_uring() -> bool:
+    """Whether the kernel gives a ring that knows IORING_OP_READ, as from 5.6 on."""
+    parameters = (ctypes.c_uint32 * 30)()
+    fd = ctypes.CDLL(None).syscall(425, 1, parameters)
+    if fd < 0:
+        return False
+    os.close(fd)
+    return bool(parameters[5] & 1 << 3)  # IORING_FEAT_RW_CUR_POS, which came with it
+
+
+# Where address space is limited: glibc reserves 64 MiB of it for the first allocation of each thread.
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 
 def apart(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -154,9 +189,18 @@ class Disk:
         """Let `n` reads fail, beginning when `after` more have been made."""
         self.set(fail_at=self.reads + after + 1, n_fail=n)
 
+    def hold_next(self, after: int = 0) -> None:
+        """Let reads wait for `mend`, beginning when `after` more have been made."""
+        self.set(held=0, hold_at=self.reads + after + 1)
+
+    def wait_until_held(self) -> None:
+        """Until a read waits; it must be of another thread."""
+        while self.held == 0:
+            time.sleep(0.001)
+
     def mend(self) -> None:
         """No more failures, and full speed."""
-        self.set(fail_at=0, delay_us=0, withheld=0, most=0)
+        self.set(fail_at=0, delay_us=0, hold_at=0, withheld=0, most=0)
 
 
 def pure_logic(folder: Path, host: str, *sources: str) -> ctypes.CDLL:

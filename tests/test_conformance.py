@@ -8,6 +8,7 @@ as inner device and over llama.cpp's RPC server on loopback, whose memory no poi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,13 +16,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from conftest import HANG_S, ROOT
+from test_convert_faults import no_hang
 
 pytestmark = [pytest.mark.conformance, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "build" / "conformance" / "bin"
 LIBRARY = ROOT / "rotary_llamacpp" / "lib" / "libggml-rotary.so"
 MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
@@ -36,7 +37,6 @@ MOE_LEFT_OUT = ["llama-embed"]
 SMALL_OPS = r"^(?!.*(m=4096|m=2880|k=2048|k=4096|n_mats=1024|iq3_s.*n_mats=512))"
 FEW_TYPES = SMALL_OPS + r".*type_a=(f16|q4_0|q4_K|mxfp4),"
 
-TIMEOUT_S = 900
 TAIL_CHARS = 6000
 
 
@@ -53,33 +53,32 @@ def programs() -> None:
 @pytest.fixture(scope="module")
 def rpc_server() -> Iterator[str]:
     """An RPC server on a free port of the loopback interface; its endpoint as ROTARY_INNER wants it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(PROGRAMS / "ggml-rpc-server"), "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    for _ in range(10):  # another may take the port meanwhile
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(PROGRAMS / "ggml-rpc-server"), "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        with no_hang():
+            while server.poll() is None and not listens(port):
+                time.sleep(0.05)
+        if server.poll() is None:
+            break
+    else:
+        pytest.fail(f"ggml-rpc-server: ended with {server.returncode}, ten times")
     try:
-        deadline = time.monotonic() + 30
-        while True:
-            assert server.poll() is None, f"ggml-rpc-server: ended with {server.returncode}"
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, (
-                    f"ggml-rpc-server: does not listen on port {port} after 30 s"
-                )
-                time.sleep(0.1)
         yield f"rpc://127.0.0.1:{port}"
     finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        server.kill()
+        server.wait()
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def run(
@@ -106,13 +105,13 @@ def run(
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=TIMEOUT_S,
+            timeout=HANG_S,
             check=False,
         )
     except subprocess.TimeoutExpired as err:
         output = (err.stdout or b"") + (err.stderr or b"")
         pytest.fail(
-            f"{program}: not done in {TIMEOUT_S} s; it said last:\n{tail(output.decode(errors='replace'))}"
+            f"{program}: not done in {HANG_S} s; it said last:\n{tail(output.decode(errors='replace'))}"
         )
     # llama.cpp colours its words.
     stdout, stderr = (

@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any
 
 import pytest
+from conftest import HANG_S
 from test_convert import assert_nothing_else, write_legacy
 
 from rotary_llamacpp import copying, quantising
@@ -43,14 +44,14 @@ def at_call(number: int, function: Callable[..., Any], fault: BaseException) -> 
 
 
 @contextlib.contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """A failure of what takes longer, even if it would take for ever."""
+def no_hang() -> Iterator[None]:
+    """A failure of what would take for ever."""
 
     def late(*_: object) -> None:
-        pytest.fail(f"took over {seconds} s")
+        pytest.fail(f"took over {HANG_S} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    signal.alarm(HANG_S)
     try:
         yield
     finally:

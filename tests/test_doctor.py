@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
+from conftest import HANG_S
 
 from rotary_llamacpp import _native, disk, doctor, machine
 
@@ -78,6 +79,7 @@ def test_slow_disk(monkeypatch, tiny_model):
 
 
 def test_reads_the_whole_of_a_small_file_and_no_more_of_a_large_one(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_SAMPLE_SECONDS", HANG_S)
     found = disk.read_cold(tiny_model)
     assert found.n_bytes == tiny_model.stat().st_size and found.how in ("direct", "cache dropped")
     assert found.seconds > 0 and found.busy >= 0

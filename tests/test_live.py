@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
+import itertools
 import logging
 import os
-import pty
-import struct
+import re
 import sys
-import termios
-import time
 from types import SimpleNamespace
 
 import pytest
+from terminals import Terminal
 
-from rotary_llamacpp import live
-from rotary_llamacpp.figures import Figures
+from rotary_llamacpp import figures, live
 
 
 class Model:
@@ -42,34 +39,21 @@ class Model:
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Puts standard error on a terminal; returns a function that reads until a text has come."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    os.set_blocking(ours, False)
-    stream = os.fdopen(theirs, "w", buffering=1)
+    """Puts standard error on a terminal; returns a function that waits for a text, and gives all up to it."""
     monkeypatch.setattr(live, "_INTERVAL_SECONDS", 0.01)
-    seen = ""
+    with Terminal(n_columns=100) as its, os.fdopen(os.dup(its.theirs), "w", buffering=1) as stream:
+        end = 0
 
-    def read_until(text):
-        nonlocal seen
-        deadline = time.monotonic() + 10
-        while text not in seen:
-            assert time.monotonic() < deadline, (text, seen)
-            time.sleep(0.01)
-            try:
-                seen += os.read(ours, 1 << 16).decode()
-            except BlockingIOError:
-                continue
-        found, seen = seen, ""
-        return found
+        def shown_until(text):
+            nonlocal end
+            start, end = end, its.wait_for(re.escape(text), end)
+            return its.text[start:end]
 
-    def begin():  # not before the test runs: pytest itself replaces the stream between set-up and call
-        monkeypatch.setattr(sys, "stderr", stream)
-        return read_until
+        def begin():  # not before the test runs: pytest itself replaces the stream between set-up and call
+            monkeypatch.setattr(sys, "stderr", stream)
+            return shown_until
 
-    yield begin
-    stream.close()
-    os.close(ours)
+        yield begin
 
 
 def test_phases(terminal):
@@ -86,20 +70,22 @@ def test_phases(terminal):
         assert "tok/s, hits 25.0 %" in shown and "disk" not in shown
 
 
-def test_the_disks_speed_is_that_since_the_last_poll():
+def test_the_disks_speed_is_that_since_the_last_poll(monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(figures, "time", SimpleNamespace(monotonic=lambda: next(seconds) / 2))
     model = Model(store="direct", bytes_read=0, hit_rate=0.5)
-    figures = Figures(model)
+    polled = figures.Figures(model)
     model.stats["bytes_read"] = 1 << 30
-    time.sleep(0.01)
-    (hits, first), (_, second) = live.poll(figures), live.poll(figures)
-    assert hits == "hits 50.0 %" and int(first.split()[1]) > 0 and second == "disk 0 MiB/s"
+    assert live.poll(polled) == ["hits 50.0 %", "disk 2048 MiB/s"]
+    assert live.poll(polled) == ["hits 50.0 %", "disk 0 MiB/s"]
 
 
 def test_no_share_is_shown_where_nothing_is_paged(terminal):
     shown_until = terminal()
     with live.watching() as watcher:
         watcher.prompt(Model(path="none", n_layers=0), 18)
-        assert "%" not in shown_until("prompt: 00:00").partition("prompt")[2]
+        shown_until("prompt: 00:00")
+        assert "%" not in shown_until("\r")
 
 
 def test_tokens_are_shown_only_where_text_goes_elsewhere(terminal, monkeypatch):
@@ -117,7 +103,7 @@ def test_tokens_are_shown_only_where_text_goes_elsewhere(terminal, monkeypatch):
         shown_until("prompt:   0%")
         watcher.token(1, 4)
         sys.stderr.write("the text\n")
-        assert shown_until("the text").endswith(" \rthe text\r\n"), "begins on a clear line"
+        assert shown_until("the text\r\n").endswith(" \rthe text\r\n"), "begins on a clear line"
         assert watcher._thread is None
 
 

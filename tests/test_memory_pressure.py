@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from paged import Apart, apart, assert_equal, make
+from test_convert_faults import no_hang
 from tracing import trace
 
 from rotary_llamacpp.config import MIB
@@ -108,12 +109,11 @@ def group():
                 (path / name).write_text("0")
         yield made
     finally:
-        for _ in range(100):
-            try:
-                path.rmdir()
-                break
-            except OSError:
-                time.sleep(0.05)
+        with no_hang():  # who was killed in it takes a moment to go
+            while path.exists():
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+                time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -187,17 +187,14 @@ def eat(group, most, full, stop):
     return len(eaten) * 4 * MIB
 
 
-def run_until(model, rotary, running, shrunk, stop, grow):
+def run_until(model, rotary, running, shrunk, stop):
     """Run again and again until `stop` is there, and then until slots have grown; figures after each run.
 
     Says in `shrunk` that a run has ended with fewer slots than the first.
     """
     llama = make(model, rotary, **OPTIONS)
     found, n_slots, stats = [], [], {}
-    deadline = None
-    while deadline is None or (grow and n_slots[-1] == min(n_slots) and time.monotonic() < deadline):
-        if stop.exists():
-            deadline = deadline or time.monotonic() + 20
+    while not stop.exists() or n_slots[-1] == min(n_slots):
         found.append(trace(llama, N_PROMPT, N_DECODE))
         stats = llama.rotary_stats()
         assert all(layer["n_resident"] <= layer["n_slots"] for layer in stats["layers"])
@@ -216,7 +213,7 @@ def test_memory_that_others_take(group, large, stock, tmp_path, budget):
     with contextlib.ExitStack() as stack:
         stack.callback(stop.write_text, "yes")
         paged = stack.enter_context(
-            Apart(run_until, large, rotary, running, shrunk, stop, 3, prefix=group.prefix)
+            Apart(run_until, large, rotary, running, shrunk, stop, prefix=group.prefix)
         )
         paged.wait_for(running)
         other = stack.enter_context(Apart(eat, group, EATEN_BYTES, full, stop, prefix=group.prefix))
@@ -231,8 +228,7 @@ def test_memory_that_others_take(group, large, stock, tmp_path, budget):
     assert stats["shrinks"] > 0 and 4 <= min(n_slots) < n_slots[0]
     [notice] = [text for text in stats["notices"] if "memory runs short" in text]
     assert notice.startswith(f"{large.name}: ") and "slots shrink from" in notice
-    if budget == "auto":
-        assert n_slots[-1] > min(n_slots), "taken again when there is plenty"
+    assert n_slots[-1] > min(n_slots), "taken again when there is plenty"
 
 
 def run_on_a_device(model, rotary):

@@ -6,12 +6,14 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import subprocess
 import sys
 
 import llama_cpp.llama_cpp as api
 import pytest
-from conftest import ROOT
+from conftest import HANG_S, ROOT
+from paged import ONE_ARENA
 
 from rotary_llamacpp import Llama
 
@@ -47,7 +49,10 @@ SHORT_OF_MEMORY = """if True:
 def run_short_of_memory(model, budget, room_bytes):
     """Stats and stderr of a run whose slots do not fit, or the error it ended with."""
     command = [sys.executable, "-c", SHORT_OF_MEMORY, str(model), budget, str(room_bytes)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    ran = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **ONE_ARENA}, capture_output=True, text=True, check=True,
+        timeout=HANG_S,
+    )  # fmt: skip
     return json.loads(ran.stdout.splitlines()[-1]), ran.stderr
 
 

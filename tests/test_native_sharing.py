@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from conftest import HANG_S
 
 from rotary_llamacpp import Llama
 
@@ -74,7 +75,7 @@ def test_two_contexts_in_two_threads(native, tiny_model):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_S)
     context.close()
     llama.close()
     for i in range(2):
@@ -108,7 +109,7 @@ def test_figures_can_be_read_while_a_graph_runs(native, tiny_model):
     for _ in range(5):
         logits(llama, TOKENS)
     done.set()
-    watcher.join(60)
+    watcher.join(HANG_S)
     assert seen == sorted(seen)
     assert llama.rotary_stats()["requests"] == 5 * len(TOKENS) * 6 * 4  # 6 layers, 4 experts a token
     llama.close()

@@ -4,23 +4,19 @@ screen nothing but log messages and the text is left."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import subprocess
 import sys
 import termios
-import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import HANG_S, ROOT
 from rich.cells import cell_len
+from terminals import Terminal
 
 from rotary_llamacpp import figures, live, panel
 from rotary_llamacpp.figures import Figures
@@ -229,55 +225,29 @@ def test_the_screen_of_these_tests():
     assert screen("ab\r\ncdefg\x1b[1A\x1b[2K\rx\x1b[?25l\x1b[1;2m", 3) == ["ab", "x", "fg"]
 
 
-class Terminal:
-    """A pseudo-terminal of 80 columns."""
+class Running:
+    """``rotary run`` in a process of its own, on a terminal."""
 
-    def __init__(self, n_lines=30):
-        self.ours, self.theirs = pty.openpty()
-        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", n_lines, 80, 0, 0))
-        self.before = termios.tcgetattr(self.theirs)
-        self.raw = b""
-
-    def read(self, seconds):
-        if select.select([self.ours], [], [], seconds)[0]:
-            self.raw += os.read(self.ours, 1 << 16)
-            return True
-        return False
-
-    def read_until(self, text, seconds=30):
-        deadline = time.monotonic() + seconds
-        while text not in self.text():
-            assert time.monotonic() < deadline, (text, self.text()[-2000:])
-            self.read(0.05)
-
-    def text(self):
-        return self.raw.decode(errors="replace")
-
-    def start(self, *arguments, stdout=None, term="xterm"):
+    def __init__(self, terminal, *arguments, stdout=None, term="xterm"):
+        self.terminal = terminal
         command = [sys.executable, "-m", "rotary_llamacpp.cli", "run", *map(str, arguments)]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": term}
-        self.process = subprocess.Popen(
-            command, env=env, stdin=self.theirs, stdout=stdout or self.theirs, stderr=self.theirs
-        )
-        return self
+        streams = {"stdin": terminal.theirs, "stdout": stdout or terminal.theirs, "stderr": terminal.theirs}
+        self.process = subprocess.Popen(command, env=env, **streams)
 
     def finish(self):
-        while self.process.poll() is None:
-            self.read(0.05)
-        while self.read(0.1):
-            pass
+        returncode = self.process.wait(HANG_S)
+        self.terminal.settle()
         # The terminal is as it was: its modes, and the cursor is shown again.
-        assert termios.tcgetattr(self.theirs) == self.before
-        assert self.text().count("\x1b[?25l") == self.text().count("\x1b[?25h")
-        return self.process.returncode
+        assert termios.tcgetattr(self.terminal.theirs) == self.terminal.before
+        assert self.terminal.text.count("\x1b[?25l") == self.terminal.text.count("\x1b[?25h")
+        return returncode
 
 
 @pytest.fixture
 def terminal():
-    its = Terminal()
-    yield its
-    os.close(its.ours)
-    os.close(its.theirs)
+    with Terminal() as its:
+        yield its
 
 
 def lines_of(text, columns=80):
@@ -288,14 +258,14 @@ def lines_of(text, columns=80):
 def test_a_run_prints_what_it_prints_without(native, tiny_model, rotary_command, terminal):
     plain = rotary_command("run", tiny_model, *RUN)
     assert plain.returncode == 0, plain.stderr
-    assert terminal.start(tiny_model, *RUN, "--live").finish() == 0
-    drawn, _, after = terminal.text().rpartition("\x1b[?25h")
+    assert Running(terminal, tiny_model, *RUN, "--live").finish() == 0
+    drawn, _, after = terminal.text.rpartition("\x1b[?25h")
     for label in ALWAYS:
         assert f"\x1b[1m{label}" in drawn, label
     assert re.search(r"[1-9]\d* of 400", drawn) and "recall" in drawn
     # All that is left of the panel is nothing: the announcement, the text, the figures.
     announced, _ = plain.stderr.splitlines()
-    left = screen(terminal.text(), 80)
+    left = screen(terminal.text, 80)
     expected = lines_of(f"{announced}\n{plain.stdout}")
     assert left[: len(expected) - 1] == expected[:-1]
     said = "".join(left[len(expected) - 1 :])
@@ -305,25 +275,26 @@ def test_a_run_prints_what_it_prints_without(native, tiny_model, rotary_command,
 
 def test_text_that_goes_elsewhere_streams_there(native, tiny_model, rotary_command, terminal, tmp_path):
     with (tmp_path / "text").open("wb") as out:
-        assert terminal.start(tiny_model, *RUN, "--live", stdout=out).finish() == 0
+        assert Running(terminal, tiny_model, *RUN, "--live", stdout=out).finish() == 0
     assert (tmp_path / "text").read_text() == rotary_command("run", tiny_model, *RUN).stdout
-    drawn, _, after = terminal.text().rpartition("\x1b[?25h")
+    drawn, _, after = terminal.text.rpartition("\x1b[?25h")
     assert "layers" in drawn and " text " in drawn
     assert "rotary: 400 tokens" in after
 
 
 def test_ctrl_c_keeps_the_text_and_clears_the_screen(native, synthetic, terminal):
+    # Greedily, as chance would end the text now and then.
     model = synthetic(layers=16, type="q8_0", vocab=4096)
-    sampled = ("-p", "abc", "-n", 4000, "--temp", 1.5, "--seed", 3)
-    terminal.start(model, *sampled, "--budget", "min", "--threads", 1, "--live")
-    terminal.read_until("tok/s")
-    time.sleep(0.5)
-    terminal.process.send_signal(signal.SIGINT)
-    assert terminal.finish() == 130
-    left = screen(terminal.text(), 80)
+    run = Running(
+        terminal, model, "-p", "abc", "-n", 4000, "--temp", 0, "--budget", "min", "--threads", 1, "--live"
+    )
+    terminal.wait_for(r"[1-9]\d* of 4000")
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish() == 130
+    left = screen(terminal.text, 80)
     assert not any(line.startswith(("──", *ALWAYS, "Ctrl-C")) for line in left)
-    assert "rotary: " in terminal.text().rpartition("\x1b[?25h")[2] and "Traceback" not in terminal.text()
-    n_made = int(re.search(r"rotary: (\d+) tokens", terminal.text())[1])
+    assert "rotary: " in terminal.text.rpartition("\x1b[?25h")[2] and "Traceback" not in terminal.text
+    n_made = int(re.search(r"rotary: (\d+) tokens", terminal.text)[1])
     assert 0 < n_made < 4000
     assert len(left) > 3, "announcement, text, figures"
 
@@ -337,8 +308,8 @@ def test_without_a_terminal_one_line_says_so(native, tiny_model, rotary_command)
 
 
 def test_a_dumb_terminal_is_none(native, tiny_model, terminal):
-    assert terminal.start(tiny_model, *RUN, "--live", term="dumb").finish() == 0
-    assert "--live: no panel, TERM is dumb; " in terminal.text() and "\x1b[1mhits" not in terminal.text()
+    assert Running(terminal, tiny_model, *RUN, "--live", term="dumb").finish() == 0
+    assert "--live: no panel, TERM is dumb; " in terminal.text and "\x1b[1mhits" not in terminal.text
 
 
 @pytest.mark.parametrize("other", ["--verbose", "--json", "--no-progress"])
@@ -372,16 +343,13 @@ def test_log_messages_appear_above(terminal, monkeypatch):
                 model.n_steps += 1
                 messages.append(f"notice {i}, " + "long " * (i % 3 * 12) + "end")
                 logger.warning(messages[-1])
-                while terminal.read(0.003):
-                    pass
-            for _ in range(20):
-                terminal.read(0.01)
-            up = terminal.text()
+                if i % 3:  # the others come while the same is drawn
+                    terminal.wait_for("Ctrl-C stops", len(terminal.text))
+            terminal.wait_for("19 of 20")
+            assert "\x1b[1mlayers" in terminal.text
         assert sys.stderr is stderr
     finally:
         logger.removeHandler(handler)
         stderr.close()
-    while terminal.read(0.1):
-        pass
-    assert "19 of 20" in up and "\x1b[1mlayers" in up
-    assert "".join(screen(terminal.text(), 80)) == "".join(messages)
+    terminal.settle()
+    assert "".join(screen(terminal.text, 80)) == "".join(messages)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+from conftest import HANG_S
 
 from rotary_llamacpp.pinned import LLAMA_CPP_PYTHON
 
@@ -121,7 +122,7 @@ def generate(package: Path, backend: str = "", **kwargs: object) -> tuple[dict, 
     environment |= {"PYTHONPATH": str(package), "ROTARY_BUDGET": "25%", "ROTARY_STATS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(MODEL), backend, json.dumps(kwargs)]
     result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout), result.stderr

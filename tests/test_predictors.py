@@ -5,7 +5,7 @@ a model; one's own; what stands in for routers that cannot be applied early."""
 from __future__ import annotations
 
 import pytest
-from paged import assert_equal, make, paged_trace
+from paged import assert_equal, make, notices, paged_trace
 
 from rotary_llamacpp import RotaryConfig, _replay, predictors, profiles
 from rotary_llamacpp.errors import RotaryError
@@ -128,7 +128,7 @@ def test_in_a_model(native, tiny_model, stock_trace, name):
     assert python["predictor"] == predictors.REFERENCES[name].__name__
     for stats in found:
         assert stats["predicted"] >= stats["predicted_right"] > 0 and stats["prefetch_used"] > 0
-        assert stats["notices"] == []
+        assert notices(stats) == []
 
 
 @pytest.mark.model
@@ -148,7 +148,7 @@ def test_routers_that_cannot_be_read(native, synthetic, stock_trace, prefetch):
     model = synthetic(type="q4_0", routers="q4_0")
     paged, stats = paged_trace(model, 40, {"budget": "min", "store": "direct", "prefetch": prefetch}, 40)
     assert_equal(paged, stock_trace(model, n_prompt=40, n_decode=40))
-    [notice] = stats["notices"]
+    [notice] = notices(stats)
     assert "the router of layer 0, and maybe others, cannot be applied early" in notice
     if prefetch == "auto":
         assert "foretold from routings, less well (mixed)" in notice

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from paged import apart, assert_equal, make, paged_trace
+from paged import ONE_ARENA, apart, assert_equal, make, notices, paged_trace
 from tracing import trace
 
 from rotary_llamacpp import _replay, policies, simulation
@@ -131,7 +131,7 @@ def test_the_same_logits(native, synthetic, stock_trace, shape, kind, repack, st
         assert len({layer["n_slots"] for layer in layers}) > 1
     assert min(layer["n_slots"] for layer in layers) >= 4
     assert stats["slot_bytes"] == sum(layer["n_slots"] * layer["expert_bytes"] for layer in layers)
-    assert stats["slot_bytes"] <= stats["budget_bytes"] and stats["notices"] == []
+    assert stats["slot_bytes"] <= stats["budget_bytes"] and notices(stats) == []
 
 
 @pytest.mark.model
@@ -190,7 +190,7 @@ def test_no_address_space_to_move_in(native, synthetic):
     model = synthetic(
         "test", type="f16", layers=4, experts=16, used=2, ff=512, embd=768, heads=4, head_dim=64
     )
-    stats = apart(with_little_address_space, model)
+    stats = apart(with_little_address_space, model, environment=ONE_ARENA)
     [notice] = stats["notices"]
     assert "slots stay as they are divided between layers" in notice and "no memory for" in notice
     assert stats["slot_moves"] == 0 and stats["misses"] > 0

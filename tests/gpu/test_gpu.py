@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import HANG_S, ROOT
 from paged import apart
 from tracing import OPTIONS, prompt_tokens
 
@@ -145,5 +145,5 @@ def test_sanitizer(native, synthetic):
     # What the system refuses, such as locking read-only, is no error of ours.
     options = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
     command = [tool, *options, sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
