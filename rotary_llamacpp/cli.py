@@ -56,7 +56,7 @@ def main() -> None:
     "--budget",
     default="auto",
     show_default=True,
-    help='Memory for experts: auto, min, 25%, 8GiB, bytes, "16 slots" per layer; 0 turns paging off.',
+    help='Memory for experts: auto, min, 25% or 0.25, 8GiB, bytes, "16 slots" per layer; 0 turns paging off.',
 )
 @click.option("--inner", help="ggml device that computes: CPU, CUDA0, ...  [default: first GPU, else CPU]")
 @click.option("--temp", default=0.8, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
