@@ -104,9 +104,9 @@ def check_llama_cpp_version() -> str:
 
 def libllama() -> ctypes.CDLL:
     """libllama's handle, through which ggml's symbols resolve too. Imports llama_cpp."""
-    import llama_cpp.llama_cpp
+    from ._stock import llama_api
 
-    return llama_cpp.llama_cpp._lib
+    return llama_api._lib
 
 
 def ggml_build(lib: ctypes.CDLL) -> tuple[str, str]:
@@ -144,8 +144,13 @@ class Library:
     """The loaded library and its devices."""
 
     def __init__(self, path: Path) -> None:
-        import cffi
-
+        try:
+            import cffi
+        except ImportError as error:
+            raise LibraryError(
+                f"cffi: cannot be imported, {error}; the native library is called through it; install it again with "
+                "`pip install --force-reinstall cffi`"
+            ) from error
         machine.check_library_machine(path)
         check_llama_cpp_version()
         self.path = path

@@ -15,6 +15,7 @@ import click
 
 from .config import PINS, SPLITS, STORES, RotaryConfig, parse_size
 from .errors import LibraryError, RotaryError
+from .interrupts import exiting
 from .policies import AUTO, NATIVE
 from .predictors import NAMES as PREDICTORS
 
@@ -24,7 +25,12 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except RotaryError as error:
-        click.echo(f"rotary: {error}", err=True)
+        click.echo(
+            f"rotary: {str(error).replace(chr(10), ' ')}", err=True
+        )  # a file's name may have any letter
+        sys.exit(2)
+    except MemoryError as error:
+        click.echo(f"rotary: memory: {error or 'used up'}; what this takes is not there; free some", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo("rotary: interrupted", err=True)
@@ -170,8 +176,9 @@ def run(
             }
         )
         # These import llama_cpp: only once the options are known to be good.
-        from .generation import generate, load
-        from .live import watching
+        with exiting():
+            from .generation import generate, load
+            from .live import watching
 
         options = {"seed": seed} if seed is not None else {}
         with contextlib.ExitStack() as stack:
@@ -211,13 +218,11 @@ def run(
 def info(model: str, as_json: bool) -> None:
     """Show a model's experts and what paging takes, without loading weights."""
     with _one_line_errors():
-        from .info import ModelInfo
+        with exiting():
+            from .info import ModelInfo
 
         found = ModelInfo.read(model)
-    if as_json:
-        click.echo(json.dumps(found.to_dict()))
-        return
-    click.echo(found.describe())
+        click.echo(json.dumps(found.to_dict()) if as_json else found.describe())
 
 
 @main.command(epilog=_example("rotary plan qwen3-30b-a3b --vram 12GiB --ram 64GiB --link pcie4x16"))
@@ -260,7 +265,8 @@ def plan(
     gpt-oss-20b, gpt-oss-120b, deepseek-v3.
     """
     with _one_line_errors():
-        from .plan import describe, make, to_dict, write_plot
+        with exiting():
+            from .plan import describe, make, to_dict, write_plot
 
         found = make(
             model, type_name=type_name, vram=vram, ram=ram, link=link, disk=disk, ram_rate=ram_rate,
@@ -294,7 +300,8 @@ def trace(
     """Record which experts a model chooses while it answers prompts."""
     with _one_line_errors():
         config = RotaryConfig(budget=budget, inner=inner)
-        from .recording import read_prompts, record
+        with exiting():
+            from .recording import read_prompts, record
 
         texts = read_prompts(prompts)
 
@@ -321,7 +328,8 @@ def trace(
 def profile_(model: str, trace_files: tuple[str, ...], output: str | None) -> None:
     """Learn from traces which experts a model wants most, to begin runs with."""
     with _one_line_errors():
-        from . import profiles, traces
+        with exiting():
+            from . import profiles, traces
 
         found = profiles.learn([traces.load(path) for path in trace_files])
         path = output or profiles.beside(model)
@@ -357,7 +365,8 @@ def simulate(
 ) -> None:  # fmt: skip
     """Replay a trace under eviction policies, budgets, links and predictors."""
     with _one_line_errors():
-        from .comparison import compare, shares, table
+        with exiting():
+            from .comparison import compare, shares, table
 
         rows = compare(
             trace_file, NATIVE if policies == "all" else policies.split(","), shares(budgets),
@@ -412,9 +421,10 @@ def convert_(
     command goes on where it was; quantising itself begins again.
     """
     with _one_line_errors():
-        from .bars import bars
-        from .convert import Options, convert
-        from .quantising import Wish
+        with exiting():
+            from .bars import bars
+            from .convert import Options, convert
+            from .quantising import Wish
 
         options = Options(
             alignment=alignment,
@@ -445,7 +455,8 @@ def report_(
 ) -> None:
     """Write one HTML page about a trace: what is chosen, policies, prefetch, time."""
     with _one_line_errors():
-        from .comparison import write_report
+        with exiting():
+            from .comparison import write_report
 
         write_report(trace_file, output, policies.split(","), budgets, link, 1000 * compute, depth)
         click.echo(f"{output}: written")
@@ -456,21 +467,22 @@ def report_(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def doctor(model: str | None, as_json: bool) -> None:
     """Check versions, devices, memory and disk, and say what to do."""
-    from dataclasses import asdict
-
-    from .doctor import FAIL, examine
-
     with _one_line_errors():
+        with exiting():
+            from dataclasses import asdict
+
+            from .doctor import FAIL, examine
+
         checks = []
         for check in examine(model):
             checks.append(check)
             if not as_json:
                 advice = f" -> {check.advice}" if check.advice else ""
                 click.echo(f"{check.verdict:<4}  {check.name:<17} {check.detail}{advice}")
-    if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks]))
-    if any(check.verdict == FAIL for check in checks):
-        sys.exit(1)
+        if as_json:
+            click.echo(json.dumps([asdict(check) for check in checks]))
+        if any(check.verdict == FAIL for check in checks):
+            sys.exit(1)
 
 
 @main.command(
@@ -480,7 +492,8 @@ def doctor(model: str | None, as_json: bool) -> None:
 def backend_path() -> None:
     """Print the native library's path, for GGML_BACKEND_PATH."""
     with _one_line_errors():
-        from ._native import library_path
+        with exiting():
+            from ._native import library_path
 
         path = library_path()
         if not path.is_file():

@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp.llama_cpp as llama_api
-
 from . import _native, profiles
+from ._stock import llama_api
 from .config import MIB, Budget, RotaryConfig
 from .errors import ModelError, RotaryError
 from .info import ModelInfo

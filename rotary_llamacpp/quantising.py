@@ -271,7 +271,7 @@ def _last(log: str, *words: str) -> str:
 
 
 def _main(request: dict[str, Any]) -> int:
-    import llama_cpp.llama_cpp as api
+    from ._stock import llama_api as api
 
     @api.llama_log_callback
     def log(_level: int, text: bytes, _data: ctypes.c_void_p) -> None:
