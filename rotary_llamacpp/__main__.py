@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the command ``rotary`` begins, and ``python -m rotary_llamacpp``: before anything that can fail is imported.
+"""Where the command ``rotary`` begins, and ``python -m rotary_llamacpp``: before what can fail is imported.
 
 Ctrl-C during imports ends the process without a word. A package that is missing, an output that is full or
 closed end it with one line.
@@ -20,8 +20,11 @@ def main() -> None:
         with exiting():
             from .cli import main as commands
     except ImportError as error:
-        _end(f"{error.name or 'python'}: cannot be imported, {' '.join(str(error).split())}; rotary needs it; "
-             "install rotary-llamacpp again with `pip install --force-reinstall rotary-llamacpp`")  # fmt: skip
+        said = " ".join(str(error).split())
+        _end(
+            f"{error.name or 'python'}: cannot be imported, {said}; rotary needs it; install it again with "
+            "`pip install --force-reinstall rotary-llamacpp`"
+        )
     _write_any_text()
     try:
         commands()

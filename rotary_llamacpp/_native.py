@@ -148,8 +148,8 @@ class Library:
             import cffi
         except ImportError as error:
             raise LibraryError(
-                f"cffi: cannot be imported, {error}; the native library is called through it; install it again with "
-                "`pip install --force-reinstall cffi`"
+                f"cffi: cannot be imported, {error}; the native library is called through it; install it "
+                "again with `pip install --force-reinstall cffi`"
             ) from error
         machine.check_library_machine(path)
         check_llama_cpp_version()

@@ -25,10 +25,10 @@ def _reason(error: Exception) -> LibraryError:
             f"llama_cpp: cannot be imported, {said}; LLAMA_CPP_LIB_PATH is {place}, where libllama.so of "
             f"llama-cpp-python {pinned.LLAMA_CPP_PYTHON} is expected; unset it"
         )
+    wanted = f"llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}"
     return LibraryError(
-        f"llama_cpp: cannot be imported, {said}; llama-cpp-python {pinned.LLAMA_CPP_PYTHON} and what it depends on "
-        "must be there; install what is missing, or build it here with `pip install --force-reinstall "
-        f"--no-binary llama-cpp-python llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}`"
+        f"llama_cpp: cannot be imported, {said}; {wanted} and what it depends on must be there; install what is "
+        f"missing, or build it here with `pip install --force-reinstall --no-binary llama-cpp-python {wanted}`"
     )
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -25,9 +27,8 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except RotaryError as error:
-        click.echo(
-            f"rotary: {str(error).replace(chr(10), ' ')}", err=True
-        )  # a file's name may have any letter
+        line = " ".join(str(error).splitlines())  # a file's name may have any letter
+        click.echo(f"rotary: {line}", err=True)
         sys.exit(2)
     except MemoryError as error:
         click.echo(f"rotary: memory: {error or 'used up'}; what this takes is not there; free some", err=True)
@@ -39,6 +40,15 @@ def _one_line_errors() -> Iterator[None]:
 
 def _example(line: str) -> str:
     return f"\b\nExample:\n  {line}"
+
+
+class _Number(click.FloatRange):
+    """A number that is one: comparisons let NaN pass, and infinity is no temperature, and no time."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not math.isfinite(number := super().convert(value, param, ctx)):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +75,7 @@ def main() -> None:
     help='Memory for experts: auto, min, 25% or 0.25, 8GiB, bytes, "16 slots" per layer; 0 turns paging off.',
 )
 @click.option("--inner", help="ggml device that computes: CPU, CUDA0, ...  [default: first GPU, else CPU]")
-@click.option("--temp", default=0.8, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@click.option("--temp", default=0.8, show_default=True, type=_Number(min=0), help="0 is greedy.")
 @click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.  [default: random]")
 @click.option(
     "--ctx", type=click.IntRange(min=1), help="Context in tokens.  [default: the model's, at most 4096]"
@@ -289,7 +299,9 @@ def plan(
 )
 @click.option("--budget", default="auto", show_default=True, help="As for rotary run.")
 @click.option("--inner", help="ggml device that computes.  [default: first GPU, else CPU]")
-@click.option("--temp", default=0.8, show_default=True, help="Sampling temperature; 0 is greedy.")
+@click.option(
+    "--temp", default=0.8, show_default=True, type=_Number(min=0), help="Sampling temperature; 0 is greedy."
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.  [default: random]")
 @click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens.  [default: as rotary run]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as rotary run]")
@@ -348,12 +360,10 @@ def profile_(model: str, trace_files: tuple[str, ...], output: str | None) -> No
     "--compute",
     default=3.0,
     show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
+    type=_Number(min=0, min_open=True),
     help="Milliseconds of a token whose experts are all there.",
 )
-@click.option(
-    "--latency", default=0.0, type=click.FloatRange(min=0), help="Microseconds of a lookup that waits."
-)
+@click.option("--latency", default=0.0, type=_Number(min=0), help="Microseconds of a lookup that waits.")
 @click.option("--predictors", default="none", show_default=True, help="none or what comes ahead, by commas.")
 @click.option("--profile", help="File of rotary profile: what the transition predictor begins with.")
 @click.option("--depth", default=1, show_default=True, type=click.IntRange(1, 8), help="Layers ahead.")
@@ -448,7 +458,13 @@ def convert_(
 @click.option("--policies", default="lru,lfu,recall", show_default=True, help="The last one with prefetch.")
 @click.option("--budgets", default="5,12.5,25,50,75", show_default=True, help="Percent of all experts.")
 @click.option("--link", default="pcie4x16", show_default=True, help="As for rotary simulate.")
-@click.option("--compute", default=3.0, show_default=True, help="As for rotary simulate.")
+@click.option(
+    "--compute",
+    default=3.0,
+    show_default=True,
+    type=_Number(min=0, min_open=True),
+    help="As for rotary simulate.",
+)
 @click.option("--depth", default=2, show_default=True, type=click.IntRange(1, 8), help="Layers ahead.")
 def report_(
     trace_file: str, output: str, policies: str, budgets: str, link: str, compute: float, depth: int

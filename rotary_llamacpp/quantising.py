@@ -302,7 +302,9 @@ def _main(request: dict[str, Any]) -> int:
             column.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         params.imatrix = entries
     return int(
-        api.llama_model_quantize(request["source"].encode(), request["target"].encode(), ctypes.byref(params))
+        api.llama_model_quantize(
+            os.fsencode(request["source"]), os.fsencode(request["target"]), ctypes.byref(params)
+        )
     )
 
 

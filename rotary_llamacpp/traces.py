@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RotaryError
+from .gguf_header import check_regular
 
 PREFILL, DECODE = 0, 1
 FORMAT = 1
@@ -166,6 +167,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
     """
     path = Path(path)
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             archive = file.read(2) == b"PK"
         return _read_archive(path) if archive else _read_csv(path)

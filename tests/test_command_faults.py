@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The command where things are broken around it: llama_cpp that cannot be imported, Ctrl-C at any moment of its
-start, outputs that are closed or full, files that are none. One line each, never a traceback."""
+"""The command where things are broken around it: llama_cpp that cannot be imported, Ctrl-C at any moment of
+its start, outputs that are closed or full, files that are none. One line each, never a traceback."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ _BROKEN = {
     "a missing library": "raise RuntimeError(\"Failed to load shared library '/x/libllama.so': libgomp.so.1: "
     'cannot open shared object file: No such file or directory")',
     "a missing package": "import no_such_package_of_its_own",
-    "an old numpy": "raise ImportError('\n\nIMPORTANT: PLEASE READ THIS\n\nnumpy is broken\n')",
+    "an old numpy": r"raise ImportError('\n\nIMPORTANT: PLEASE READ THIS\n\nnumpy is broken\n')",
     "a missing symbol": "raise AttributeError('libllama.so: undefined symbol: llama_new')",
 }
 
@@ -96,8 +97,8 @@ for name in ("Llama", "activate", "Llama"):
         print(error)
 """
     ran = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True,
-        check=True,
+        [sys.executable, "-c", code], env={**os.environ, **environment}, cwd=ROOT, text=True,
+        capture_output=True, check=True,
     )  # fmt: skip
     said = ran.stdout.splitlines()
     assert len(said) == 3 and len(set(said)) == 1 and word in said[0] and said[0].count("; ") >= 2
@@ -176,7 +177,10 @@ def shell(tiny_model):
         rotary = f"{sys.executable} -m rotary_llamacpp"
         return subprocess.run(
             ["/bin/sh", "-c", line],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "rotary": rotary, "model": str(tiny_model), **environment},
+            env={
+                **os.environ, "PYTHONPATH": str(ROOT), "rotary": rotary,
+                "model": str(tiny_model), **environment
+            },
             cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
@@ -184,9 +188,8 @@ def shell(tiny_model):
 
 
 COMMANDS = [
-    "info $model", "info $model --json", "plan $model --vram 0 --ram 8GiB", "plan gpt-oss-20b --json --vram 0",
-    "run $model -p x -n 2", "run $model -p x -n 2 --json", "backend-path", "--help", "run --help", "--version",
-    "doctor", "doctor --json",
+    "info $model --json", "plan gpt-oss-20b --vram 0 --ram 64GiB", "run $model -p x -n 2", "backend-path",
+    "run --help", "doctor --json",
 ]  # fmt: skip
 
 
@@ -200,11 +203,11 @@ def test_a_full_disk_behind_the_output(native, shell, command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("end", ["2>&1 >&- | cat", "2>&1 | true", "2>&- | cat", "<&- 2>/dev/null >&-"])
-def test_outputs_that_are_closed(native, shell, command, end):
-    ran = shell(f"$rotary {command} {end}")
-    said = ran.stdout + ran.stderr
-    assert "Traceback" not in said and "Exception ignored" not in said, said
+def test_outputs_that_are_closed(native, shell, command):
+    for end in ("2>&1 >&- | cat", "2>&1 | true", "2>&- | cat"):
+        ran = shell(f"$rotary {command} {end}")
+        said = ran.stdout + ran.stderr
+        assert "Traceback" not in said and "Exception ignored" not in said, said
 
 
 def test_names_that_are_no_text(native, tiny_model, tmp_path, shell):
@@ -214,21 +217,20 @@ def test_names_that_are_no_text(native, tiny_model, tmp_path, shell):
         shutil.copy(tiny_model, odd)
     except OSError:
         pytest.skip("a file system whose names are text")
-    for language in ("C.UTF-8", "C"):
-        for command in (
-            "info {}", "info --json {}", "plan --vram 0 --ram 8GiB {}", "convert --dry-run {} {}.out", "info {}x",
-        ):  # fmt: skip
-            for stream in ("", "2>&1"):
-                ran = subprocess.run(
-                    [b"/bin/sh", b"-c", f"$rotary {command} {stream}".encode().replace(b"{}", b'"$1"'), b"sh", odd],
-                    env={
-                        **os.environ, "LC_ALL": language, "PYTHONPATH": str(ROOT),
-                        "rotary": f"{sys.executable} -m rotary_llamacpp",
-                    },
-                    cwd=ROOT, capture_output=True, timeout=60, check=False,
-                )  # fmt: skip
-                assert b"Traceback" not in ran.stdout + ran.stderr, (language, command, ran.stderr)
-                assert ran.returncode == (2 if command == "info {}x" else 0), ran.stderr
+    for command, language in itertools.product(
+        ("info {}", "info --json {}", "convert --dry-run {} {}.out", "convert {} {}.out", "info {}x"),
+        ("C.UTF-8", "C"),
+    ):
+        line = f"{sys.executable} -m rotary_llamacpp {command} --no-progress".replace("{}", '"$1"')
+        ran = subprocess.run(
+            [b"/bin/sh", b"-c", line.removesuffix("--no-progress" * command.startswith("info")), b"sh", odd],
+            env={**os.environ, "LC_ALL": language, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        if command.startswith("convert {}"):
+            os.unlink(odd + b".out")
+        assert b"Traceback" not in ran.stdout + ran.stderr, (language, command, ran.stderr)
+        assert ran.returncode == (2 if command == "info {}x" else 0), ran.stderr
     ran = shell(f'$rotary run "$(printf "{tmp_path}/mod\\\350le.gguf")" -p x -n 1')
     assert_one_line(ran)
     assert "UTF-8" in ran.stderr and "rename" in ran.stderr
@@ -249,56 +251,65 @@ def test_a_name_with_a_line_break_is_one_line(rotary_command):
     assert_one_line(rotary_command("info", "no\nsuch.gguf"))
 
 
-def test_files_that_are_none(native, tiny_model, tmp_path, rotary_command):
-    empty, folder, pipe = tmp_path / "empty", tmp_path / "folder", tmp_path / "pipe"
-    empty.touch()
-    folder.mkdir()
-    os.mkfifo(pipe)
+@pytest.mark.parametrize("kind", ["empty", "folder", "pipe", "zeros", "under a file", "secret"])
+def test_files_that_are_none(native, tiny_model, tmp_path, rotary_command, kind):
     prompts, out = tmp_path / "prompts", tmp_path / "out"
     prompts.write_text("abc\n")
-    secret = tmp_path / "secret"
-    secret.touch(mode=0)
-    bad = [empty, folder, "/dev/null", "/dev/zero", "/proc/self/mem", tmp_path / "none", prompts / "under"]
-    bad += [secret] if os.geteuid() != 0 else []
-    for file in (*bad, pipe):
+    file = (
+        Path("/dev/zero") if kind == "zeros" else prompts / "x" if kind == "under a file" else tmp_path / kind
+    )
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind in ("empty", "secret"):
+        file.touch(mode=0 if kind == "secret" else 0o666)
+    if kind == "secret" and os.access(file, os.R_OK):
+        pytest.skip("who runs this may read anything")
+    for command in (
+        ("info", file), ("run", file, "-p", "x"), ("plan", file), ("convert", file, out),
+        ("trace", file, "--prompts", prompts, "-o", out),
+        ("convert", tiny_model, out, "--imatrix", file, "--experts", "Q4_0", "--dry-run"),
+        ("convert", tiny_model, out, "--profile", file, "--dry-run"),
+        ("run", tiny_model, "-p", "x", "-n", "1", "--profile", file),
+        ("plan", tiny_model, "--profile", file), ("plan", tiny_model, "--trace", file),
+        ("profile", tiny_model, file), ("simulate", file), ("report", file, "-o", out),
+        *([("trace", tiny_model, "--prompts", file, "-o", out)] if kind not in ("pipe", "zeros") else []),
+    ):  # fmt: skip
+        ran = rotary_command(*command)
+        assert ran.returncode == 2 and "Traceback" not in ran.stderr + ran.stdout, (command, ran.stderr)
+        assert "rotary: " in ran.stderr.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_outputs_that_cannot_be_files(native, tiny_model, tmp_path, rotary_command):
+    prompts = tmp_path / "prompts"
+    prompts.write_text("abc\n")
+    for file in (tmp_path, "/no/such/folder/file", prompts / "under"):
         for command in (
-            ("info", file), ("run", file, "-p", "x"), ("plan", str(file) + "/" * (file == folder)), ("doctor", "--model", file),
-            ("trace", file, "--prompts", prompts, "-o", out), ("convert", file, tmp_path / "new.gguf"),
-            ("convert", tiny_model, tmp_path / "new.gguf", "--imatrix", file, "--experts", "Q4_K", "--dry-run"),
-            ("convert", tiny_model, tmp_path / "new.gguf", "--profile", file, "--dry-run"),
-            ("run", tiny_model, "-p", "x", "-n", "1", "--profile", file),
-            ("plan", tiny_model, "--profile", file), ("plan", tiny_model, "--trace", file),
-            ("profile", tiny_model, file), ("simulate", file), ("report", file, "-o", out),
-            ("trace", tiny_model, "--prompts", file, "-o", out) if file != pipe else ("info", file),
-        ):  # fmt: skip
+            ("trace", tiny_model, "--prompts", prompts, "-o", file, "-n", "1"),
+            ("plan", "gpt-oss-20b", "--ram", "64GiB", "--plot", f"{file}/a.svg/"),
+            *([("convert", tiny_model, file)] if file != tmp_path else []),
+        ):
             ran = rotary_command(*command)
-            assert "Traceback" not in ran.stderr + ran.stdout, (command, ran.stderr)
-            if command[0] != "doctor":
-                assert_one_line(ran)
-    for file in (folder, "/no/such/folder/file", prompts / "under", "/proc/file"):
-        for command in (
-            ("trace", tiny_model, "--prompts", prompts, "-o", file), ("convert", tiny_model, file, "--force"),
-            ("plan", tiny_model, "--plot", f"{file}/a.svg" if file != folder else "/no/a.svg"),
-        ):  # fmt: skip
-            ran = rotary_command(*command)
-            if command[0] == "convert" and file == folder:
-                continue
-            assert_one_line(ran)
+            assert ran.returncode == 2 and "Traceback" not in ran.stderr, (command, ran.stderr)
+            assert "rotary: " in ran.stderr.splitlines()[-1]
 
 
 # ---- numbers
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "-1"])
-def test_numbers_that_are_none(native, tiny_model, tmp_path, rotary_command, value):
+@pytest.mark.parametrize("value", ["nan", "inf", "1e400", "-1"])
+def test_numbers_that_are_none(tmp_path, rotary_command, value):
     for command in (
-        ("run", tiny_model, "-p", "x", "-n", "1", f"--temp={value}"),
-        ("trace", tiny_model, "--prompts", __file__, "-o", tmp_path / "out", f"--temp={value}"),
+        ("run", "x", "-p", "x", f"--temp={value}"),
+        ("trace", "x", "--prompts", "x", "-o", "x", f"--temp={value}"),
         ("simulate", "x", f"--compute={value}"), ("simulate", "x", f"--latency={value}"),
-        ("simulate", "x", f"--budgets={value}"), ("report", "x", "-o", tmp_path / "out", f"--compute={value}"),
-        ("plan", tiny_model, f"--link={value}GB/s"), ("plan", tiny_model, f"--ram={value}"),
-        ("plan", tiny_model, f"--vram={value}GiB"), ("plan", tiny_model, f"--budget={value}"),
+        ("simulate", "x", f"--budgets={value}"), ("report", "x", "-o", "x", f"--compute={value}"),
+        ("plan", "gpt-oss-20b", f"--link={value}GB/s"), ("plan", "gpt-oss-20b", f"--ram={value}"),
+        ("plan", "gpt-oss-20b", f"--vram={value}GiB"), ("plan", "gpt-oss-20b", f"--budget={value}"),
     ):  # fmt: skip
         ran = rotary_command(*command)
         assert ran.returncode == 2 and "Traceback" not in ran.stderr, (command, ran.stderr)
-        assert value.lstrip("-") in ran.stderr, (command, ran.stderr)
+        # click has floats of its own, and says what it makes of them.
+        assert f"{value!r}" in ran.stderr or f"{float(value)}" in ran.stderr or value in ran.stderr, command
