@@ -258,17 +258,17 @@ class Library:
         """ggml's name of a ROTARY device."""
         return self.text(self.c.rotary_device_name(device))
 
-    def device_memory(self, inner: str) -> int:
-        """Bytes of memory of an inner device in all; 0 if there is no such device."""
+    def device_memory(self, inner: str) -> tuple[int, int]:
+        """Bytes of memory of an inner device, free and in all; 0 if there is no such device."""
         lib, free, total = self.llama, ctypes.c_size_t(), ctypes.c_size_t()
         device = lib.ggml_backend_dev_by_name(inner.encode())
         if not device:
-            return 0
+            return 0, 0
         pointer = ctypes.POINTER(ctypes.c_size_t)
         lib.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, pointer, pointer]
         lib.ggml_backend_dev_memory.restype = None
         lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        return total.value
+        return min(free.value, total.value), total.value
 
     def devices_for(self, inner: str | None) -> list[int]:
         """ROTARY devices over the inner devices named, comma separated; by default over those chosen at load.

@@ -27,8 +27,9 @@ def _reason(error: Exception) -> LibraryError:
         )
     wanted = f"llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}"
     return LibraryError(
-        f"llama_cpp: cannot be imported, {said}; {wanted} and what it depends on must be there; install what is "
-        f"missing, or build it here with `pip install --force-reinstall --no-binary llama-cpp-python {wanted}`"
+        f"llama_cpp: cannot be imported, {said}; {wanted} and what it depends on must be there; install what "
+        f"is missing, or build it here with `pip install --force-reinstall --no-binary "
+        f"llama-cpp-python {wanted}`"
     )
 
 

@@ -238,7 +238,7 @@ def info(model: str, as_json: bool) -> None:
 @main.command(epilog=_example("rotary plan qwen3-30b-a3b --vram 12GiB --ram 64GiB --link pcie4x16"))
 @click.argument("model")
 @click.option("--type", "type_name", help="Of a named shape: q4_k_m, q8_0, ...  [default: the usual one]")
-@click.option("--vram", help="GPU memory, such as 24GiB; 0 is none.  [default: this machine's]")
+@click.option("--vram", help="GPU memory, such as 24GiB; 0 is none.  [default: what is free here]")
 @click.option("--ram", help="Memory that can be taken, such as 64GiB.  [default: what is available here]")
 @click.option(
     "--link", default="auto", show_default=True, help="Memory to GPU: pcie4x16, 25GB/s; auto is PCIe 4 x16."

@@ -231,7 +231,7 @@ def test_names_that_are_no_text(native, tiny_model, tmp_path, shell):
             os.unlink(odd + b".out")
         assert b"Traceback" not in ran.stdout + ran.stderr, (language, command, ran.stderr)
         assert ran.returncode == (2 if command == "info {}x" else 0), ran.stderr
-    ran = shell(f'$rotary run "$(printf "{tmp_path}/mod\\\350le.gguf")" -p x -n 1')
+    ran = shell(f'$rotary run "$(printf "{tmp_path}/mod\\350le.gguf")" -p x -n 1')
     assert_one_line(ran)
     assert "UTF-8" in ran.stderr and "rename" in ran.stderr
 
