@@ -311,7 +311,7 @@ def trace(
 ) -> None:  # fmt: skip
     """Record which experts a model chooses while it answers prompts."""
     with _one_line_errors():
-        config = RotaryConfig(budget=budget, inner=inner)
+        config = RotaryConfig(budget=budget, inner=inner, verbose=True)
         with exiting():
             from .recording import read_prompts, record
 

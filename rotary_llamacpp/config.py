@@ -219,8 +219,9 @@ class RotaryConfig:
     profile : str
         What slots begin with: ``"auto"``, what the file that ``rotary profile`` has written beside the model
         says, or what ``rotary convert`` has stored in it, if there is one; a profile's path; or ``"off"``.
-    verbose : bool
-        Say what was chosen in one line on the logger ``rotary_llamacpp``. Warnings are always logged.
+    verbose : bool, optional
+        Say what was chosen in one line on the logger ``rotary_llamacpp``; by default where ``Llama`` is
+        verbose. Warnings are always logged.
     """
 
     budget: str | int | float = "auto"
@@ -235,7 +236,7 @@ class RotaryConfig:
     policy: str | Factory = AUTO
     split: str = "adaptive"
     profile: str = "auto"
-    verbose: bool = True
+    verbose: bool | None = None
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)

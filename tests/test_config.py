@@ -119,6 +119,11 @@ def test_from_any():
         RotaryConfig(inner="")
 
 
+def test_verbose_is_as_llamas_unless_said():
+    assert RotaryConfig().verbose is None
+    assert RotaryConfig(verbose=False).verbose is False
+
+
 def test_store():
     config = RotaryConfig.from_any({"store": "direct", "prefetch": False, "staging": "64MiB"})
     assert (config.store, config.prefetch, config.staging_bytes) == ("direct", False, 64 << 20)
