@@ -314,8 +314,10 @@ def trace(
         config = RotaryConfig(budget=budget, inner=inner, verbose=True)
         with exiting():
             from .recording import read_prompts, record
+            from .traces import check_writable
 
         texts = read_prompts(prompts)
+        check_writable(output)
 
         def on_prompt(number: int, n_tokens: int) -> None:
             click.echo(f"rotary: prompt {number + 1} of {len(texts)}, {n_tokens} tokens", err=True)
@@ -329,8 +331,14 @@ def trace(
             f"{output}: {found.tokens()} tokens in {len(found.layers)} layers, "
             f"{found.experts.shape[1]} of {found.n_expert} experts each"
         )
-        if found.about.get("interrupted"):
-            sys.exit(130)
+        interrupted = found.about.get("interrupted")
+        if interrupted or "failed" in found.about:
+            reason = "interrupted" if interrupted else found.about["failed"]
+            click.echo(
+                f"rotary: {reason}; {found.about['prompts']} of {len(texts)} prompts are in {output}",
+                err=True,
+            )
+            sys.exit(130 if interrupted else 2)
 
 
 @main.command("profile", epilog=_example("rotary profile model.gguf a.trace b.trace"))
