@@ -104,9 +104,9 @@ def check_llama_cpp_version() -> str:
 
 def libllama() -> ctypes.CDLL:
     """libllama's handle, through which ggml's symbols resolve too. Imports llama_cpp."""
-    import llama_cpp.llama_cpp
+    from ._stock import llama_api
 
-    return llama_cpp.llama_cpp._lib
+    return llama_api._lib
 
 
 def ggml_build(lib: ctypes.CDLL) -> tuple[str, str]:
@@ -132,8 +132,13 @@ class Library:
     """The loaded library and its devices."""
 
     def __init__(self, path: Path) -> None:
-        import cffi
-
+        try:
+            import cffi
+        except ImportError as error:
+            raise LibraryError(
+                f"cffi: cannot be imported, {error}; the native library is called through it; install it "
+                "again with `pip install --force-reinstall cffi`"
+            ) from error
         machine.check_library_machine(path)
         check_llama_cpp_version()
         self.path = path
@@ -244,17 +249,17 @@ class Library:
         """ggml's name of a ROTARY device."""
         return self.text(self.c.rotary_device_name(device))
 
-    def device_memory(self, inner: str) -> int:
-        """Bytes of memory of an inner device in all; 0 if there is no such device."""
+    def device_memory(self, inner: str) -> tuple[int, int]:
+        """Bytes of memory of an inner device, free and in all; 0 if there is no such device."""
         lib, free, total = self.llama, ctypes.c_size_t(), ctypes.c_size_t()
         device = lib.ggml_backend_dev_by_name(inner.encode())
         if not device:
-            return 0
+            return 0, 0
         pointer = ctypes.POINTER(ctypes.c_size_t)
         lib.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, pointer, pointer]
         lib.ggml_backend_dev_memory.restype = None
         lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        return total.value
+        return min(free.value, total.value), total.value
 
     def devices_for(self, inner: str | None) -> list[int]:
         """ROTARY devices over the inner devices named, comma separated; by default over those chosen at load.

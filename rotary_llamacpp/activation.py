@@ -12,8 +12,7 @@ import functools
 import threading
 from typing import Any
 
-import llama_cpp
-
+from ._stock import llama_cpp
 from .config import RotaryConfig
 from .llama import Llama, signature_with_rotary
 from .paging import Paging, construct

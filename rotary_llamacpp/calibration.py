@@ -23,6 +23,7 @@ from ._kernels import measure as measure_matrices
 from .config import MIB, parse_size
 from .errors import RotaryError
 from .footprint import Footprint
+from .options import size
 from .roofline import Machine, Request
 from .simulation import parse_rate
 
@@ -64,10 +65,11 @@ def describe(
     if ram is None and there is None:
         raise RotaryError("memory: the kernel does not say how much is available; give --ram, such as 32GiB")
     sources["ram"] = "given" if ram is not None else "available on this machine"
-    vram_bytes, sources["vram"] = _vram(vram)
+    vram_bytes, vram_total, sources["vram"] = _vram(vram)
     ram_bytes_rate = rate("ram rate", ram_rate, _RAM)
     return Machine(
         vram_bytes=vram_bytes,
+        vram_total=vram_total,
         ram_bytes=parse_size(ram) if ram is not None else there or 0,
         vram_rate=rate("vram rate", vram_rate, _VRAM),
         link_rate=rate("link", link, _LINK),
@@ -90,14 +92,20 @@ def describe(
     )
 
 
-def _vram(given: str | None) -> tuple[int, str]:
+def _vram(given: str | None) -> tuple[int, int, str]:
+    """Bytes that can be taken, bytes in all, and where that is known from."""
     if given is not None:
-        return parse_size(given), "given"
+        return (n_bytes := parse_size(given)), n_bytes, "given"
     lib = _library()
     if lib is None:
-        return 0, "no GPU is known: the native library cannot be loaded"
-    total = sum(lib.device_memory(inner) for inner in lib.default_inner if inner != "CPU")
-    return total, "of this machine" if total else "this machine has no GPU that ggml knows"
+        return 0, 0, "no GPU is known: the native library cannot be loaded"
+    memory = [lib.device_memory(inner) for inner in lib.default_inner if inner != "CPU"]
+    total = sum(each for _, each in memory)
+    if not total:
+        return 0, 0, "this machine has no GPU that ggml knows"
+    if not all(free for free, each in memory if each):
+        return total, total, "all on this machine; its GPU does not say what is free"
+    return sum(free for free, _ in memory), total, f"free of {size(total)} on this machine"
 
 
 def measure(
@@ -123,11 +131,17 @@ def measure(
     if "ram rate" not in given:
         found = _cpu(found, footprint, request, threads, sources)
     if "disk" not in given:
-        cold, place = disk.measure(model)
-        found = replace(
-            found, disk_rate=cold.rate, disk_cpu_s=cold.busy / max(cold.n_bytes, 1) / (os.cpu_count() or 1)
-        )
-        sources["disk"] = f"measured: {cold.how} reads of {place}"
+        try:
+            cold, place = disk.measure(model)
+        except (OSError, RuntimeError) as error:  # no place to write, a thread that cannot be started
+            sources["disk"] += f"; could not be measured: {error}"
+        else:
+            found = replace(
+                found,
+                disk_rate=cold.rate,
+                disk_cpu_s=cold.busy / max(cold.n_bytes, 1) / (os.cpu_count() or 1),
+            )
+            sources["disk"] = f"measured: {cold.how} reads of {place}"
     gpu = _gpu() if described.vram_bytes else None
     if gpu is not None:
         found = _device(found, footprint, request, gpu, sources, given)

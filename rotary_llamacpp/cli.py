@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
 from .config import PINS, SPLITS, STORES, RotaryConfig, parse_size
 from .errors import LibraryError, RotaryError
+from .interrupts import exiting
 from .policies import AUTO, NATIVE
 from .predictors import NAMES as PREDICTORS
 
@@ -24,7 +27,11 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except RotaryError as error:
-        click.echo(f"rotary: {error}", err=True)
+        line = " ".join(str(error).splitlines())  # a file's name may have any letter
+        click.echo(f"rotary: {line}", err=True)
+        sys.exit(2)
+    except MemoryError as error:
+        click.echo(f"rotary: memory: {error or 'used up'}; what this takes is not there; free some", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo("rotary: interrupted", err=True)
@@ -33,6 +40,15 @@ def _one_line_errors() -> Iterator[None]:
 
 def _example(line: str) -> str:
     return f"\b\nExample:\n  {line}"
+
+
+class _Number(click.FloatRange):
+    """A number that is one: comparisons let NaN pass, and infinity is no temperature, and no time."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not math.isfinite(number := super().convert(value, param, ctx)):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,10 +72,10 @@ def main() -> None:
     "--budget",
     default="auto",
     show_default=True,
-    help='Memory for experts: auto, min, 25%, 8GiB, bytes, "16 slots" per layer; 0 turns paging off.',
+    help='Memory for experts: auto, min, 25% or 0.25, 8GiB, bytes, "16 slots" per layer; 0 turns paging off.',
 )
 @click.option("--inner", help="ggml device that computes: CPU, CUDA0, ...  [default: first GPU, else CPU]")
-@click.option("--temp", default=0.8, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@click.option("--temp", default=0.8, show_default=True, type=_Number(min=0), help="0 is greedy.")
 @click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.  [default: random]")
 @click.option(
     "--ctx", type=click.IntRange(min=1), help="Context in tokens.  [default: the model's, at most 4096]"
@@ -170,8 +186,9 @@ def run(
             }
         )
         # These import llama_cpp: only once the options are known to be good.
-        from .generation import generate, load
-        from .live import watching
+        with exiting():
+            from .generation import generate, load
+            from .live import watching
 
         options = {"seed": seed} if seed is not None else {}
         with contextlib.ExitStack() as stack:
@@ -211,19 +228,17 @@ def run(
 def info(model: str, as_json: bool) -> None:
     """Show a model's experts and what paging takes, without loading weights."""
     with _one_line_errors():
-        from .info import ModelInfo
+        with exiting():
+            from .info import ModelInfo
 
         found = ModelInfo.read(model)
-    if as_json:
-        click.echo(json.dumps(found.to_dict()))
-        return
-    click.echo(found.describe())
+        click.echo(json.dumps(found.to_dict()) if as_json else found.describe())
 
 
 @main.command(epilog=_example("rotary plan qwen3-30b-a3b --vram 12GiB --ram 64GiB --link pcie4x16"))
 @click.argument("model")
 @click.option("--type", "type_name", help="Of a named shape: q4_k_m, q8_0, ...  [default: the usual one]")
-@click.option("--vram", help="GPU memory, such as 24GiB; 0 is none.  [default: this machine's]")
+@click.option("--vram", help="GPU memory, such as 24GiB; 0 is none.  [default: what is free here]")
 @click.option("--ram", help="Memory that can be taken, such as 64GiB.  [default: what is available here]")
 @click.option(
     "--link", default="auto", show_default=True, help="Memory to GPU: pcie4x16, 25GB/s; auto is PCIe 4 x16."
@@ -260,7 +275,8 @@ def plan(
     gpt-oss-20b, gpt-oss-120b, deepseek-v3.
     """
     with _one_line_errors():
-        from .plan import describe, make, to_dict, write_plot
+        with exiting():
+            from .plan import describe, make, to_dict, write_plot
 
         found = make(
             model, type_name=type_name, vram=vram, ram=ram, link=link, disk=disk, ram_rate=ram_rate,
@@ -283,7 +299,9 @@ def plan(
 )
 @click.option("--budget", default="auto", show_default=True, help="As for rotary run.")
 @click.option("--inner", help="ggml device that computes.  [default: first GPU, else CPU]")
-@click.option("--temp", default=0.8, show_default=True, help="Sampling temperature; 0 is greedy.")
+@click.option(
+    "--temp", default=0.8, show_default=True, type=_Number(min=0), help="Sampling temperature; 0 is greedy."
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.  [default: random]")
 @click.option("--ctx", type=click.IntRange(min=1), help="Context in tokens.  [default: as rotary run]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as rotary run]")
@@ -293,10 +311,13 @@ def trace(
 ) -> None:  # fmt: skip
     """Record which experts a model chooses while it answers prompts."""
     with _one_line_errors():
-        config = RotaryConfig(budget=budget, inner=inner)
-        from .recording import read_prompts, record
+        config = RotaryConfig(budget=budget, inner=inner, verbose=True)
+        with exiting():
+            from .recording import read_prompts, record
+            from .traces import check_writable
 
         texts = read_prompts(prompts)
+        check_writable(output)
 
         def on_prompt(number: int, n_tokens: int) -> None:
             click.echo(f"rotary: prompt {number + 1} of {len(texts)}, {n_tokens} tokens", err=True)
@@ -310,8 +331,14 @@ def trace(
             f"{output}: {found.tokens()} tokens in {len(found.layers)} layers, "
             f"{found.experts.shape[1]} of {found.n_expert} experts each"
         )
-        if found.about.get("interrupted"):
-            sys.exit(130)
+        interrupted = found.about.get("interrupted")
+        if interrupted or "failed" in found.about:
+            reason = "interrupted" if interrupted else found.about["failed"]
+            click.echo(
+                f"rotary: {reason}; {found.about['prompts']} of {len(texts)} prompts are in {output}",
+                err=True,
+            )
+            sys.exit(130 if interrupted else 2)
 
 
 @main.command("profile", epilog=_example("rotary profile model.gguf a.trace b.trace"))
@@ -321,7 +348,8 @@ def trace(
 def profile_(model: str, trace_files: tuple[str, ...], output: str | None) -> None:
     """Learn from traces which experts a model wants most, to begin runs with."""
     with _one_line_errors():
-        from . import profiles, traces
+        with exiting():
+            from . import profiles, traces
 
         found = profiles.learn([traces.load(path) for path in trace_files])
         path = output or profiles.beside(model)
@@ -340,12 +368,10 @@ def profile_(model: str, trace_files: tuple[str, ...], output: str | None) -> No
     "--compute",
     default=3.0,
     show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
+    type=_Number(min=0, min_open=True),
     help="Milliseconds of a token whose experts are all there.",
 )
-@click.option(
-    "--latency", default=0.0, type=click.FloatRange(min=0), help="Microseconds of a lookup that waits."
-)
+@click.option("--latency", default=0.0, type=_Number(min=0), help="Microseconds of a lookup that waits.")
 @click.option("--predictors", default="none", show_default=True, help="none or what comes ahead, by commas.")
 @click.option("--profile", help="File of rotary profile: what the transition predictor begins with.")
 @click.option("--depth", default=1, show_default=True, type=click.IntRange(1, 8), help="Layers ahead.")
@@ -357,7 +383,8 @@ def simulate(
 ) -> None:  # fmt: skip
     """Replay a trace under eviction policies, budgets, links and predictors."""
     with _one_line_errors():
-        from .comparison import compare, shares, table
+        with exiting():
+            from .comparison import compare, shares, table
 
         rows = compare(
             trace_file, NATIVE if policies == "all" else policies.split(","), shares(budgets),
@@ -412,9 +439,10 @@ def convert_(
     command goes on where it was; quantising itself begins again.
     """
     with _one_line_errors():
-        from .bars import bars
-        from .convert import Options, convert
-        from .quantising import Wish
+        with exiting():
+            from .bars import bars
+            from .convert import Options, convert
+            from .quantising import Wish
 
         options = Options(
             alignment=alignment,
@@ -438,14 +466,21 @@ def convert_(
 @click.option("--policies", default="lru,lfu,recall", show_default=True, help="The last one with prefetch.")
 @click.option("--budgets", default="5,12.5,25,50,75", show_default=True, help="Percent of all experts.")
 @click.option("--link", default="pcie4x16", show_default=True, help="As for rotary simulate.")
-@click.option("--compute", default=3.0, show_default=True, help="As for rotary simulate.")
+@click.option(
+    "--compute",
+    default=3.0,
+    show_default=True,
+    type=_Number(min=0, min_open=True),
+    help="As for rotary simulate.",
+)
 @click.option("--depth", default=2, show_default=True, type=click.IntRange(1, 8), help="Layers ahead.")
 def report_(
     trace_file: str, output: str, policies: str, budgets: str, link: str, compute: float, depth: int
 ) -> None:
     """Write one HTML page about a trace: what is chosen, policies, prefetch, time."""
     with _one_line_errors():
-        from .comparison import write_report
+        with exiting():
+            from .comparison import write_report
 
         write_report(trace_file, output, policies.split(","), budgets, link, 1000 * compute, depth)
         click.echo(f"{output}: written")
@@ -456,21 +491,22 @@ def report_(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def doctor(model: str | None, as_json: bool) -> None:
     """Check versions, devices, memory and disk, and say what to do."""
-    from dataclasses import asdict
-
-    from .doctor import FAIL, examine
-
     with _one_line_errors():
+        with exiting():
+            from dataclasses import asdict
+
+            from .doctor import FAIL, examine
+
         checks = []
         for check in examine(model):
             checks.append(check)
             if not as_json:
                 advice = f" -> {check.advice}" if check.advice else ""
                 click.echo(f"{check.verdict:<4}  {check.name:<17} {check.detail}{advice}")
-    if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks]))
-    if any(check.verdict == FAIL for check in checks):
-        sys.exit(1)
+        if as_json:
+            click.echo(json.dumps([asdict(check) for check in checks]))
+        if any(check.verdict == FAIL for check in checks):
+            sys.exit(1)
 
 
 @main.command(
@@ -480,7 +516,8 @@ def doctor(model: str | None, as_json: bool) -> None:
 def backend_path() -> None:
     """Print the native library's path, for GGML_BACKEND_PATH."""
     with _one_line_errors():
-        from ._native import library_path
+        with exiting():
+            from ._native import library_path
 
         path = library_path()
         if not path.is_file():

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from typing import Any
 
 from .errors import BudgetError, RotaryError
@@ -25,19 +26,29 @@ _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[_letter] = _UNITS[_letter + "ib"] = 1024**_power
     _UNITS[_letter + "b"] = 1000**_power
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|slots?|[kmgt]?i?b?)")
-_ACCEPTED = "accepted are auto, min, a share (25%), a size (8GiB), bytes or slots per layer (16 slots)"
+# ASCII alone: the Kelvin sign in small letters is a k, and the library does not read other scripts' digits.
+_AMOUNT = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(%|slots?|[kmgt]?i?b?)", re.ASCII)
+_ACCEPTED = (
+    "accepted are auto, min, a share (25% or 0.25), a size (8GiB), bytes or slots per layer (16 slots)"
+)
+_LIMIT_BYTES = 1e18  # of any size, as in the native library
+_MOST_SLOTS = 2**31 - 1
 
 
 def parse_bytes(value: int | str) -> int:
     """Bytes in a size: an integer, or text such as ``"512MiB"``, ``"8G"`` or ``"1000000"``."""
-    match = _AMOUNT.fullmatch(str(value).strip().lower())
-    if match is None or match[2] not in _UNITS:
+    number, unit = _number_and_unit(value)
+    if number and unit == "" and "." in number:
         raise RotaryError(
-            f"size {value!r}: not a number of bytes; units are KiB, MiB, GiB, TiB, KB, MB, GB, TB; "
+            f"size {_shown(value)}: has no unit; bytes have no fractions; write {_shown(number, str)}GiB"
+        )
+    n_bytes = _bytes(number, unit) if unit in _UNITS else None
+    if n_bytes is None:
+        raise RotaryError(
+            f"size {_shown(value)}: not a number of bytes; units are KiB, MiB, GiB, TiB, KB, MB, GB, TB; "
             "write for example 512MiB"
         )
-    return _scaled(match)
+    return n_bytes
 
 
 def parse_size(value: str) -> int:
@@ -48,9 +59,32 @@ def parse_size(value: str) -> int:
     return n_bytes
 
 
-def _scaled(match: re.Match[str]) -> int:
-    number = int(match[1]) if match[1].isdigit() else float(match[1])  # a float would round large integers
-    return int(number * _UNITS[match[2]])
+def _number_and_unit(value: object) -> tuple[str, str]:
+    """A number as its digits, and its unit in small letters; neither if it is no such text."""
+    try:
+        text = str(value).strip()
+    except ValueError:  # an int of more digits than Python writes
+        return "", "-"
+    match = _AMOUNT.fullmatch(text.lower()) if text.isascii() else None
+    return (match[1], match[2]) if match is not None else ("", "-")
+
+
+def _bytes(number: str, unit: str) -> int | None:
+    """None for a part of a byte, and for more than any machine has."""
+    n_bytes = float(number or "nan") * _UNITS[unit]
+    if not n_bytes < _LIMIT_BYTES or 0 < n_bytes < 1:
+        return None
+    # As an integer if it is one: a float would round large ones.
+    return int(n_bytes) if "." in number else int(number.lstrip("0") or "0") * _UNITS[unit]
+
+
+def _shown(value: object, form: Callable[[object], str] = repr) -> str:
+    """A value for a message, in one line, and not for pages."""
+    try:
+        text = form(value)
+    except ValueError:
+        text = "of too many digits"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(frozen=True)
@@ -71,44 +105,50 @@ class Budget:
         BudgetError
             It is none of the accepted forms.
         """
-        refusal = BudgetError(f"budget {value!r}: not understood; {_ACCEPTED}; correct the budget")
+        refusal = BudgetError(f"budget {_shown(value)}: not understood; {_ACCEPTED}; correct the budget")
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise refusal
         if isinstance(value, float):
-            if not 0 < value <= 1:
-                raise BudgetError(
-                    f"budget {value!r}: a float is a share of the experts; above 0 and at most 1; "
-                    "give an int for bytes"
-                )
-            return cls.share(100 * value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            if value < 1:
-                raise refusal
-            return cls("bytes", value, str(value))
-        if not isinstance(value, str):
-            raise refusal
-        text = value.strip().lower()
-        if text in ("auto", "min"):
+            return cls._share_of_one(value, refusal)
+        if isinstance(value, str) and (text := value.strip().lower()) in ("auto", "min"):
             return cls(text, 0, text)
-        match = _AMOUNT.fullmatch(text)
-        if match is None or float(match[1]) == 0:
+        number, unit = _number_and_unit(value)
+        if not number or float(number) == 0:
             raise refusal
-        amount, unit = float(match[1]), match[2]
+        amount = float(number)
         if unit == "%":
             if amount > 100:
-                raise BudgetError(f"budget {value!r}: more than all experts; at most 100%; lower the budget")
+                raise BudgetError(
+                    f"budget {_shown(value)}: more than all experts; at most 100%; lower the budget"
+                )
             return cls.share(amount)
+        if unit == "" and "." in number:
+            return cls._share_of_one(amount, refusal)
         if unit.startswith("slot"):
-            if amount != int(amount):
+            if amount > _MOST_SLOTS or amount != int(amount):
                 raise refusal
             return cls("slots", int(amount), f"{int(amount)} slots")
-        if unit not in _UNITS:
+        n_bytes = _bytes(number, unit) if unit in _UNITS else None
+        if n_bytes is None:
             raise refusal
-        n_bytes = _scaled(match)
         return cls("bytes", n_bytes, str(n_bytes))
+
+    @classmethod
+    def _share_of_one(cls, value: float, refusal: BudgetError) -> Budget:
+        if 0 < value <= 1:
+            return cls.share(100 * value)
+        if 1 < value < MIB:
+            percent = f"{value:g}% or " if value <= 100 else ""
+            raise BudgetError(
+                f"budget {value!r}: a number with a point is a share of the experts; above 0 and at most 1; "
+                f"write {percent}{value:g}GiB"
+            )
+        raise refusal
 
     @classmethod
     def share(cls, percent: float) -> Budget:
         """A budget of `percent` of the experts."""
-        return cls("share", percent, f"{percent:.10g}%")
+        return cls("share", percent, f"{Decimal(f'{percent:.10g}'):f}%")  # the library reads no exponent
 
     def check(self, info: ModelInfo, given: object) -> None:
         """Refuse a budget, written as `given`, that cannot hold one token's experts of this model.
@@ -141,8 +181,8 @@ class RotaryConfig:
     ----------
     budget : str, int or float
         Memory for resident experts on the inner device: ``"auto"`` (from its free memory), ``"min"`` (one
-        token's experts), a share (``"25%"`` or ``0.25``), a size (``"8GiB"``), an int of bytes, or ``"16
-        slots"`` per layer.
+        token's experts), a share (``"25%"``, ``"0.25"`` or ``0.25``), a size (``"8GiB"``), an int of bytes,
+        or ``"16 slots"`` per layer.
     inner : str, optional
         ggml device that computes, ``"CPU"``, ``"CUDA0"``, ``"rpc://host:port"``, or several, comma separated,
         over which llama.cpp splits the layers; by default all GPUs, else the CPU. A size is for all of them.
@@ -179,8 +219,9 @@ class RotaryConfig:
     profile : str
         What slots begin with: ``"auto"``, what the file that ``rotary profile`` has written beside the model
         says, or what ``rotary convert`` has stored in it, if there is one; a profile's path; or ``"off"``.
-    verbose : bool
-        Say what was chosen in one line on the logger ``rotary_llamacpp``. Warnings are always logged.
+    verbose : bool, optional
+        Say what was chosen in one line on the logger ``rotary_llamacpp``; by default where ``Llama`` is
+        verbose. Warnings are always logged.
     """
 
     budget: str | int | float = "auto"
@@ -195,7 +236,7 @@ class RotaryConfig:
     policy: str | Factory = AUTO
     split: str = "adaptive"
     profile: str = "auto"
-    verbose: bool = True
+    verbose: bool | None = None
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
@@ -267,5 +308,7 @@ class RotaryConfig:
 
 def _is_off(budget: object) -> bool:
     if isinstance(budget, str):
-        return budget.strip().lower() in ("0", "0%", "off", "none")
+        number, unit = _number_and_unit(budget)
+        known = unit in _UNITS or unit == "%" or unit.startswith("slot")
+        return budget.strip().lower() in ("off", "none") or (known and bool(number) and float(number) == 0)
     return budget is None or budget is False or (isinstance(budget, (int, float)) and budget == 0)

@@ -7,19 +7,17 @@ Prints nothing: text goes to a callback, and a `Watcher` is told how far things 
 from __future__ import annotations
 
 import codecs
-import contextlib
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import llama_cpp.llama_cpp as llama_api
-
+from ._stock import llama_api
 from .config import MIB, RotaryConfig
 from .errors import ModelError, RotaryError
 from .info import ModelInfo
+from .interrupts import noted
 from .llama import Llama
 from .paging import default_model_params
 
@@ -98,7 +96,7 @@ def load(
     watcher: Watcher | None = None,
     **kwargs: Any,
 ) -> Llama:
-    """Load a model for `generate`. With a watcher, llama.cpp's log loses its line of dots.
+    """Load a model for `generate`. llama.cpp's log loses its line of dots.
 
     Raises
     ------
@@ -112,15 +110,16 @@ def load(
     def on_progress(fraction: float, _: Any) -> bool:
         if watcher is not None:
             watcher.loading(fraction)
-        return True
+        return not interrupted.is_set()
 
     def adjust(params: Any) -> None:
-        if watcher is not None:
-            params.progress_callback = on_progress
+        params.progress_callback = on_progress
 
     try:
-        with default_model_params(adjust), _noting_interrupts(interrupted):
-            return Llama(
+        # Raised in the callback, KeyboardInterrupt would be printed and lost: it makes llama.cpp stop, and is
+        # raised here.
+        with default_model_params(adjust), noted(interrupted, and_raised=False):
+            llama = Llama(
                 model,
                 rotary=config,
                 verbose=verbose,
@@ -129,28 +128,18 @@ def load(
             )
     except RotaryError:
         raise
+    except UnicodeEncodeError as error:  # stock's, which has names as text
+        raise ModelError(
+            f"{model}: llama-cpp-python cannot open it, {error.reason}; names in UTF-8 only; rename it"
+        ) from None
     except ValueError as error:
-        if interrupted.is_set():  # in on_progress, which made llama.cpp stop
+        if interrupted.is_set():
             raise KeyboardInterrupt from None
         raise ModelError(f"{model}: llama.cpp refuses it, {error}; run with --verbose to see why") from None
-
-
-@contextlib.contextmanager
-def _noting_interrupts(event: threading.Event) -> Iterator[None]:
-    """Set `event` at Ctrl-C too: raised in a destructor or a C callback, KeyboardInterrupt would be lost."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_interrupt(*_: object) -> None:
-        event.set()
+    if interrupted.is_set():
+        llama.close()
         raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    return llama
 
 
 def generate(
@@ -197,7 +186,7 @@ def generate(
 
     start = first = end = time.monotonic()
     try:
-        with _noting_interrupts(interrupted):
+        with noted(interrupted, and_raised=True):
             llama.eval(tokens[:1])
             llama.reset()
             llama.rotary_reset_stats()
@@ -231,9 +220,7 @@ def generate(
 
 def llama_is_eog(llama: Llama, token: int) -> bool:
     """Whether the token ends the generation; a model may have several such tokens."""
-    import llama_cpp
-
-    return bool(llama_cpp.llama_vocab_is_eog(llama._model.vocab, token))
+    return bool(llama_api.llama_vocab_is_eog(llama._model.vocab, token))
 
 
 def _per_second(n_tokens: int, seconds: float) -> float | None:

@@ -11,7 +11,7 @@ from .gguf_header import GGUFHeader
 
 def text_bytes(value: str) -> bytes:
     """Its length and its UTF-8."""
-    encoded = value.encode()
+    encoded = value.encode(errors="backslashreplace")  # a file's name may be no text
     return struct.pack("<Q", len(encoded)) + encoded
 
 

@@ -10,9 +10,11 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
+import stat
 import struct
 from collections.abc import Container
 from dataclasses import dataclass
@@ -80,6 +82,18 @@ class GGUFHeader:
     alignment: int
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what would never end, or never begin: a folder, a pipe, a device.
+
+    Raises
+    ------
+    OSError
+        It is no regular file, or there is none.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+
+
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
     """Read one GGUF file's header.
 
@@ -90,6 +104,7 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
     """
     path = Path(path)
     try:
+        check_regular(path)
         with path.open("rb") as file:
             n_bytes = os.fstat(file.fileno()).st_size
             if n_bytes < 24 or file.read(4) != b"GGUF":

@@ -150,7 +150,7 @@ class Journal:
         """From here on `done` is of this layout; from its start, unless its files are there so far."""
         digest = hashlib.sha256()
         for output in layout.outputs:
-            digest.update(f"{output.path.name}\n{output.n_bytes}\n".encode() + output.header)
+            digest.update(os.fsencode(f"{output.path.name}\n{output.n_bytes}\n") + output.header)
         there = (size(part(output.path)) == output.n_bytes for output in layout.outputs)
         n_needed = self.done[0] + (self.done[1] > 0)
         if self._layout != digest.hexdigest() or not all(itertools.islice(there, n_needed)):

@@ -7,8 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import llama_cpp
-
+from ._stock import llama_cpp
 from .config import RotaryConfig
 from .paging import Paging, construct
 

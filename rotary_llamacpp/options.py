@@ -280,7 +280,7 @@ def _unread(case: Case, touched: float, stored: int, left: int) -> float:
 
 def _rotary_gpu(case: Case) -> Option:
     footprint, machine = case.print, case.machine
-    margin = max(512 * MIB, machine.vram_bytes // 10)
+    margin = max(512 * MIB, max(machine.vram_bytes, machine.vram_total) // 10)
     fixed = case.fixed(windows=False)
     option = Option("rotary-gpu", "Rotary on the GPU", _rotary_run(case, ""), fixed, case.embedding_bytes)
     # "auto" takes the least out of the margin, rather than none.

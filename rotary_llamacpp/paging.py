@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp.llama_cpp as llama_api
-
 from . import _native, profiles
+from ._stock import llama_api
 from .config import MIB, Budget, RotaryConfig
 from .errors import ModelError, RotaryError
 from .info import ModelInfo
@@ -71,6 +70,7 @@ class Paging:
         self.info: ModelInfo | None = None  # of a paged model
         self.devices: ctypes.Array[ctypes.c_void_p] | None = None  # kept: model_params points at it
         self.no_repack = False
+        self.level = logging.INFO  # of what is announced and is no warning
         self.profile: str | None = None  # the file, if slots began with one's experts
         self.notices: list[str] = []
         self._closing = False
@@ -90,7 +90,7 @@ class Paging:
             return self.step_aside("vocab_only loads no weights", kwargs)
         info = ModelInfo.read(model_path)
         if not info.is_moe:
-            logger.info("%s: dense model, paging does not apply", info.path.name)
+            logger.log(self.level, "%s: dense model, paging does not apply", info.path.name)
             return self.step_aside("dense model, paging does not apply", kwargs)
         budget = Budget.parse(config.budget)
         budget.check(info, config.budget)
@@ -134,7 +134,7 @@ class Paging:
         llama._stack.callback(self.keep_last_figures)  # last on the stack, so first to run
         stats = self.stats()
         logger.log(
-            logging.INFO if config.verbose else logging.DEBUG,
+            self.level,
             "%s: experts paged on %s, budget %.1f of %.1f MiB, %d of %d slots per layer, store %s, path %s",
             os.path.basename(llama.model_path), stats["inner_device"], stats["budget_bytes"] / MIB,
             stats["expert_bytes"] / MIB, stats["n_slots"], stats["n_expert"], stats["store"],
@@ -168,8 +168,8 @@ class Paging:
             self.notice(f"slots begin empty: {error}")
             return
         self.profile = str(path)
-        logger.info(
-            "%s: slots begin with the experts of %s, %d tokens",
+        logger.log(
+            self.level, "%s: slots begin with the experts of %s, %d tokens",
             os.path.basename(model_path), path.name, profile.n_tokens,
         )  # fmt: skip
 
@@ -308,6 +308,9 @@ def construct(
     llama._stack = contextlib.ExitStack()
     paging = llama._rotary = Paging(rotary, kwargs.get("n_gpu_layers"))
     config = RotaryConfig.from_any(rotary)
+    verbose = config.verbose if config is not None else None
+    if not (kwargs.get("verbose", True) if verbose is None else verbose):
+        paging.level = logging.DEBUG
 
     def run_stock(arguments: dict[str, Any]) -> None:
         with default_model_params(lambda params: paging.adjust(llama, params)):
@@ -325,15 +328,21 @@ def construct(
             try:
                 run_stock(paging.open(model_path, config, kwargs))
                 paging.start(llama, config)
-            except ModelError:
-                raise
             except RotaryError as error:
                 # Asked for nothing in particular, the caller gets what stock would do rather than an error.
                 if not paging.is_default:
                     raise
                 undo()
-                logger.warning("%s: runs without paging: %s", os.path.basename(model_path), error)
-                run_stock(paging.step_aside(str(error), kwargs))
+                warning = f"{os.path.basename(model_path)}: runs without paging: {error}"
+                if not isinstance(error, ModelError):
+                    paging.notice(warning)
+                try:
+                    run_stock(paging.step_aside(str(error), kwargs))
+                except ValueError as refusal:
+                    if isinstance(error, ModelError):  # says more of a file that stock cannot load either
+                        raise error from refusal
+                    raise
+                paging.notice(warning)
         except BaseException:
             undo()
             raise

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from .errors import RotaryError
 from .gguf_fields import array_bytes, raw_fields
-from .gguf_header import read_header
+from .gguf_header import check_regular, read_header
 from .traces import DAMAGED, Trace, writing
 
 FORMAT = 1
@@ -130,6 +130,8 @@ def stored(model: str | os.PathLike[str]) -> Profile | None:
 
 def _read(file: str | os.PathLike[str] | io.BytesIO, name: object) -> Profile:
     try:
+        if not isinstance(file, io.BytesIO):
+            check_regular(file)
         with np.load(file, allow_pickle=False) as archive:
             meta = json.loads(archive["meta"].tobytes())
             popularity, pairs = archive["popularity"], archive["pairs"]

@@ -271,7 +271,7 @@ def _last(log: str, *words: str) -> str:
 
 
 def _main(request: dict[str, Any]) -> int:
-    import llama_cpp.llama_cpp as api
+    from ._stock import llama_api as api
 
     @api.llama_log_callback
     def log(_level: int, text: bytes, _data: ctypes.c_void_p) -> None:
@@ -302,7 +302,9 @@ def _main(request: dict[str, Any]) -> int:
             column.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         params.imatrix = entries
     return int(
-        api.llama_model_quantize(request["source"].encode(), request["target"].encode(), ctypes.byref(params))
+        api.llama_model_quantize(
+            os.fsencode(request["source"]), os.fsencode(request["target"]), ctypes.byref(params)
+        )
     )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from .config import RotaryConfig
 from .errors import RotaryError
 from .generation import llama_is_eog, load
 from .info import ModelInfo
+from .interrupts import noted
+from .llama import Llama
 from .pools import Pools
 from .traces import DECODE, PREFILL, Recorder, Trace
 
@@ -44,7 +47,10 @@ def record(
     n_threads: int | None = None,
     on_prompt: Callable[[int, int], None] = lambda number, n_tokens: None,
 ) -> Trace:
-    """Answer each prompt and record the routing of all tokens. Ctrl-C ends it; what has come is returned.
+    """Answer each prompt and record the routing of all tokens.
+
+    Prompts are checked before the first is computed. What fails later, or Ctrl-C, ends the recording, and
+    what has come is returned: ``about`` then has ``failed``, the reason in one line, or ``interrupted``.
 
     Parameters
     ----------
@@ -57,47 +63,82 @@ def record(
     ------
     RotaryError
         The model has no experts, or a prompt does not fit into the context.
+    Exception
+        What failed, or KeyboardInterrupt, before anything was recorded.
     """
     info = ModelInfo.read(model)
     if not info.is_moe:
         raise RotaryError(f"{info.path.name}: dense model, nothing is routed; a MoE model; choose another")
     options: dict[str, Any] = {} if seed is None else {"seed": seed}
     llama = load(model, config, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, **options)
-    pools = llama._rotary.pools
-    assert pools is not None, "a MoE model with a config is paged"
-    layers = {layer["il"]: layer for layer in pools.layer_stats()}
-    recorder = Recorder(
-        max(layer["n_expert"] for layer in layers.values()),
-        {il: layer["expert_bytes"] for il, layer in layers.items()},
-        {"model": info.path.name, "prompts": len(prompts), "temp": temp, "budget": str(config.budget)},
-    )
+    interrupted = threading.Event()
+    failed: Exception | None = None
+    number = 0
     try:
+        pools = llama._rotary.pools
+        assert pools is not None, "a MoE model with a config is paged"
+        layers = {layer["il"]: layer for layer in pools.layer_stats()}
+        recorder = Recorder(
+            max(layer["n_expert"] for layer in layers.values()),
+            {il: layer["expert_bytes"] for il, layer in layers.items()},
+            {"model": info.path.name, "prompts": len(prompts), "temp": temp, "budget": str(config.budget)},
+        )
+        tokenized = [_tokens(llama, each, prompt, n_predict) for each, prompt in enumerate(prompts)]
         pools.trace(True)
-        for number, prompt in enumerate(prompts):
-            tokens = llama.tokenize(prompt.encode(), add_bos=bool(llama._model.add_bos_token()), special=True)
-            tokens = tokens or [llama.token_bos()]
-            if len(tokens) + n_predict > len(llama.input_ids):
-                raise RotaryError(
-                    f"prompt {number + 1}: {len(tokens)} tokens and {n_predict} more; the context holds "
-                    f"{len(llama.input_ids)}; shorten it, lower -n or raise --ctx"
-                )
-            on_prompt(number, len(tokens))
-            llama.reset()
-            llama.eval(tokens)
-            step = recorder.add(_numbers(pools), number, PREFILL, 0)
-            try:
-                for _ in range(n_predict):
-                    token = llama.sample(temp=temp)
-                    if llama_is_eog(llama, token):
+        try:
+            with noted(interrupted, and_raised=True):
+                for number, tokens in enumerate(tokenized):
+                    on_prompt(number, len(tokens))
+                    _answer(llama, pools, recorder, number, tokens, n_predict, temp, interrupted)
+                    if interrupted.is_set():
                         break
-                    llama.eval([token])
-            finally:
-                recorder.add(_numbers(pools), number, DECODE, step)
-    except KeyboardInterrupt:
-        recorder.about["interrupted"] = True
+        except KeyboardInterrupt:
+            interrupted.set()
+        except Exception as error:  # whatever it is, the prompts before it took their time
+            failed = error
     finally:
         llama.close()
+    if recorder.n_sequences == 0 and failed is not None:
+        raise failed
+    if recorder.n_sequences == 0 and interrupted.is_set():
+        raise KeyboardInterrupt
+    recorder.about["prompts"] = recorder.n_sequences
+    if interrupted.is_set():
+        recorder.about["interrupted"] = True
+    elif failed is not None:
+        reason = " ".join(str(failed).split()) or type(failed).__name__
+        recorder.about["failed"] = f"prompt {number + 1}: {reason}"
     return recorder.trace()
+
+
+def _tokens(llama: Llama, number: int, prompt: str, n_predict: int) -> list[int]:
+    tokens = llama.tokenize(prompt.encode(), add_bos=bool(llama._model.add_bos_token()), special=True)
+    tokens = tokens or [llama.token_bos()]
+    if len(tokens) + n_predict > len(llama.input_ids):
+        raise RotaryError(
+            f"prompt {number + 1}: {len(tokens)} tokens and {n_predict} more; the context holds "
+            f"{len(llama.input_ids)}; shorten it, lower -n or raise --ctx"
+        )
+    return tokens
+
+
+def _answer(
+    llama: Llama, pools: Pools, recorder: Recorder, number: int, tokens: list[int], n_predict: int,
+    temp: float, interrupted: threading.Event,
+) -> None:  # fmt: skip
+    llama.reset()
+    llama.eval(tokens)
+    step = recorder.add(_numbers(pools), number, PREFILL, 0)
+    n_done = 0
+    try:
+        while n_done < n_predict and not interrupted.is_set():
+            token = llama.sample(temp=temp)
+            if llama_is_eog(llama, token):
+                break
+            llama.eval([token])
+            n_done += 1
+    finally:
+        recorder.add(_numbers(pools), number, DECODE, step, n_done)
 
 
 def _numbers(pools: Pools) -> list[int]:

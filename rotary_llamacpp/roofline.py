@@ -35,6 +35,7 @@ class Machine:
     disk_cpu_s: float = 0.0  # of all processors together, for a byte of direct reads
     # All threads, of experts into the layout that the CPU's kernels want; 0 where that is the file's.
     repack_rate: float = 0.0
+    vram_total: int = 0  # bytes; `vram_bytes` of them are free
     sync_s: float = 0.0  # of the host, for a GPU and back
     sources: dict[str, str] | None = None
 

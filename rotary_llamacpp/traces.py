@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import struct
@@ -25,11 +26,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RotaryError
+from .gguf_header import check_regular
 
 PREFILL, DECODE = 0, 1
 FORMAT = 1
 _CSV_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
 _MOST_ROWS = 1 << 28  # of one archive: what a header may ask for
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Try to write a file before what it is for is worked out; one that exists stays as it is.
+
+    Raises
+    ------
+    RotaryError
+        It cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> RotaryError:
+    return RotaryError(f"{path}: cannot be written, {error.strerror}; a folder that can; choose another")
 
 
 @contextlib.contextmanager
@@ -48,10 +73,9 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RotaryError(
-            f"{path}: cannot be written, {error.strerror}; a folder that can; choose another"
-        ) from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -166,6 +190,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
     """
     path = Path(path)
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             archive = file.read(2) == b"PK"
         return _read_archive(path) if archive else _read_csv(path)
@@ -272,8 +297,18 @@ class Recorder:
         self.n_expert, self.expert_bytes, self.about = n_expert, expert_bytes, about
         self._rows: list[tuple[int, int, int, int, NDArray[Any], NDArray[Any], NDArray[Any]]] = []
 
-    def add(self, numbers: list[int], sequence: int, phase: int, first_step: int) -> int:
-        """Take over what was recorded while tokens of one phase were computed; the step after them."""
+    @property
+    def n_sequences(self) -> int:
+        """Prompts of which something was recorded."""
+        return len({row[0] for row in self._rows})
+
+    def add(
+        self, numbers: list[int], sequence: int, phase: int, first_step: int, n_done: int | None = None
+    ) -> int:
+        """Take over what was recorded while tokens of one phase were computed; the step after them.
+
+        `n_done` is how many were computed by all layers: another, that failed in the midst, is left out.
+        """
         flat = np.array(numbers, np.int32)
         found: dict[int, list[tuple[Any, Any, Any]]] = {layer: [] for layer in self.expert_bytes}
         at = 0
@@ -284,6 +319,8 @@ class Recorder:
             weights = bits.view(np.float32) if known else np.full(ids.shape, np.nan, np.float32)
             found[layer] += zip(ids, weights, there > 0, strict=True)
             at += 4 + 3 * n
+        if n_done is not None:
+            found = {layer: rows[:n_done] for layer, rows in found.items()}
         end = first_step + max(map(len, found.values()))
         for layer, rows in found.items():
             # The last layer computes only those tokens of a prompt that logits are wanted of: the last ones.

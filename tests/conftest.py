@@ -155,7 +155,7 @@ def rotary_command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        command = [sys.executable, "-m", "rotary_llamacpp.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "rotary_llamacpp", *map(str, arguments)]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_S, check=False)
 
     return run

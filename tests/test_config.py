@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pickle
 
 import pytest
 from conftest import ROOT
 
-from rotary_llamacpp.config import Budget, RotaryConfig, parse_bytes
+from rotary_llamacpp.config import Budget, RotaryConfig, parse_bytes, parse_size
 from rotary_llamacpp.errors import BudgetError, RotaryError
 from rotary_llamacpp.info import ModelInfo
 
@@ -21,6 +22,10 @@ from rotary_llamacpp.info import ModelInfo
         ("8GiB", str(8 << 30)), ("8g", str(8 << 30)), ("1.5 KiB", "1536"), ("2GB", "2000000000"),
         ("512b", "512"), ("1000000", "1000000"), (1000000, "1000000"), (1, "1"),
         ("9007199254740993", "9007199254740993"), ("16 slots", "16 slots"), ("1 slot", "1 slots"),
+        # A number with a point and without a unit is what the same float is: a share.
+        ("0.25", "25%"), (".5", "50%"), ("1.0", "100%"), (" 0.07 ", "7%"), (".5GiB", str(1 << 29)),
+        ("0.5%", "0.5%"), (1e-12, "0.0000000001%"), ("0" * 5000 + "7", "7"), ("16.0 slots", "16 slots"),
+        (10**17 + 1, str(10**17 + 1)),
     ],
 )  # fmt: skip
 def test_budget_forms(value, text):
@@ -45,17 +50,56 @@ def test_budget_forms(value, text):
         [],
         object(),
         "0x10",
+        "1.5",
+        "1.2.3%",
+        ".",
+        ".GiB",
+        "0.5b",
+        "0.0001KiB",
+        "inf",
+        "-inf",
+        "1e400",
+        "1e9",
+        "1e-3%",
+        "1 000 000",
+        "٣GiB",
+        "8\u212a",  # the kelvin sign is a k in small letters
+        "8\u00a0GiB",
+        "1000000TiB",
+        "3000000000 slots",
+        "9" * 400 + " slots",
+        "9" * 400 + "MiB",
+        "9" * 5000,
+        "8GiB\nor more",
+        10**18,
+        10**5000,
+        math.inf,
+        -math.inf,
+        math.nan,
+        1e300,
+        True,
     ],
+    ids=lambda value: repr(value)[:20] if not isinstance(value, int) else f"int{value.bit_length()}",
 )
 def test_nonsense_budgets_are_refused(value):
     with pytest.raises(BudgetError, match="budget") as caught:
         RotaryConfig(budget=value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["1.5", 1.5, "20.0", 20.0])
+def test_a_number_that_may_be_percent_or_a_size_is_told_apart(value):
+    with pytest.raises(BudgetError, match=r"share of the experts.*write [0-9.]+% or [0-9.]+GiB"):
+        Budget.parse(value)
 
 
 @pytest.mark.parametrize(
-    "off", [None, False, 0, 0.0, "0", "0%", "off", "none", {"budget": 0}, {"budget": None}]
-)
+    "off",
+    [
+        None, False, 0, 0.0, "0", "0%", "off", "none", {"budget": 0}, {"budget": None},
+        "0.0", " .0 ", "0.00%", "0 slots", "0GiB", "OFF",
+    ],
+)  # fmt: skip
 def test_off(off):
     assert RotaryConfig.from_any(off) is None
 
@@ -73,6 +117,11 @@ def test_from_any():
         RotaryConfig(margin="25%")
     with pytest.raises(RotaryError, match="inner"):
         RotaryConfig(inner="")
+
+
+def test_verbose_is_as_llamas_unless_said():
+    assert RotaryConfig().verbose is None
+    assert RotaryConfig(verbose=False).verbose is False
 
 
 def test_store():
@@ -105,8 +154,20 @@ def test_is_frozen_and_pickles():
 
 def test_parse_bytes():
     assert parse_bytes("1KiB") == parse_bytes(1024) == 1024
+    assert parse_bytes("0.5KiB") == parse_bytes(".5 kib") == 512
+    assert parse_bytes("0") == parse_bytes("0GiB") == 0
     with pytest.raises(RotaryError, match="16 slots"):
         parse_bytes("16 slots")
+    for fraction in ("0.25", "1.5", ".5", 0.25):
+        with pytest.raises(RotaryError, match=r"bytes have no fractions.*write [0-9.]+GiB"):
+            parse_bytes(fraction)
+    for nonsense in ("0.5b", "0.0001KiB", "-1GiB", "nan", "inf", "1e400", "9" * 400 + "MiB", "9" * 5000,
+                     "٣GiB", 10**5000, -1, 1e300, True, None, b"8"):  # fmt: skip
+        with pytest.raises(RotaryError, match=r"^size .*; .*; ") as caught:
+            parse_bytes(nonsense)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    with pytest.raises(RotaryError, match=r"write 0.25GiB"):
+        parse_size("0.25")
 
 
 def test_check_against_a_model(tiny_model):

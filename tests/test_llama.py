@@ -220,18 +220,18 @@ def test_off_is_off(tiny_model, off, monkeypatch):
 
 
 def test_dense_model_runs_and_says_so(make, dense_model, caplog):
-    with caplog.at_level(logging.INFO, "rotary_llamacpp"):
+    with caplog.at_level(logging.DEBUG, "rotary_llamacpp"):
         llama = make("auto", dense_model)
     assert "paging does not apply" in caplog.text
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not [record for record in caplog.records if record.levelno >= logging.INFO], "verbose is off"
     assert llama.rotary_stats()["reason"] == "dense model, paging does not apply"
     assert llama.create_completion("a", max_tokens=4)["usage"]["completion_tokens"] > 0
 
 
 def test_announces_what_it_chose(make, caplog):
     with caplog.at_level(logging.INFO, "rotary_llamacpp"):
-        make({"budget": "25%", "store": "mmap"})
-        make("25%", use_mmap=False)
+        make({"budget": "25%", "store": "mmap", "verbose": True})
+        make({"budget": "25%", "verbose": True}, use_mmap=False)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     for part in ("tiny-moe-q8_0.gguf", "on CPU", "4.8 of 19.1 MiB", "8 of 32 slots per layer"):
@@ -239,11 +239,49 @@ def test_announces_what_it_chose(make, caplog):
     assert "store mmap" in lines[0] and "store memory" in lines[1]
 
 
-def test_says_it_on_stderr_when_logging_is_not_configured(tiny_model, native):
-    code = f"from rotary_llamacpp import Llama; Llama({str(tiny_model)!r}, rotary='min', verbose=False)"
+def said_by(*lines):
+    """What a program writes to standard error."""
+    code = "\n".join(["from rotary_llamacpp import *", *lines])
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout == ""
-    assert ran.stderr.count("\n") == 1 and "slots per layer" in ran.stderr
+    return ran.stderr
+
+
+def test_says_it_on_stderr_when_logging_is_not_configured(tiny_model, native):
+    said = said_by(f"Llama({str(tiny_model)!r}, rotary={{'budget': 'min', 'verbose': True}}, verbose=False)")
+    assert said.count("\n") == 1 and "slots per layer" in said
+
+
+@pytest.mark.parametrize("logging", ["", "import logging; logging.basicConfig()"])
+def test_verbose_false_says_nothing(tiny_model, dense_model, native, logging):
+    model = str(tiny_model)
+    said = said_by(
+        logging,
+        f"llama = Llama({model!r}, rotary='auto', verbose=False)",
+        "llama.create_completion('abc', max_tokens=2)",
+        "llama.rotary_stats()",
+        f"Llama({model!r}, rotary={{'budget': '25%', 'store': 'direct'}}, verbose=False).close()",
+        f"Llama({str(dense_model)!r}, verbose=False)",
+        f"Llama({model!r}, rotary=None, verbose=False)",
+        "activate('min'); import llama_cpp",
+        f"llama_cpp.Llama({model!r}, verbose=False)",
+    )
+    assert said == ""
+
+
+def test_verbose_says_what_was_chosen(tiny_model, native):
+    said = said_by(f"Llama({str(tiny_model)!r}, rotary='min')")
+    assert "slots per layer" in said, "as llama.cpp's own log, unasked"
+    said = said_by(f"Llama({str(tiny_model)!r}, rotary={{'budget': 'min', 'verbose': False}})")
+    assert "slots per layer" not in said
+
+
+def test_verbose_false_leaves_warnings(tiny_model, native):
+    said = said_by(
+        f"llama = Llama({str(tiny_model)!r}, rotary='min', verbose=False, use_mlock=True)",
+        "assert llama.rotary_stats()['notices']",
+    )
+    assert said.count("\n") == 1 and "use_mlock" in said
 
 
 def test_notices_are_warned_of_once_and_kept(make, caplog, monkeypatch):
@@ -345,6 +383,36 @@ def test_refusals_leave_nothing_behind(native, tiny_model, rotary, kind, reason,
     gc.collect()
     assert llama_api.llama_model_default_params is hook
     assert not [w for w in recwarn if "_stack" in str(w.message)], "stock's __del__ works on what was refused"
+
+
+def stricter(monkeypatch, path):
+    """A limit of our reader that stock has not, and this model is beyond."""
+    monkeypatch.setattr("rotary_llamacpp.gguf_header._MOST_TENSORS", 3)
+    return path
+
+
+def test_auto_falls_back_where_our_reader_is_stricter(native, tiny_model, stock_trace, monkeypatch, caplog):
+    model = stricter(monkeypatch, tiny_model)
+    with pytest.raises(ModelError, match="items announced"):
+        Llama(str(model), rotary="25%", **OPTIONS)
+    with pytest.raises(ModelError, match="items announced"):
+        Llama(str(model), rotary={"budget": "auto"}, **OPTIONS)
+    caplog.clear()
+    llama = Llama(str(model), **OPTIONS)
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == 1 and "runs without paging" in warned[0] and "items announced" in warned[0]
+    stats = llama.rotary_stats()
+    assert not stats["active"] and "items announced" in stats["reason"] and stats["notices"] == warned
+    assert np.array_equal(trace(llama, 20)["logits"], stock_trace(tiny_model, n_prompt=20)["logits"])
+    llama.close()
+
+
+def test_a_model_that_neither_reads_raises_our_reason(native, tmp_path, tiny_model, caplog):
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(tiny_model.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="truncated"):
+        Llama(str(damaged), **OPTIONS)
+    assert "runs without paging" not in caplog.text
 
 
 def test_missing_model_raises_what_stock_raises(native):

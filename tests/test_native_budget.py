@@ -4,9 +4,14 @@ two readers of budget texts (the library's and RotaryConfig's) taking each other
 
 from __future__ import annotations
 
-import pytest
+import shutil
+import subprocess
 
-from rotary_llamacpp.config import Budget
+import pytest
+from paged import apart
+
+from rotary_llamacpp import _native
+from rotary_llamacpp.config import Budget, RotaryConfig
 from rotary_llamacpp.errors import RotaryError
 
 np = pytest.importorskip("numpy")
@@ -88,20 +93,68 @@ def test_properties_over_random_layers(native):
             assert n == n_expert or used + size > n_bytes, "a slot more would have fitted"
 
 
-@pytest.mark.parametrize(
-    "text", ["auto", "min", "25%", "12.5%", "8GiB", "512MiB", "8G", "7KB", "1000000", "16 slots", "1 slot"]
-)
+ACCEPTED = [
+    "auto", "min", "25%", "12.5%", "8GiB", "512MiB", "8G", "7KB", "1000000", "16 slots", "1 slot",
+    "0.25", ".5", "1.0", ".5KiB", "0.5%", "1.5b", " 16.0\tSLOTS ", "99999999999999999", "0.07",
+]  # fmt: skip
+REFUSED = [
+    "", "lots", "-1", "101%", "1.5 slots", "8 GiBs", "8QB", "nan", "inf", "0x10", "1.5", "1.2.3", ".", "%",
+    "0.5b", "0.0001KiB", "1e400", "1e9", "1e-3%", "1 000", "a uto", "1 0%", "1000000000000000000",
+    "1000000TiB", "3000000000 slots", "9" * 400, "9" * 400 + "%", "9" * 400 + " slots", "8\u212a", "8\u00a0GiB", "\u0663",
+]  # fmt: skip
+OFF = ["0", "0%", "0.0", ".0", "0.00%", "0 slots", "0GiB", "off", "none"]
+
+
+@pytest.mark.parametrize("text", ACCEPTED)
 def test_both_readers_accept(native, text):
-    layers = [(256, 1 << 26, 1)]
-    ours = divide(native, text, layers, 5000)
-    assert ours[0] == 0
-    assert divide(native, Budget.parse(text).text, layers, 5000) == ours
+    for size, least in ((1, 0), (1 << 20, ERR_BUDGET)):  # to the byte, and for sizes of many
+        layers = [(size, 1 << 20, 1)]
+        ours = divide(native, text, layers, 5)
+        assert ours[0] in (0, least), native.last_error()
+        assert divide(native, Budget.parse(text).text, layers, 5) == ours
 
 
-@pytest.mark.parametrize(
-    "text", ["", "lots", "-1", "101%", "1.5 slots", "8 GiBs", "8QB", "nan", "inf", "0x10"]
-)
+@pytest.mark.parametrize("text", REFUSED, ids=lambda text: text[:20])
 def test_both_readers_refuse(native, text):
     assert divide(native, text, [(1, 8, 1)])[0] == ERR_ARG
     with pytest.raises(RotaryError):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize("text", OFF)
+def test_both_readers_turn_it_off(native, text):
+    # A pool that is off has nothing to divide, which is no error of the text: its words differ.
+    assert divide(native, text, [(1, 8, 1)])[0] == ERR_ARG
+    assert "not understood" not in native.last_error()
+    assert RotaryConfig.from_any(text) is None
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0, 0.07, 1 / 3, 0.001])
+def test_a_float_and_its_text_are_the_same_share(native, share):
+    layers = [(MIB, 1000, 1)]
+    wanted = divide(native, Budget.parse(share).text, layers)
+    assert wanted[0] == 0 and wanted[2] == pytest.approx(share * 1000 * MIB, rel=1e-9)
+    for text in (Budget.parse(f"{share:.12f}").text, f"{share:.12f}"):
+        assert divide(native, text, layers)[:2] == wanted[:2]
+
+
+def _divided_with_a_decimal_comma():
+    import locale
+
+    native = _native.load()
+    before = divide(native, "12.5%", [(1, 1000, 1)])
+    locale.setlocale(locale.LC_ALL, "xx")
+    assert locale.localeconv()["decimal_point"] == ","
+    return before, divide(native, "12.5%", [(1, 1000, 1)])
+
+
+def test_numbers_have_a_point_in_every_language(native, tmp_path):
+    # A program with windows sets the user's language, whose numbers may have a comma.
+    localedef = shutil.which("localedef")
+    made = localedef and subprocess.run(
+        [localedef, "--no-archive", "-i", "de_DE", "-f", "UTF-8", tmp_path / "xx"], capture_output=True
+    )
+    if not made or not (tmp_path / "xx" / "LC_NUMERIC").exists():
+        pytest.skip("localedef cannot make a language here")
+    before, after = apart(_divided_with_a_decimal_comma, environment={"LOCPATH": str(tmp_path)})
+    assert before == after == (0, [125], 125)

@@ -513,6 +513,47 @@ def test_measuring_replaces_what_was_not_said(native, monkeypatch, tiny_model):
     assert (kept.disk_rate, kept.ram_rate, kept.copy_rate) == (HERE.disk_rate, HERE.ram_rate, HERE.copy_rate)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("can't start new thread")]
+)
+def test_a_disk_that_cannot_be_measured_is_as_published(native, monkeypatch, tiny_model, error):
+    def refuse(path):
+        raise error
+
+    monkeypatch.setattr(disk, "measure", refuse)
+    found = footprint.of_headers(read_shards(tiny_model))
+    described = replace(HERE, sources={"disk": "published, NVMe"})
+    measured = calibration.measure(described, found, Request(), None, 1, frozenset(("ram rate",)))
+    assert (measured.disk_rate, measured.disk_cpu_s) == (HERE.disk_rate, 0.0)
+    said = measured.sources["disk"]
+    assert said == f"published, NVMe; could not be measured: {error}"
+
+
+def test_vram_is_what_is_free(native, monkeypatch):
+    gpus = {"CUDA0": (10 * MIB, 24 * MIB), "CUDA1": (24 * MIB, 24 * MIB), "CPU": (7, 7)}
+    monkeypatch.setattr(_native.Library, "device_memory", lambda self, inner: gpus[inner])
+    monkeypatch.setattr(native, "default_inner", ["CUDA0", "CUDA1", "CPU"])
+    arguments = {**dict.fromkeys(("ram_rate", "vram_rate")), "ram": "8GiB", "link": "auto", "disk": "auto"}
+    found = calibration.describe(vram=None, **arguments)
+    assert (found.vram_bytes, found.vram_total) == (34 * MIB, 48 * MIB)
+    assert found.sources["vram"] == "free of 48.0 MiB on this machine"
+    # A device may not say what is free: all of it, which is said.
+    gpus["CUDA0"] = (0, 24 * MIB)
+    found = calibration.describe(vram=None, **arguments)
+    assert found.vram_bytes == 48 * MIB and "does not say what is free" in found.sources["vram"]
+    found = calibration.describe(vram="12GiB", **arguments)
+    assert (found.vram_bytes, found.sources["vram"]) == (12 << 30, "given")
+    monkeypatch.setattr(native, "default_inner", ["CPU"])
+    found = calibration.describe(vram=None, **arguments)
+    assert found.vram_bytes == 0 and "no GPU" in found.sources["vram"]
+
+
+def test_memory_of_a_device(native):
+    free, total = native.device_memory("CPU")
+    assert 0 < free <= total
+    assert native.device_memory("NOSUCH0") == (0, 0)
+
+
 @pytest.mark.usefixtures("ticks")
 def test_measuring_a_gpu(native, monkeypatch, tiny_model):
     # The CPU stands for it: the same calls of ggml's, by the device's name.

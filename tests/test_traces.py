@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 import pytest
 from paged import assert_equal, paged_trace
 
-from rotary_llamacpp import RotaryConfig, policies, simulation, traces
-from rotary_llamacpp.errors import RotaryError
+from rotary_llamacpp import Llama, RotaryConfig, policies, simulation, traces
+from rotary_llamacpp.cli import main
+from rotary_llamacpp.errors import ReadError, RotaryError
 from rotary_llamacpp.predictors import NAMES, PrefetchPolicy
 from rotary_llamacpp.recording import record
 
@@ -90,6 +91,96 @@ def test_recording_changes_nothing(native, tiny_model, stock_trace, monkeypatch,
     paged, stats = paged_trace(tiny_model, 60, {"budget": budget, "repack": False}, n_ubatch=16)
     assert_equal(paged, stock_trace(tiny_model, n_prompt=60, use_extra_bufts=False, n_ubatch=16))
     assert stats["waits"] >= stats["lookups"] > 0
+
+
+def fails_at(monkeypatch, n, error):
+    """Let the model's n-th evaluation fail."""
+    evaluate, calls = Llama.eval, itertools.count(1)
+
+    def failing(self, tokens):
+        if next(calls) == n:
+            raise error
+        evaluate(self, tokens)
+
+    monkeypatch.setattr(Llama, "eval", failing)
+
+
+def test_all_prompts_are_checked_before_one_is_computed(native, tiny_model, monkeypatch):
+    fails_at(monkeypatch, 1, AssertionError("computed"))
+    config = RotaryConfig(**CONFIG)
+    with pytest.raises(RotaryError, match=r"prompt 2: 1?\d\d\d? tokens and 5 more; the context holds 64"):
+        record(str(tiny_model), ["The whale", "whale " * 100, "The"], 5, config, n_ctx=64)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(), ReadError("x.gguf: gone; it was there; mend it"), MemoryError(),
+        RuntimeError("llama_decode returned 1"),
+    ],
+)  # fmt: skip
+def test_what_was_recorded_is_kept_when_a_later_prompt_fails(native, tiny_model, monkeypatch, error):
+    # The first prompt is a graph of its tokens and two more; the second's second token fails.
+    fails_at(monkeypatch, 6, error)
+    found = record(str(tiny_model), ["The whale", "The", "In"], 2, RotaryConfig(**CONFIG), temp=0, n_ctx=64)
+    assert set(found.sequence) == {0, 1} and found.about["prompts"] == 2
+    assert found.tokens(traces.DECODE) == 3
+    if isinstance(error, KeyboardInterrupt):
+        assert found.about["interrupted"] is True and "failed" not in found.about
+    else:
+        assert found.about["failed"].startswith("prompt 2: ") and str(error) in found.about["failed"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ReadError("x.gguf: gone; it was there; mend it")])
+def test_a_recording_that_fails_at_once_raises(native, tiny_model, monkeypatch, error):
+    fails_at(monkeypatch, 1, error)
+    with pytest.raises(type(error)):
+        record(str(tiny_model), ["The whale"], 2, RotaryConfig(**CONFIG), n_ctx=64)
+
+
+def test_the_command_writes_what_was_recorded(native, tiny_model, tmp_path, monkeypatch, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "a.trace"
+    prompts.write_text("The whale\nThe\nIn\n")
+    arguments = [
+        "trace",
+        str(tiny_model),
+        "--prompts",
+        str(prompts),
+        "-o",
+        str(out),
+        "-n",
+        "2",
+        "--ctx",
+        "64",
+    ]
+    for error, status, says in (
+        (ReadError("x.gguf: gone; it was there; mend it"), 2, "prompt 2: x.gguf: gone"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+        with monkeypatch.context() as patched:
+            fails_at(patched, 6, error)
+            with pytest.raises(SystemExit) as ended:
+                main([*arguments, "--temp", "0"])
+        said = capsys.readouterr()
+        assert ended.value.code == status
+        last = said.err.splitlines()[-1]
+        assert last.startswith("rotary: ") and says in last and f"2 of 3 prompts are in {out}" in last
+        assert traces.load(out).tokens(traces.DECODE) == 3
+        out.unlink()
+
+
+def test_where_a_trace_goes_is_tried_first(native, tiny_model, tmp_path, monkeypatch, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The whale\n")
+    fails_at(monkeypatch, 1, AssertionError("computed"))
+    for out in (tmp_path, tmp_path / "none" / "a.trace"):
+        with pytest.raises(SystemExit) as ended:
+            main(["trace", str(tiny_model), "--prompts", str(prompts), "-o", str(out)])
+        assert ended.value.code == 2 and f"rotary: {out}: cannot be written" in capsys.readouterr().err
+    kept = tmp_path / "kept.trace"
+    kept.write_text("an older trace")
+    traces.check_writable(kept)
+    assert kept.read_text() == "an older trace" and sorted(tmp_path.iterdir()) == [kept, prompts]
 
 
 @pytest.mark.model

@@ -140,7 +140,7 @@ typedef struct rotary_pool rotary_pool;
 
 typedef struct rotary_config {
     size_t       struct_size;   // sizeof(rotary_config), for checking
-    const char * budget;        // "auto", "min", "25%", "8GiB", "512MiB", "1000000" (bytes), "16 slots" (per layer)
+    const char * budget;        // "auto", "min", "25%" or "0.25", "8GiB", "1000000" (bytes), "16 slots" (per layer)
     const char * model;         // name for messages; may be NULL
     uint64_t     margin_bytes;  // "auto" leaves this much of the inner device's memory free; 0 for the default
     int32_t      repack;        // CPU inner device: 1 slots in the CPU's repacked layout where it has one (as stock

@@ -7,20 +7,42 @@
 #include "error.hpp"
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
-#include <cstdlib>
+#include <locale>
+#include <sstream>
 
 namespace rotary {
 
-static std::string normalize(const std::string & text) {
-    std::string out;
-    for (const char c : text) {
-        if (!std::isspace((unsigned char) c)) {
-            out += (char) std::tolower((unsigned char) c);
-        }
+// Numbers and small letters as C has them: a program with windows sets the user's language, whose numbers may have a
+// comma and whose letters may be others.
+static bool is_space(char c) {
+    return c == ' ' || (c >= '\t' && c <= '\r');
+}
+
+static std::string trimmed(const std::string & text) {
+    size_t first = 0;
+    size_t last  = text.size();
+    while (first < last && is_space(text[first])) {
+        first++;
+    }
+    while (last > first && is_space(text[last - 1])) {
+        last--;
+    }
+    std::string out = text.substr(first, last - first);
+    for (char & c : out) {
+        c = c >= 'A' && c <= 'Z' ? (char) (c - 'A' + 'a') : c;
     }
     return out;
+}
+
+// Digits with at most one point among them. False for none, and for more than a double holds.
+static bool parse_number(const std::string & digits, double & out) {
+    if (digits.find_first_of("0123456789") == std::string::npos || digits.find('.') != digits.rfind('.')) {
+        return false;
+    }
+    std::istringstream in(digits);
+    in.imbue(std::locale::classic());
+    return static_cast<bool>(in >> out) && std::isfinite(out);
 }
 
 // Binary multiples for KiB.. and for the bare letters people type (8G), decimal ones for KB.. as on disks.
@@ -42,7 +64,7 @@ static double unit_bytes(const std::string & unit) {
 }
 
 bool budget_parse(const std::string & text, budget & out) {
-    const std::string s = normalize(text);
+    const std::string s = trimmed(text);
     if (s == "auto") {
         out = { budget::kind::automatic, 0 };
         return true;
@@ -51,29 +73,36 @@ bool budget_parse(const std::string & text, budget & out) {
         out = { budget::kind::minimum, 0 };
         return true;
     }
-    if (s == "off") {
+    if (s == "off" || s == "none") {
         out = { budget::kind::off, 0 };
         return true;
     }
     const size_t      n_digits = std::min(s.find_first_not_of("0123456789."), s.size());
     const std::string number   = s.substr(0, n_digits);
-    const std::string unit     = s.substr(n_digits);
-    char *            end      = nullptr;
-    const double      value    = std::strtod(number.c_str(), &end);
-    if (number.empty() || *end != '\0' || !std::isfinite(value)) {
+    const std::string unit     = trimmed(s.substr(n_digits));
+    double            value    = 0;
+    if (!parse_number(number, value)) {
         return false;
     }
-    if (unit == "%") {
-        out = { value == 0 ? budget::kind::off : budget::kind::share, value / 100 };
-        return value <= 100;
+    const bool is_share = unit == "%" || (unit.empty() && number.find('.') != std::string::npos);
+    const bool is_slots = unit == "slots" || unit == "slot";
+    if (!is_share && !is_slots && unit_bytes(unit) == 0) {
+        return false;
     }
-    if (unit == "slots" || unit == "slot") {
-        out = { value == 0 ? budget::kind::off : budget::kind::slots, value };
+    if (value == 0) {
+        out = { budget::kind::off, 0 };
+        return true;
+    }
+    if (is_share) {
+        out = { budget::kind::share, unit == "%" ? value / 100 : value };
+        return out.value <= 1;
+    }
+    if (is_slots) {
+        out = { budget::kind::slots, value };
         return value == std::floor(value) && value <= INT32_MAX;
     }
-    const double factor = unit_bytes(unit);
-    out                 = { value == 0 ? budget::kind::off : budget::kind::bytes, value * factor };
-    return factor > 0 && out.value < 1e18;
+    out = { budget::kind::bytes, value * unit_bytes(unit) };
+    return out.value >= 1 && out.value < 1e18;
 }
 
 uint64_t budget_all_bytes(const std::vector<layer_size> & layers) {
@@ -141,9 +170,13 @@ std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> 
 }
 
 std::string budget_not_understood(const std::string & text) {
+    budget parsed;
+    if (budget_parse(text, parsed) && parsed.what == budget::kind::off) {
+        return format("budget %s: turns paging off; slots take memory; give min or more", text.c_str());
+    }
     return format(
-        "budget %s: not understood; accepted are auto, min, a share (25%%), a size (8GiB), bytes or slots per "
-        "layer (16 slots); correct the budget",
+        "budget %s: not understood; accepted are auto, min, a share (25%% or 0.25), a size (8GiB), bytes or slots "
+        "per layer (16 slots); correct the budget",
         text.c_str());
 }
 

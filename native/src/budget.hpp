@@ -19,7 +19,8 @@ struct budget {
     double value = 0; // bytes, share of all expert bytes (0..1], or slots per layer
 };
 
-// Parse "auto", "min", "off", "0", "25%", "8GiB", "1000000", "16 slots". False if the text is none of these.
+// Parse "auto", "min", "off", "0", "25%", "0.25" (a share: it has a point and no unit), "8GiB", "1000000", "16 slots".
+// False if the text is none of these. config.py reads the same, which a test holds it to.
 bool budget_parse(const std::string & text, budget & out);
 
 using layer_size = rotary_layer_size;
