@@ -218,8 +218,8 @@ def test_names_that_are_no_text(native, tiny_model, tmp_path, shell):
     except OSError:
         pytest.skip("a file system whose names are text")
     for command, language in (
-        ("info {}", "C.UTF-8"), ("info {}", "C"), ("info {}x", "C.UTF-8"), ("convert --dry-run {} {}.out", "C"),
-        ("convert {} {}.out", "C.UTF-8"),
+        ("info {}", "C.UTF-8"), ("info {}", "C"), ("info {}x", "C.UTF-8"),
+        ("convert --dry-run {} {}.out", "C"), ("convert {} {}.out", "C.UTF-8"),
     ):  # fmt: skip
         line = f"{sys.executable} -m rotary_llamacpp {command} --no-progress".replace("{}", '"$1"')
         ran = subprocess.run(
