@@ -5,6 +5,7 @@ time this process gets, so that who draws on it never waits for the test."""
 from __future__ import annotations
 
 import codecs
+import contextlib
 import fcntl
 import os
 import pty
@@ -19,13 +20,14 @@ from conftest import HANG_S
 END = "[all of it]"
 
 
-class Terminal:
+class Terminal(contextlib.ExitStack):
     """Its `text` is all that was written; `theirs` the descriptor to write to.
 
     It does not outlive the ``with`` block.
     """
 
     def __init__(self, n_lines: int = 30, n_columns: int = 80) -> None:
+        super().__init__()
         self._ours, self.theirs = pty.openpty()
         fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", n_lines, n_columns, 0, 0))
         self.before = termios.tcgetattr(self.theirs)
@@ -34,6 +36,7 @@ class Terminal:
         self._over, self._end = os.pipe()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
+        self.callback(self._close)
 
     def _read(self) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -43,10 +46,7 @@ class Terminal:
                 self.text += come
                 self._more.notify_all()
 
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def _close(self) -> None:
         os.close(self._end)
         self._reader.join()
         for fd in (self._over, self.theirs, self._ours):

@@ -234,6 +234,7 @@ class Running:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": term}
         streams = {"stdin": terminal.theirs, "stdout": stdout or terminal.theirs, "stderr": terminal.theirs}
         self.process = subprocess.Popen(command, env=env, **streams)
+        terminal.callback(self.process.kill)
 
     def finish(self):
         returncode = self.process.wait(HANG_S)

@@ -165,20 +165,28 @@ def test_a_profile_is_learnt_from(native, tiny_model, tmp_path):
         str(tiny_model), ["The whale"], 40, RotaryConfig(budget="50%", verbose=False), seed=1, n_ctx=256
     )
     profiles.learn([trace]).save(tmp_path / "a.profile")
-    learnt = []
+    learnt, named = [], []
 
     class Watched(predictors.Transition):
         def learn(self, profile):
             learnt.append(profile)
             super().learn(profile)
 
+        def name(self, layer, ahead, n):
+            named[-1].append(super().name(layer, ahead, n))
+            return named[-1][-1]
+
+    # The first token that is predicted for. How many later ones are is decided by what predicting costs here.
     right = {}
     for profile in ("off", str(tmp_path / "a.profile")):
         for prefetch in ("transition", Watched):
+            named.append([])
             rotary = {**DIRECT, "profile": profile, "prefetch": prefetch}
-            _, stats = paged_trace(tiny_model, 4, rotary, n_decode=6)
+            _, stats = paged_trace(tiny_model, 1, rotary, n_decode=1)
             right[profile, prefetch] = stats["predicted_right"]
     assert [each.n_tokens for each in learnt] == [trace.tokens()]
+    _, without, _, with_one = named
+    assert without[0] == [] and len(with_one[0]) == 4
     for prefetch in ("transition", Watched):
         assert right[str(tmp_path / "a.profile"), prefetch] > right["off", prefetch]
 
