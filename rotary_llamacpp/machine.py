@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""What this machine is: its CPU and memory, and which CPU a shared library was built for. Loads nothing."""
+"""What this machine is and what it lets this process have: its CPUs and memory, and which CPU a shared
+library was built for. Loads nothing.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
 import struct
 from pathlib import Path
 
+from . import cgroups
+from .cgroups import HERE
 from .errors import LibraryError
+
+HOST_PID_NAMESPACE = 0xEFFFFFFC  # inode of the first one, by the kernel's ABI (PROC_PID_INIT_INO)
 
 # e_machine in an ELF header, by the name platform.machine() uses.
 _ELF_MACHINES = {
@@ -86,23 +93,79 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that a process can still take: the kernel's estimate, capped by the cgroup's limit."""
+def total_memory(root: Path = HERE) -> int | None:
+    """Bytes of memory: the machine's, or the tightest limit of the cgroups around this process."""
+    return _memory(root)[0]
+
+
+def available_memory(root: Path = HERE) -> int | None:
+    """Bytes that this process can still take without swapping, page cache counted as free.
+
+    The kernel's estimate, or what the tightest of the cgroups around this process leaves. As of
+    ``rotary::host_memory_now``. `root` is what /proc and the mounts of cgroups are below.
+    """
+    return _memory(root)[1]
+
+
+def _memory(root: Path) -> tuple[int | None, int | None]:
+    meminfo = cgroups.read_fields(root / "proc" / "meminfo")
+    limits = [
+        (meminfo[name] << 10) if name in meminfo else math.inf for name in ("MemTotal:", "MemAvailable:")
+    ]
+    for group in cgroups.own_groups("memory", root):
+        for folder in group.folders:
+            if folder != group.folders[0] and cgroups.read_number(folder / "memory.use_hierarchy") == 0:
+                break  # in version 1 this one, and those around it, are not charged for what is inside
+            limits = [min(pair) for pair in zip(limits, _memory_left(folder, group.version), strict=True)]
+    total, available = (None if limit == math.inf else int(limit) for limit in limits)
+    return total, available
+
+
+def _memory_left(folder: Path, version: int) -> tuple[float, float]:
+    """Limit of one group, and what is left of it. File pages are reclaimed before the limit bites."""
+    stat = cgroups.read_fields(folder / "memory.stat")
+    if version == 1:
+        usage, cached = "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+        # The second knows of groups around it that a container does not see.
+        found = [cgroups.read_number(folder / "memory.limit_in_bytes"), stat.get("hierarchical_memory_limit")]
+    else:
+        usage, cached = "memory.current", ("inactive_file", "active_file")
+        # Above the second, processes are throttled until they hardly run.
+        found = [cgroups.read_number(folder / "memory.max"), cgroups.read_number(folder / "memory.high")]
+    if not (limits := [each for each in found if each is not None]):
+        return math.inf, math.inf
+    taken = (cgroups.read_number(folder / usage) or 0) - sum(stat.get(name, 0) for name in cached)
+    return min(limits), max(0, min(limits) - max(0, taken))
+
+
+def cpu_count(root: Path = HERE) -> int:
+    """CPUs that this process may keep busy: those that it may run on, and no more than cgroups' quotas.
+
+    As of ``rotary::cpu_count``. A part of a CPU is none: a team of threads waits for the one that is
+    throttled. At least 1.
+    """
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            left = int(Path(limit_file).read_text()) - int(Path(usage_file).read_text())
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-        available = min(available, max(left, 0))
-    return available
+        n_allowed = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        n_allowed = os.cpu_count() or 1
+    quota = cpu_quota(root)
+    return n_allowed if quota is None else max(1, min(n_allowed, quota))
+
+
+def cpu_quota(root: Path = HERE) -> int | None:
+    """Whole CPUs of the tightest quota of the cgroups around this process; None without one."""
+    quotas = []
+    for group in cgroups.own_groups("cpu", root):
+        for folder in group.folders:
+            if group.version == 1:
+                quota = cgroups.read_number(folder / "cpu.cfs_quota_us")
+                period = cgroups.read_number(folder / "cpu.cfs_period_us")
+            else:
+                words = cgroups.read(folder / "cpu.max").split()
+                quota, period = map(cgroups.number, [*words, "", ""][:2])
+            if quota is not None and period:
+                quotas.append(quota // period)
+    return min(quotas, default=None)
 
 
 def memlock_limit() -> int | None:
@@ -111,8 +174,25 @@ def memlock_limit() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def busy_seconds(*, user: bool = True) -> float:
-    """Of all processors so far, with what a hypervisor took; not of programs themselves without `user`."""
-    times = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    own, nice, system, _, _, irq, softirq, steal = map(int, times)
+def busy_seconds(*, user: bool = True, root: Path = HERE) -> float | None:
+    """Seconds that the processors which this process may use have been busy, with what a hypervisor took.
+
+    Without `user`, not of programs themselves. None where nobody knows: in a container, /proc/stat counts
+    what the host's other tenants do.
+    """
+    try:
+        allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        namespace = os.readlink(root / "proc" / "self" / "ns" / "pid")
+    except (AttributeError, OSError):
+        return None
+    rows = [line.split() for line in cgroups.read(root / "proc" / "stat").splitlines()]
+    times = [[int(each) for each in row[1:9]] for row in rows if row and row[0] in allowed and len(row) > 8]
+    if namespace != f"pid:[{HOST_PID_NAMESPACE}]" or not times:
+        return None
+    own, nice, system, _, _, irq, softirq, steal = map(sum, zip(*times, strict=True))
     return (user * (own + nice) + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def kernel_seconds() -> float:
+    """Seconds that the kernel has worked for this process's own calls."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
