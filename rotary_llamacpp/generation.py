@@ -17,6 +17,7 @@ from typing import Any
 
 import llama_cpp.llama_cpp as llama_api
 
+from . import machine
 from .config import MIB, RotaryConfig
 from .errors import ModelError, RotaryError
 from .info import ModelInfo
@@ -100,6 +101,9 @@ def load(
 ) -> Llama:
     """Load a model for `generate`. With a watcher, llama.cpp's log loses its line of dots.
 
+    Threads that are not given are as many as stock's, half of the CPUs and all for the prompt, but of those
+    that this process may use.
+
     Raises
     ------
     RotaryError
@@ -107,6 +111,9 @@ def load(
     """
     info = ModelInfo.read(model)
     interrupted = threading.Event()
+    n_cpus = machine.cpu_count()
+    kwargs["n_threads"] = kwargs.get("n_threads") or max(1, n_cpus // 2)
+    kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or n_cpus
 
     @llama_api.llama_progress_callback
     def on_progress(fraction: float, _: Any) -> bool:

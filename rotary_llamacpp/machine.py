@@ -93,6 +93,12 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
+def installed_memory(root: Path = HERE) -> int | None:
+    """Bytes of memory of the machine, whatever cgroups allow."""
+    found = cgroups.read_fields(root / "proc" / "meminfo").get("MemTotal:")
+    return None if found is None else found << 10
+
+
 def total_memory(root: Path = HERE) -> int | None:
     """Bytes of memory: the machine's, or the tightest limit of the cgroups around this process."""
     return _memory(root)[0]
@@ -144,12 +150,16 @@ def cpu_count(root: Path = HERE) -> int:
     As of ``rotary::cpu_count``. A part of a CPU is none: a team of threads waits for the one that is
     throttled. At least 1.
     """
-    try:
-        n_allowed = len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):
-        n_allowed = os.cpu_count() or 1
     quota = cpu_quota(root)
-    return n_allowed if quota is None else max(1, min(n_allowed, quota))
+    return allowed_cpus() if quota is None else max(1, min(allowed_cpus(), quota))
+
+
+def allowed_cpus() -> int:
+    """CPUs that this process may run on, by affinity and cpusets."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        return os.cpu_count() or 1
 
 
 def cpu_quota(root: Path = HERE) -> int | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import struct
 import time
@@ -486,7 +485,7 @@ def test_measuring_replaces_what_was_not_said(native, monkeypatch, tiny_model):
     measured = calibration.measure(HERE, found, Request(), tiny_model, 1, frozenset())
     assert measured.disk_rate == 150 * MIB and "tiny-moe" in measured.sources["disk"]
     assert 1e7 < measured.ram_rate < 1e12 and 1e8 < measured.cpu_flops < 1e14 and measured.copy_rate > 1e8
-    assert measured.disk_cpu_s == 0.5 / (300 * MIB) / os.cpu_count()
+    assert measured.disk_cpu_s == 0.5 / (300 * MIB) / machine.cpu_count()
     assert 1e-6 < measured.cpu_layer_s < 0.1 and 1e-7 < measured.cpu_prompt_layer_s < 0.01
     assert "Q8_0" in measured.sources["ram rate"]
     kept = calibration.measure(HERE, found, Request(), tiny_model, 1, frozenset(("disk", "ram rate")))
