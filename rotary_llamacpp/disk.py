@@ -121,7 +121,7 @@ def read_cold(path: Path) -> ColdRead:
     if before is not None and after is not None and after - before < found.n_bytes / 2:
         raise RotaryError(
             f"{path}: of {found.n_bytes / MIB:.0f} MiB, {(after - before) / MIB:.0f} MiB came from storage "
-            "and the rest from memory; that says nothing of a disk; measure while no program has the file open"
+            "and the rest from memory; that says nothing of a disk; measure while no program has it open"
         )
     return found
 
