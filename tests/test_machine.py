@@ -19,6 +19,7 @@ from rotary_llamacpp import machine
 
 MIB = 1 << 20
 GIB = 1 << 30
+SOURCES = ("memory.cpp", "cgroup.cpp", "cpus.cpp")  # in native/src, what machine_host.cpp is compiled with
 V1_NO_LIMIT = 0x7FFFFFFFFFFFF000  # PAGE_COUNTER_MAX
 V1_NO_LIMIT_64K = 0x7FFFFFFFFFFF0000  # the same with pages of 64 KiB
 FREE = 50 * GIB
@@ -283,8 +284,7 @@ def tree(request, tmp_path):
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     """machine_host.cpp, compiled."""
-    sources = ("memory.cpp", "cgroup.cpp", "cpus.cpp")
-    loaded = pure_logic(tmp_path_factory.mktemp("machine"), "machine_host.cpp", *sources)
+    loaded = pure_logic(tmp_path_factory.mktemp("machine"), "machine_host.cpp", *SOURCES)
     loaded.machine_cpu_quota.restype = ctypes.c_uint32
     loaded.machine_memory_pressure.restype = ctypes.c_double
     return loaded

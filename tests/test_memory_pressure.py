@@ -8,6 +8,7 @@ memory controller, of either version, below which groups can be made.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import time
 import uuid
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from paged import Apart, apart, assert_equal, make
+from paged import Apart, apart, assert_equal, make, pure_logic
+from test_machine import SOURCES as MACHINE_SOURCES
 from tracing import trace
 
+from rotary_llamacpp import file_systems, machine
 from rotary_llamacpp.config import MIB
 from rotary_llamacpp.errors import LibraryError
 from rotary_llamacpp.info import ModelInfo
@@ -151,6 +154,32 @@ def test_the_same_model_where_it_fits(large, stock):
     found, stats = apart(run, large, {"budget": "25%"})
     assert_equal(found, stock)
     assert (stats["store"], stats["bytes_read"], stats["shrinks"], stats["notices"]) == ("mmap", 0, 0, [])
+
+
+def read_and_ask(path, library):
+    """Memory that is left once a file has been read, as plans and as paging see it."""
+    from test_machine import native_memory
+
+    with open(path, "rb") as file:
+        while file.read(MIB):
+            pass
+    return machine.available_memory(), native_memory(ctypes.CDLL(library), "")[1], machine.total_memory()
+
+
+def test_page_cache_is_not_counted_as_taken(group, tmp_path):
+    if file_systems.in_memory(tmp_path):
+        pytest.skip(f"{tmp_path}: lies in memory, what is read there is not cached")
+    pure_logic(tmp_path, "machine_host.cpp", *MACHINE_SOURCES)
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(MIB) * 256)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it stays charged to who wrote it
+    for_plans, for_paging, total = apart(read_and_ask, path, str(tmp_path / "host.so"), prefix=group.prefix)
+    assert group.peak > 200 * MIB, "the file is charged to the group"
+    assert total == GROUP_BYTES
+    for each in (for_plans, for_paging):
+        assert GROUP_BYTES - 128 * MIB < each < GROUP_BYTES, "all but the interpreter is left"
 
 
 def refused(model, rotary):
