@@ -492,6 +492,14 @@ def test_measuring_replaces_what_was_not_said(native, monkeypatch, tiny_model):
     assert (kept.disk_rate, kept.ram_rate, kept.copy_rate) == (HERE.disk_rate, HERE.ram_rate, HERE.copy_rate)
 
 
+def test_all_cpus_that_may_be_used_are_measured(monkeypatch, tiny_model):
+    monkeypatch.setattr(plan, "cpu_count", lambda: 3)
+    monkeypatch.setattr(calibration, "measure", lambda its, *rest: its)
+    assert plan.make(str(tiny_model), ram="8GiB", vram="0", measure=True).case.threads == 3
+    assert plan.make(str(tiny_model), ram="8GiB", vram="0", measure=True, threads=2).case.threads == 2
+    assert plan.make(str(tiny_model), ram="8GiB", vram="0").case.threads is None
+
+
 def test_measuring_a_gpu(native, monkeypatch, tiny_model):
     # The CPU stands for it: the same calls of ggml's, by the device's name.
     from rotary_llamacpp import _kernels
