@@ -115,33 +115,38 @@ def available_memory(root: Path = HERE) -> int | None:
 
 def _memory(root: Path) -> tuple[int | None, int | None]:
     meminfo = cgroups.read_fields(root / "proc" / "meminfo")
-    limits = [
-        (meminfo[name] << 10) if name in meminfo else math.inf for name in ("MemTotal:", "MemAvailable:")
-    ]
+    installed, available = (
+        meminfo[name] << 10 if name in meminfo else math.inf for name in ("MemTotal:", "MemAvailable:")
+    )
+    total = installed
     for group in cgroups.own_groups("memory", root):
         for folder in group.folders:
-            if folder != group.folders[0] and cgroups.read_number(folder / "memory.use_hierarchy") == 0:
+            is_own = folder == group.folders[0]
+            if not is_own and cgroups.read_number(folder / "memory.use_hierarchy") == 0:
                 break  # in version 1 this one, and those around it, are not charged for what is inside
-            limits = [min(pair) for pair in zip(limits, _memory_left(folder, group.version), strict=True)]
-    total, available = (None if limit == math.inf else int(limit) for limit in limits)
-    return total, available
+            limit = _memory_limit(folder, group.version, is_own)
+            if limit < installed:  # else none, for which version 1 has a huge number
+                total = min(total, limit)
+                available = min(available, max(0, limit - _memory_taken(folder, group.version)))
+    return (None if total == math.inf else int(total)), (None if available == math.inf else int(available))
 
 
-def _memory_left(folder: Path, version: int) -> tuple[float, float]:
-    """Limit of one group, and what is left of it. File pages are reclaimed before the limit bites."""
-    stat = cgroups.read_fields(folder / "memory.stat")
-    if version == 1:
-        usage, cached = "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
-        # The second knows of groups around it that a container does not see.
-        found = [cgroups.read_number(folder / "memory.limit_in_bytes"), stat.get("hierarchical_memory_limit")]
+def _memory_limit(folder: Path, version: int, is_own: bool) -> float:
+    if version == 2:  # above the second, processes are throttled until they hardly run
+        found = [cgroups.read_number(folder / name) for name in ("memory.max", "memory.high")]
     else:
-        usage, cached = "memory.current", ("inactive_file", "active_file")
-        # Above the second, processes are throttled until they hardly run.
-        found = [cgroups.read_number(folder / "memory.max"), cgroups.read_number(folder / "memory.high")]
-    if not (limits := [each for each in found if each is not None]):
-        return math.inf, math.inf
-    taken = (cgroups.read_number(folder / usage) or 0) - sum(stat.get(name, 0) for name in cached)
-    return min(limits), max(0, min(limits) - max(0, taken))
+        found = [cgroups.read_number(folder / "memory.limit_in_bytes")]
+        if is_own:  # knows of the limits around it that a container does not see
+            found.append(cgroups.read_fields(folder / "memory.stat").get("hierarchical_memory_limit"))
+    return min((limit for limit in found if limit is not None), default=math.inf)
+
+
+def _memory_taken(folder: Path, version: int) -> int:
+    """Bytes charged to a group, without file pages: these are reclaimed before the limit bites."""
+    usage, prefix = ("memory.current", "") if version == 2 else ("memory.usage_in_bytes", "total_")
+    stat = cgroups.read_fields(folder / "memory.stat")
+    cached = sum(stat.get(f"{prefix}{name}", 0) for name in ("inactive_file", "active_file"))
+    return max(0, (cgroups.read_number(folder / usage) or 0) - cached)
 
 
 def cpu_count(root: Path = HERE) -> int:

@@ -20,7 +20,7 @@ from paged import Apart, apart, assert_equal, make, pure_logic
 from test_machine import SOURCES as MACHINE_SOURCES
 from tracing import trace
 
-from rotary_llamacpp import file_systems, machine
+from rotary_llamacpp import cgroups, file_systems, machine
 from rotary_llamacpp.config import MIB
 from rotary_llamacpp.errors import LibraryError
 from rotary_llamacpp.info import ModelInfo
@@ -75,19 +75,12 @@ class Group:
 
 def parents():
     """Directories below which a memory group can be made, from this process's own up."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        is_v2 = controllers == ""
-        if not is_v2 and "memory" not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup" if is_v2 else "/sys/fs/cgroup/memory")
-        at = root / path.lstrip("/")
-        for folder in (at, *at.parents):
+    for group in cgroups.own_groups("memory"):
+        is_v2 = group.version == 2
+        for folder in group.folders:
             control = folder / ("cgroup.subtree_control" if is_v2 else "memory.limit_in_bytes")
             if control.is_file() and (not is_v2 or "memory" in control.read_text().split()):
                 yield folder, is_v2
-            if folder == root:
-                break
 
 
 @pytest.fixture

@@ -57,12 +57,14 @@ static std::vector<cgroup_mount> read_mounts(const std::string & controller, con
     std::string               line;
     bool                      said = false;
     while (std::getline(file, line)) {
-        said               = true;
-        const size_t left  = line.find(" - "); // before it, fields that vary in number
-        const size_t right = left == std::string::npos ? line.size() : left + 3;
-        const auto   own   = split(line.substr(0, left), ' ');
-        const auto   its   = split(line.substr(right), ' ');
-        const bool   is_v2 = !its.empty() && its[0] == "cgroup2";
+        said              = true;
+        const size_t left = line.find(" - "); // before it, fields that vary in number
+        if (left == std::string::npos || line.compare(left + 3, 6, "cgroup") != 0) {
+            continue;
+        }
+        const auto own   = split(line.substr(0, left), ' ');
+        const auto its   = split(line.substr(left + 3), ' ');
+        const bool is_v2 = !its.empty() && its[0] == "cgroup2";
         if (own.size() > 4 && (is_v2 || (!its.empty() && its[0] == "cgroup" && has(its.back(), controller)))) {
             found.push_back({ is_v2, unescaped(own[3]), unescaped(own[4]) });
         }

@@ -14,52 +14,75 @@
 #include <fstream>
 #include <map>
 #include <mutex>
-#include <sstream>
+#include <string>
 
 namespace rotary {
 
-// First number after `key` in a file of "key number" lines; `otherwise` if there is none.
-static uint64_t read_field(const std::string & path, const std::string & key, uint64_t otherwise) {
-    std::ifstream file(path);
-    std::string   line;
+// Numbers by name, of a file of lines "name number".
+static std::map<std::string, uint64_t> read_fields(const std::string & path) {
+    std::map<std::string, uint64_t> found;
+    std::ifstream                   file(path);
+    std::string                     line;
     while (std::getline(file, line)) {
-        std::istringstream words(line);
-        std::string        name, value;
-        if (words >> name >> value && name == key) {
-            return number(value, otherwise);
+        const size_t name  = line.find_first_of(" \t");
+        const size_t first = line.find_first_not_of(" \t", name);
+        if (name != 0 && first != std::string::npos) {
+            const std::string word = line.substr(first, line.find_first_of(" \t", first) - first);
+            if (const uint64_t value = number(word, UINT64_MAX); value != UINT64_MAX) {
+                found[line.substr(0, name)] = value;
+            }
         }
     }
-    return otherwise;
+    return found;
 }
 
-// Tighten `memory` to what one group allows. File pages are reclaimed before the limit bites. As _memory_left() of
-// rotary_llamacpp/machine.py.
-static void tighten(host_memory & memory, const std::string & dir, bool is_v2) {
-    const std::string stat = dir + "/memory.stat";
-    // Above memory.high, processes are throttled until they hardly run. The limits of groups that a container does not
-    // see are in version 1's statistics.
-    const uint64_t max =
-        is_v2 ? std::min(read_number(dir + "/memory.max", UINT64_MAX), read_number(dir + "/memory.high", UINT64_MAX))
-              : std::min(read_number(dir + "/memory.limit_in_bytes", UINT64_MAX),
-                         read_field(stat, "hierarchical_memory_limit", UINT64_MAX));
-    const uint64_t used  = read_number(dir + (is_v2 ? "/memory.current" : "/memory.usage_in_bytes"), 0);
-    const uint64_t cache = is_v2
-                               ? read_field(stat, "inactive_file", 0) + read_field(stat, "active_file", 0)
-                               : read_field(stat, "total_inactive_file", 0) + read_field(stat, "total_active_file", 0);
+static uint64_t value_of(const std::map<std::string, uint64_t> & fields, const char * name, uint64_t otherwise) {
+    const auto found = fields.find(name);
+    return found == fields.end() ? otherwise : found->second;
+}
+
+// Tighten `memory` to what one group allows; the first is the process's own. As _memory() of
+// rotary_llamacpp/machine.py. The kernel adds memory.stat up when it is read, so it is read only where it matters.
+static void tighten(host_memory & memory, uint64_t installed, const std::string & dir, bool is_v2, bool is_own) {
+    std::map<std::string, uint64_t> stat;
+    uint64_t                        max = UINT64_MAX;
+    if (is_v2) {
+        // Above memory.high, processes are throttled until they hardly run.
+        max = std::min(read_number(dir + "/memory.max", UINT64_MAX), read_number(dir + "/memory.high", UINT64_MAX));
+    } else {
+        max = read_number(dir + "/memory.limit_in_bytes", UINT64_MAX);
+        if (is_own) { // knows of the limits around it that a container does not see
+            stat = read_fields(dir + "/memory.stat");
+            max  = std::min(max, value_of(stat, "hierarchical_memory_limit", UINT64_MAX));
+        }
+    }
+    if (max >= installed) {
+        return; // no limit, for which version 1 has a huge number
+    }
+    if (stat.empty()) {
+        stat = read_fields(dir + "/memory.stat");
+    }
+    // File pages are reclaimed before the limit bites.
+    const std::string prefix = is_v2 ? "" : "total_";
+    const uint64_t    used   = read_number(dir + (is_v2 ? "/memory.current" : "/memory.usage_in_bytes"), 0);
+    const uint64_t    cache =
+        value_of(stat, (prefix + "inactive_file").c_str(), 0) + value_of(stat, (prefix + "active_file").c_str(), 0);
     const uint64_t taken = used > cache ? used - cache : 0;
     memory.total         = std::min(memory.total, max);
     memory.available     = std::min(memory.available, max > taken ? max - taken : 0);
 }
 
 host_memory host_memory_now(const std::string & root) {
-    host_memory memory = { read_field(root + "/proc/meminfo", "MemTotal:", UINT64_MAX / 1024) * 1024,
-                           read_field(root + "/proc/meminfo", "MemAvailable:", UINT64_MAX / 1024) * 1024 };
+    const auto     meminfo   = read_fields(root + "/proc/meminfo");
+    const uint64_t installed = value_of(meminfo, "MemTotal:", UINT64_MAX / 1024) * 1024;
+    host_memory    memory    = { installed, value_of(meminfo, "MemAvailable:", UINT64_MAX / 1024) * 1024 };
     for (const cgroup & group : own_cgroups("memory", root)) {
         for (const std::string & dir : group.dirs) {
-            if (dir != group.dirs[0] && read_number(dir + "/memory.use_hierarchy", 1) == 0) {
+            const bool is_own = dir == group.dirs[0];
+            if (!is_own && read_number(dir + "/memory.use_hierarchy", 1) == 0) {
                 break; // in version 1 this one, and those around it, are not charged for what is inside
             }
-            tighten(memory, dir, group.is_v2);
+            tighten(memory, installed, dir, group.is_v2, is_own);
         }
     }
     return memory;
