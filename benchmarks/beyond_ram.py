@@ -218,7 +218,7 @@ def parse_read_ahead(context: object, parameter: object, value: str) -> list[int
 @click.option("-n", "n_decode", default=48, show_default=True, help="Decoded tokens that are timed.")
 @click.option("--warm", "n_warm", default=16, show_default=True, help="Decoded tokens before these.")
 @click.option("--prompt", "n_prompt", default=512, show_default=True, help="Prompt tokens.")
-@click.option("--threads", default=cpu_count, show_default="all that may be used")
+@click.option("--threads", default=cpu_count(), show_default="all that may be used")
 @click.option("--budget", default="auto", show_default=True, help="Rotary's.")
 @click.option(
     "--read-ahead", default="128,1024,own", show_default=True, callback=parse_read_ahead,

@@ -167,7 +167,7 @@ def paging_table(source: Path, target: Path, rounds: int, budget: str, n_decode:
 @click.option("--budget", default="25%", show_default=True, help="Of the paged runs.")
 @click.option("-n", "n_decode", default=64, show_default=True, help="Decoded tokens.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--threads", default=cpu_count, show_default="all that may be used")
+@click.option("--threads", default=cpu_count(), show_default="all that may be used")
 @click.option("--layers", default=24, show_default=True, help="Of the generated model.")
 def main(
     model: Path | None, folder: Path, only: str | None, budget: str, n_decode: int, rounds: int, threads: int,

@@ -83,7 +83,7 @@ def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_thre
 @click.option("--prompt", "n_prompt", default=128, show_default=True, help="Prompt tokens.")
 @click.option("-n", "n_decode", default=64, show_default=True, help="Decoded tokens.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--threads", default=cpu_count, show_default="all that may be used")
+@click.option("--threads", default=cpu_count(), show_default="all that may be used")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write all figures here as well.")
 def main(model, shape, type_, layers, locality, budgets, n_prompt, n_decode, rounds, threads, json_path):
     """Print a table of decode and prefill speed, stock and paged."""

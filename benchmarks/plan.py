@@ -111,7 +111,7 @@ def _child_seconds() -> float:
 @click.option("--prompt", "n_prompt", default=512, show_default=True, help="Prompt tokens.")
 @click.option("-n", "n_decode", default=64, show_default=True, help="Decoded tokens.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--threads", default=cpu_count, show_default="all that may be used")
+@click.option("--threads", default=cpu_count(), show_default="all that may be used")
 @click.option("--others", default=0.05, show_default=True, help="Share of the processors others may take.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write all figures here as well.")
 def main(

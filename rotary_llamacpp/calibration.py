@@ -141,7 +141,7 @@ def _disk(described: Machine, model: Path | None, sources: dict[str, str]) -> Ma
     except OSError as error:
         sources["disk"] += f"; not measured: {error}"
         return described
-    sources["disk"] = f"measured: {cold.how} reads of {place}"
+    sources["disk"] = f"measured: {cold.how} reads of {place if model else f'a temporary file in {place}'}"
     if cold.own:
         sources["disk"] += (
             "; the processors' share by this process alone, for others run beside this container"
