@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import platform
 import signal
 import sys
@@ -42,6 +41,7 @@ from benchmarks.cells import LOCALITY, plan
 from benchmarks.common import MIB, MODELS, ProcessFailed, cpu_name, in_process, synthetic
 from benchmarks.disks import Disk
 from benchmarks.rounds import Benchmark
+from rotary_llamacpp.machine import available_memory, cpu_count
 
 SHAPE = "qwen3-30b-a3b"
 OVERRIDES = {"ff": 384, "heads": 16, "vocab": 32000}
@@ -112,7 +112,7 @@ def set_up_disks(
             found["slow"] = Disk("slow", what, folder, device, throttle)
     if "fast" in names:
         try:
-            available = disks.available_bytes()
+            available = available_memory() or 0
             if available < fast_bytes + reserve_bytes:
                 raise OSError(
                     f"{available / MIB:.0f} MiB of memory are available; the disk takes "
@@ -218,7 +218,7 @@ def parse_read_ahead(context: object, parameter: object, value: str) -> list[int
 @click.option("-n", "n_decode", default=48, show_default=True, help="Decoded tokens that are timed.")
 @click.option("--warm", "n_warm", default=16, show_default=True, help="Decoded tokens before these.")
 @click.option("--prompt", "n_prompt", default=512, show_default=True, help="Prompt tokens.")
-@click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--threads", default=cpu_count(), show_default="all that may be used")
 @click.option("--budget", default="auto", show_default=True, help="Rotary's.")
 @click.option(
     "--read-ahead", default="128,1024,own", show_default=True, callback=parse_read_ahead,

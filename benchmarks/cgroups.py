@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.common import MIB
+from rotary_llamacpp.cgroups import find_groups
 
 _number = itertools.count()
 _made: list[Path] = []  # directories that exist now
@@ -41,28 +42,13 @@ def hierarchy(
     """
     mountinfo = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
     membership = Path("/proc/self/cgroup").read_text() if membership is None else membership
-    groups = {}
-    for line in membership.splitlines():
-        _, names, path = line.split(":", 2)
-        for name in names.split(","):
-            groups[name] = path
-    v1_name = {"io": "blkio"}.get(controller, controller)
     found = {}
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        root, mount = left.split()[3:5]
-        kind, _, options = right.split(maxsplit=2)
-        if kind == "cgroup" and v1_name in options.split(","):
-            found[1] = (root, mount, groups.get(v1_name, "/"))
-        elif kind == "cgroup2":
-            found[2] = (root, mount, groups.get("", "/"))
+    for each in find_groups({"io": "blkio"}.get(controller, controller), membership, mountinfo):
+        found.setdefault(each.version, each)
     if not found:
         raise OSError(f"no cgroup hierarchy with {controller} is mounted")
-    version = min(found)  # a controller that v1 has, v2 has not
-    root, mount, group = found[version]
-    # Without a cgroup namespace a container sees its group's path on the host, and mounts from there.
-    inside = os.path.relpath(group, root) if group.startswith(root) else "."
-    return version, Path(mount) / inside, Path(mount)
+    own = found[min(found)]  # a controller that v1 has, v2 has not
+    return own.version, own.folders[0], own.mount
 
 
 def _parent(controllers: list[str]) -> tuple[int, Path]:

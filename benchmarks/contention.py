@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 
 from benchmarks.common import cpu_name, in_process
 from benchmarks.disks import MIB, fast_disk
+from rotary_llamacpp.machine import cpu_count
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ def reader(path: Path, rate: float) -> Iterator[None]:
 @click.option("--rate", default=1100.0, show_default=True, help="MB/s that are read.")
 @click.option("-n", "n_decode", default=128, show_default=True, help="Decoded tokens.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--threads", default=cpu_count(), show_default="all that may be used")
 def main(model: Path, rate: float, n_decode: int, rounds: int, threads: int) -> None:
     figures: dict[str, list[float]] = {"alone": [], "beside a reader": []}
     with fast_disk(model.stat().st_size) as folder:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 
 from benchmarks.common import MIB, MODELS, cpu_name, in_process, synthetic
 from benchmarks.disks import drop, fill_cache
+from rotary_llamacpp.machine import cpu_count
 
 
 def timed(source: str, target: str, verify: bool) -> dict:
@@ -166,7 +167,7 @@ def paging_table(source: Path, target: Path, rounds: int, budget: str, n_decode:
 @click.option("--budget", default="25%", show_default=True, help="Of the paged runs.")
 @click.option("-n", "n_decode", default=64, show_default=True, help="Decoded tokens.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--threads", default=cpu_count(), show_default="all that may be used")
 @click.option("--layers", default=24, show_default=True, help="Of the generated model.")
 def main(
     model: Path | None, folder: Path, only: str | None, budget: str, n_decode: int, rounds: int, threads: int,

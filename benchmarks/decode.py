@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
 
 from benchmarks.common import MODELS, ROOT, ProcessFailed, cpu_name, in_process, last_logits, synthetic
+from rotary_llamacpp.machine import cpu_count
 
 
 def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_threads: int) -> dict:
@@ -86,7 +86,7 @@ def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_thre
 @click.option("--prompt", "n_prompt", default=128, show_default=True, help="Prompt tokens.")
 @click.option("-n", "n_decode", default=64, show_default=True, help="Decoded tokens.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--threads", default=cpu_count(), show_default="all that may be used")
 @click.option("--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkout.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write all figures here as well.")
 def main(

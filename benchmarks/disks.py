@@ -157,14 +157,6 @@ def plain_reader(
     return {"bandwidth": total / (max(end for _, end in done) - begin), "reads": total // block_bytes}
 
 
-def available_bytes() -> int:
-    """Memory that can be taken without swapping, by the kernel's estimate."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo does not say what is available")
-
-
 def _own_mounts() -> None:
     """Mounts made from now on are seen by this process and its children only, and end with them."""
     libc = ctypes.CDLL(None, use_errno=True)

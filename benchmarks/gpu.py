@@ -39,6 +39,8 @@ sys.path[1:1] = [str(SITE)] if SITE.is_dir() else [str(wheel) for wheel in PACK.
 
 import click  # noqa: E402
 
+from rotary_llamacpp.machine import cpu_count  # noqa: E402
+
 WHEELS = (
     "gguf", "cffi", "pycparser", "click", "tqdm", "numpy", "diskcache", "jinja2", "markupsafe",
     "typing_extensions", "pyyaml", "requests", "urllib3", "idna", "certifi", "charset-normalizer", "pytest",
@@ -122,7 +124,7 @@ def run(*command: object, **options: Any) -> None:
 @main.command(help="Build llama.cpp with ggml-cuda for one architecture, and Rotary against it.")
 @click.option("--arch", default="native", show_default=True, help="CUDA architecture, such as 90.")
 @click.option("--flash-attention", is_flag=True, help="With CUDA's flash attention: three times as long.")
-@click.option("--jobs", default=os.cpu_count(), show_default="all cores")
+@click.option("--jobs", default=cpu_count(), show_default="all that may be used")
 @click.option("--no-cuda", is_flag=True, help="To try the building itself where there is no GPU.")
 def build(arch: str, flash_attention: bool, jobs: int, no_cuda: bool) -> None:
     if not PACK.is_dir():
@@ -352,7 +354,7 @@ def variants(budgets: list[str], least: float, inner: str | None) -> dict[str, d
 @click.option("--only", help="Variants whose name contains this.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("-n", "n_decode", default=32, show_default=True, help="Decoded steps in a round.")
-@click.option("--threads", default=os.cpu_count(), show_default="all cores")
+@click.option("--threads", default=cpu_count(), show_default="all that may be used")
 @click.option("--limit", default=300.0, show_default=True, help="Seconds for one variant.")
 @click.option("--dry-run", is_flag=True, help="A tiny model on the CPU: figures mean nothing.")
 @click.option(

@@ -7,7 +7,6 @@ seconds in all; on an idle machine, for all cores are used. It never loads a mod
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 import time
@@ -131,23 +130,33 @@ def measure(
     if "ram rate" not in given:
         found = _cpu(found, footprint, request, threads, sources)
     if "disk" not in given:
-        try:
-            cold, place = disk.measure(model)
-        except (OSError, RuntimeError) as error:  # no place to write, a thread that cannot be started
-            sources["disk"] += f"; could not be measured: {error}"
-        else:
-            found = replace(
-                found,
-                disk_rate=cold.rate,
-                disk_cpu_s=cold.busy / max(cold.n_bytes, 1) / (os.cpu_count() or 1),
-            )
-            sources["disk"] = f"measured: {cold.how} reads of {place}"
+        found = _disk(found, model, sources)
     gpu = _gpu() if described.vram_bytes else None
     if gpu is not None:
         found = _device(found, footprint, request, gpu, sources, given)
     elif described.vram_bytes:
         sources["link"] += "; there is no GPU here to measure it with" if "link" not in given else ""
     return replace(found, sources=sources)
+
+
+def _disk(described: Machine, model: Path | None, sources: dict[str, str]) -> Machine:
+    """The same with the rate of the disk that the model lies on, if that can be measured."""
+    try:
+        cold, place = disk.measure(model)
+    except RotaryError as error:
+        sources["disk"] += f"; not measured: {str(error).rpartition('; ')[0]}"
+        return described
+    except (OSError, RuntimeError) as error:  # no place to write, a thread that cannot be started
+        sources["disk"] += f"; not measured: {error}"
+        return described
+    sources["disk"] = f"measured: {cold.how} reads of {place if model else f'a temporary file in {place}'}"
+    if cold.own:
+        sources["disk"] += (
+            "; the processors' share by this process alone, for others run beside this container"
+        )
+    return replace(
+        described, disk_rate=cold.rate, disk_cpu_s=cold.busy / max(cold.n_bytes, 1) / machine.cpu_count()
+    )
 
 
 def _library() -> _native.Library | None:

@@ -83,7 +83,7 @@ def main() -> None:
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="CPU threads.  [default: half of the CPUs; all for the prompt]",
+    help="CPU threads.  [default: half of the CPUs that may be used; all for the prompt]",
 )
 @click.option("--no-repack", is_flag=True, help="Keep the plain weight layout on the CPU.")
 @click.option(
@@ -259,7 +259,11 @@ def info(model: str, as_json: bool) -> None:
     help="File of rotary profile; auto: beside the model; off.",
 )
 @click.option("--measure", is_flag=True, help="Calibrate CPU, memory and disk on this machine, in seconds.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default with --measure: all]")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads.  [default with --measure: all that may be used]",
+)
 @click.option("--plot", "plot_file", type=click.Path(), help="SVG to write: tok/s against budget.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(

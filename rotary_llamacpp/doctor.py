@@ -7,6 +7,7 @@ llama.cpp is imported in a child process first: a build for another CPU dies the
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def examine(model: str | None = None) -> Iterator[Check]:
     Parameters
     ----------
     model : str, optional
-        A file to measure the disk with; by default a temporary one is written.
+        A file to measure the disk with; by default a temporary one is written where that is a disk.
     """
     yield Check("python", OK, f"{platform.python_version()} on {platform.machine()}")
     importable = _import_llama_cpp()
@@ -53,6 +54,7 @@ def examine(model: str | None = None) -> Iterator[Check]:
             for device in range(lib.device_count()):
                 yield Check("device", OK, f"{lib.name(device)} over {lib.inner(device)}")
     yield _cuda_link()
+    yield _processors()
     yield _memory()
     yield _memlock()
     yield _guarded("disk", lambda: _disk(model))
@@ -114,11 +116,23 @@ def _cuda_link() -> Check:
     return Check("cuda paging", OK, detail)
 
 
+def _processors() -> Check:
+    """How many there are, and how many of them this process may keep busy."""
+    found, usable = os.cpu_count() or 1, machine.cpu_count()
+    if usable == found:
+        return Check("processors", OK, f"{found}")
+    by = "a cgroup's quota" if usable < machine.allowed_cpus() else "affinity"
+    return Check("processors", OK, f"{usable} of {found}, by {by}")
+
+
 def _memory() -> Check:
     available = machine.available_memory()
     if available is None:
         return Check("memory", WARN, "the kernel does not say how much is free", "give a budget, not auto")
     detail = f"{available // MIB} MiB available"
+    total, installed = machine.total_memory(), machine.installed_memory()
+    if total is not None and installed is not None and total < installed:
+        detail += f", by a cgroup's limit of {total // MIB} MiB"
     if available < 1024 * MIB:
         return Check("memory", WARN, detail, "close other programs or give a small budget")
     return Check("memory", OK, detail)
@@ -140,8 +154,13 @@ def _memlock() -> Check:
 
 
 def _disk(model: str | None) -> Check:
-    found, place = disk.measure(Path(model) if model else None)
-    detail = f"{found.rate / MIB:.0f} MiB/s reading {found.n_bytes // MIB} MiB of {place} ({found.how})"
+    try:
+        found, place = disk.measure(Path(model) if model else None)
+    except RotaryError as error:
+        detail, _, advice = str(error).rpartition("; ")
+        return Check("disk", WARN, f"not measured: {detail}", advice)
+    where = place if model else f"a temporary file in {place}"
+    detail = f"{found.rate / MIB:.0f} MiB/s reading {found.n_bytes // MIB} MiB of {where} ({found.how})"
     if found.rate < _SLOW_DISK:
         return Check(
             "disk", WARN, detail, "keep the model on a faster disk, or give a budget that holds most experts"

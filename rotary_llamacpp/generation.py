@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import machine
 from ._stock import llama_api
 from .config import MIB, RotaryConfig
 from .errors import ModelError, RotaryError
@@ -98,6 +99,9 @@ def load(
 ) -> Llama:
     """Load a model for `generate`. llama.cpp's log loses its line of dots.
 
+    Threads that are not given are as many as stock's, half of the CPUs and all for the prompt, but of those
+    that this process may use.
+
     Raises
     ------
     RotaryError
@@ -105,6 +109,9 @@ def load(
     """
     info = ModelInfo.read(model)
     interrupted = threading.Event()
+    n_cpus = machine.cpu_count()
+    kwargs["n_threads"] = kwargs.get("n_threads") or max(1, n_cpus // 2)
+    kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or n_cpus
 
     @llama_api.llama_progress_callback
     def on_progress(fraction: float, _: Any) -> bool:

@@ -15,6 +15,7 @@ from .config import STORES, Budget
 from .drawing import standalone
 from .errors import RotaryError
 from .info import read_shards
+from .machine import cpu_count
 from .options import Option, at_budgets, options, recommend, size
 from .roofline import Case, Cost, Request
 
@@ -50,7 +51,7 @@ def make(
     trace, profile : str
         Files that say how much is hit; ``"auto"`` is the profile beside the model or in it, ``"off"`` none.
     measure : bool
-        Calibrate on this machine, with `threads`, by default one for each CPU.
+        Calibrate on this machine, with `threads`, by default one for each CPU that may be used.
 
     Raises
     ------
@@ -75,7 +76,7 @@ def make(
         vram=vram, ram=ram, link=link, disk=disk, ram_rate=ram_rate, vram_rate=vram_rate
     )
     request = _request(n_ctx or min(4096, found.n_ctx_train or 4096), prompt, answer)
-    threads = threads or (os.cpu_count() or 1 if measure else None)
+    threads = threads or (cpu_count() if measure else None)
     if measure and threads:
         named = {"link": link, "disk": disk, "ram rate": ram_rate, "vram rate": vram_rate}
         given = frozenset(name for name, text in named.items() if text not in (None, "auto"))

@@ -26,6 +26,7 @@ from . import imatrices
 from .children import child
 from .errors import ModelError, RotaryError
 from .gguf_header import GGUFHeader, TensorInfo
+from .machine import cpu_count
 
 # ggml_quantize_chunk() aborts for these.
 _NO_QUANTISER = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
@@ -279,7 +280,7 @@ def _main(request: dict[str, Any]) -> int:
 
     api.llama_log_set(log, ctypes.c_void_p(0))
     params = api.llama_model_quantize_default_params()
-    params.nthread = len(os.sched_getaffinity(0))
+    params.nthread = cpu_count()
     params.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{request['file_type']}")
     params.allow_requantize = True
     params.dry_run = request["dry_run"]

@@ -314,3 +314,13 @@ def test_runs_beside_other_processes_are_repeated(monkeypatch):
     results = iter([{"run": 1}, {"run": 2}])
     monkeypatch.setattr(planned, "in_process", lambda *_: next(results))
     assert planned.undisturbed(0.05, "a", "b") == {"run": 2}
+
+
+def test_in_a_container_no_run_is_repeated(monkeypatch):
+    from benchmarks import plan as planned
+
+    monkeypatch.setattr(planned, "busy_seconds", lambda: None)
+    monkeypatch.setattr(planned.time, "sleep", lambda _: pytest.fail("waited for what nobody can tell"))
+    results = iter([{"run": 1}])
+    monkeypatch.setattr(planned, "in_process", lambda *_: next(results))
+    assert planned.undisturbed(0.05, "a", "b") == {"run": 1}

@@ -13,6 +13,7 @@ import sys
 import pytest
 from conftest import HANG_S, ROOT
 
+from rotary_llamacpp import machine
 from rotary_llamacpp.cli import main
 from rotary_llamacpp.generation import Watcher, load
 from rotary_llamacpp.info import ModelInfo
@@ -64,6 +65,14 @@ def test_run(native, tiny_model, rotary_command):
     off = rotary_command("run", tiny_model, "-p", "In the beginning", "-n", 8, "--budget", "0", *QUICK)
     assert off.stdout == ran.stdout
     assert "rotary is off" in off.stderr
+
+
+def test_threads_are_of_the_cpus_that_may_be_used(native, tiny_model, monkeypatch):
+    monkeypatch.setattr(machine, "cpu_count", lambda: 3)
+    for given, expected in (({}, (1, 3)), ({"n_threads": None, "n_threads_batch": 2}, (1, 2))):
+        llama = load(str(tiny_model), None, n_ctx=32, **given)
+        assert (llama.n_threads, llama.n_threads_batch) == expected
+        llama.close()
 
 
 def test_run_json(native, tiny_model, rotary_command):

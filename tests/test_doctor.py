@@ -6,7 +6,6 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from conftest import HANG_S
 
 from rotary_llamacpp import _native, disk, doctor, machine
 
@@ -20,7 +19,7 @@ def test_this_machine(native, tiny_model):
     assert [name for name, check in checks.items() if check.verdict == doctor.FAIL] == []
     assert set(checks) == {
         "python", "llama.cpp", "llama-cpp-python", "native library", "abi", "device", "cuda paging",
-        "memory", "page-lock limit", "disk",
+        "processors", "memory", "page-lock limit", "disk",
     }  # fmt: skip
     assert "ROTARY0 over" in checks["device"].detail
     assert "tiny-moe" in checks["disk"].detail
@@ -78,18 +77,24 @@ def test_slow_disk(monkeypatch, tiny_model):
     assert check.verdict == doctor.WARN and "10 MiB/s" in check.detail and check.advice
 
 
-def test_reads_the_whole_of_a_small_file_and_no_more_of_a_large_one(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_SAMPLE_SECONDS", HANG_S)
-    found = disk.read_cold(tiny_model)
-    assert found.n_bytes == tiny_model.stat().st_size and found.how in ("direct", "cache dropped")
-    assert found.seconds > 0 and found.busy >= 0
-    large = tmp_path / "large"
-    with large.open("wb") as file:
-        file.truncate(64 << 20)
-    monkeypatch.setattr(disk, "_SAMPLE_BYTES", 16 << 20)
-    assert disk.read_cold(large).n_bytes == 16 << 20
-
-
 def test_missing_file_for_the_disk_check(native):
     checks = by_name(doctor.examine("/no/such/file"))
     assert checks["disk"].verdict == doctor.WARN and "/no/such/file" in checks["disk"].detail
+
+
+@pytest.mark.parametrize(("usable", "allowed", "says"), [(2, 8, "quota"), (2, 2, "affinity")])
+def test_processors_that_may_not_be_used(monkeypatch, usable, allowed, says):
+    monkeypatch.setattr(machine, "cpu_count", lambda: usable)
+    monkeypatch.setattr(machine, "allowed_cpus", lambda: allowed)
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 64)
+    check = doctor._processors()
+    assert check.verdict == doctor.OK and "2 of 64" in check.detail and says in check.detail
+
+
+def test_memory_within_a_limit(monkeypatch):
+    monkeypatch.setattr(machine, "available_memory", lambda: 3 << 30)
+    monkeypatch.setattr(machine, "installed_memory", lambda: 64 << 30)
+    monkeypatch.setattr(machine, "total_memory", lambda: 4 << 30)
+    assert "limit of 4096 MiB" in doctor._memory().detail
+    monkeypatch.setattr(machine, "total_memory", lambda: 64 << 30)
+    assert doctor._memory().detail == "3072 MiB available"

@@ -8,6 +8,7 @@ memory controller, of either version, below which groups can be made.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import time
 import uuid
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from paged import Apart, apart, assert_equal, make
+from paged import Apart, apart, assert_equal, make, pure_logic
 from test_convert_faults import no_hang
+from test_machine import SOURCES as MACHINE_SOURCES
 from tracing import trace
 
+from rotary_llamacpp import cgroups, file_systems, machine
 from rotary_llamacpp.config import MIB
 from rotary_llamacpp.errors import LibraryError
 from rotary_llamacpp.info import ModelInfo
@@ -73,19 +76,12 @@ class Group:
 
 def parents():
     """Directories below which a memory group can be made, from this process's own up."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        is_v2 = controllers == ""
-        if not is_v2 and "memory" not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup" if is_v2 else "/sys/fs/cgroup/memory")
-        at = root / path.lstrip("/")
-        for folder in (at, *at.parents):
+    for group in cgroups.own_groups("memory"):
+        is_v2 = group.version == 2
+        for folder in group.folders:
             control = folder / ("cgroup.subtree_control" if is_v2 else "memory.limit_in_bytes")
             if control.is_file() and (not is_v2 or "memory" in control.read_text().split()):
                 yield folder, is_v2
-            if folder == root:
-                break
 
 
 @pytest.fixture
@@ -151,6 +147,32 @@ def test_the_same_model_where_it_fits(large, stock):
     found, stats = apart(run, large, {"budget": "25%"})
     assert_equal(found, stock)
     assert (stats["store"], stats["bytes_read"], stats["shrinks"], stats["notices"]) == ("mmap", 0, 0, [])
+
+
+def read_and_ask(path, library):
+    """Memory that is left once a file has been read, as plans and as paging see it."""
+    from test_machine import native_memory
+
+    with open(path, "rb") as file:
+        while file.read(MIB):
+            pass
+    return machine.available_memory(), native_memory(ctypes.CDLL(library), "")[1], machine.total_memory()
+
+
+def test_page_cache_is_not_counted_as_taken(group, tmp_path):
+    if file_systems.in_memory(tmp_path):
+        pytest.skip(f"{tmp_path}: lies in memory, what is read there is not cached")
+    pure_logic(tmp_path, "machine_host.cpp", *MACHINE_SOURCES)
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(MIB) * 256)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it stays charged to who wrote it
+    for_plans, for_paging, total = apart(read_and_ask, path, str(tmp_path / "host.so"), prefix=group.prefix)
+    assert group.peak > 200 * MIB, "the file is charged to the group"
+    assert total == GROUP_BYTES
+    for each in (for_plans, for_paging):
+        assert GROUP_BYTES - 128 * MIB < each < GROUP_BYTES, "all but the interpreter is left"
 
 
 def refused(model, rotary):

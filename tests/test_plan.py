@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import random
 import struct
 import tracemalloc
@@ -504,13 +503,21 @@ def test_measuring_replaces_what_was_not_said(native, monkeypatch, tiny_model):
     assert measured.disk_rate == 150 * MIB and "tiny-moe" in measured.sources["disk"]
     assert measured.copy_rate == 8 * MIB / TICK_S
     assert HERE.ram_rate != measured.ram_rate > 0 and HERE.cpu_flops != measured.cpu_flops > 0
-    assert measured.disk_cpu_s == 0.5 / (300 * MIB) / os.cpu_count()
+    assert measured.disk_cpu_s == 0.5 / (300 * MIB) / machine.cpu_count()
     n_layers, n_tokens = 16, Request().micro_batch  # that one graph computes
     assert 0 < measured.cpu_layer_s < TICK_S / n_layers, "but for reading the KV cache"
     assert measured.cpu_prompt_layer_s == TICK_S / n_tokens
     assert "Q8_0" in measured.sources["ram rate"]
     kept = calibration.measure(HERE, found, Request(), tiny_model, 1, frozenset(("disk", "ram rate")))
     assert (kept.disk_rate, kept.ram_rate, kept.copy_rate) == (HERE.disk_rate, HERE.ram_rate, HERE.copy_rate)
+
+
+def test_all_cpus_that_may_be_used_are_measured(monkeypatch, tiny_model):
+    monkeypatch.setattr(plan, "cpu_count", lambda: 3)
+    monkeypatch.setattr(calibration, "measure", lambda its, *rest: its)
+    assert plan.make(str(tiny_model), ram="8GiB", vram="0", measure=True).case.threads == 3
+    assert plan.make(str(tiny_model), ram="8GiB", vram="0", measure=True, threads=2).case.threads == 2
+    assert plan.make(str(tiny_model), ram="8GiB", vram="0").case.threads is None
 
 
 @pytest.mark.parametrize(
@@ -526,7 +533,7 @@ def test_a_disk_that_cannot_be_measured_is_as_published(native, monkeypatch, tin
     measured = calibration.measure(described, found, Request(), None, 1, frozenset(("ram rate",)))
     assert (measured.disk_rate, measured.disk_cpu_s) == (HERE.disk_rate, 0.0)
     said = measured.sources["disk"]
-    assert said == f"published, NVMe; could not be measured: {error}"
+    assert said == f"published, NVMe; not measured: {error}"
 
 
 def test_vram_is_what_is_free(native, monkeypatch):

@@ -5,6 +5,8 @@
 
 #include "memory.hpp"
 
+#include "cgroup.hpp"
+
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
@@ -12,89 +14,77 @@
 #include <fstream>
 #include <map>
 #include <mutex>
-#include <sstream>
 #include <string>
 
 namespace rotary {
 
-// First number after `key` in a file of "key number" lines; `otherwise` if there is none.
-static uint64_t read_field(const std::string & path, const std::string & key, uint64_t otherwise) {
-    std::ifstream file(path);
-    std::string   line;
+// Numbers by name, of a file of lines "name number".
+static std::map<std::string, uint64_t> read_fields(const std::string & path) {
+    std::map<std::string, uint64_t> found;
+    std::ifstream                   file(path);
+    std::string                     line;
     while (std::getline(file, line)) {
-        std::istringstream words(line);
-        std::string        name;
-        uint64_t           value;
-        if (words >> name >> value && name == key) {
-            return value;
+        const size_t name  = line.find_first_of(" \t");
+        const size_t first = line.find_first_not_of(" \t", name);
+        if (name != 0 && first != std::string::npos) {
+            const std::string word = line.substr(first, line.find_first_of(" \t", first) - first);
+            if (const uint64_t value = number(word, UINT64_MAX); value != UINT64_MAX) {
+                found[line.substr(0, name)] = value;
+            }
         }
     }
-    return otherwise;
+    return found;
 }
 
-struct cgroup_files {
-    const char * limit;
-    const char * usage;
-    const char * inactive;
-    const char * active;
-};
-
-// The single number a cgroup file holds; "max" and absent files are `otherwise`.
-static uint64_t read_number(const std::string & path, uint64_t otherwise) {
-    std::ifstream file(path);
-    uint64_t      value;
-    return file >> value ? value : otherwise;
+static uint64_t value_of(const std::map<std::string, uint64_t> & fields, const char * name, uint64_t otherwise) {
+    const auto found = fields.find(name);
+    return found == fields.end() ? otherwise : found->second;
 }
 
-// Tighten `memory` to what one cgroup directory allows. File pages are reclaimed before the limit bites.
-static void tighten(host_memory & memory, const std::string & dir, const cgroup_files & names) {
-    const uint64_t max = read_number(dir + "/" + names.limit, UINT64_MAX);
-    if (max >= UINT64_MAX / 4096) {
-        return; // v1 writes a huge number for no limit
+// Tighten `memory` to what one group allows; the first is the process's own. As _memory() of
+// rotary_llamacpp/machine.py. The kernel adds memory.stat up when it is read, so it is read only where it matters.
+static void tighten(host_memory & memory, uint64_t installed, const std::string & dir, bool is_v2, bool is_own) {
+    std::map<std::string, uint64_t> stat;
+    uint64_t                        max = UINT64_MAX;
+    if (is_v2) {
+        // Above memory.high, processes are throttled until they hardly run.
+        max = std::min(read_number(dir + "/memory.max", UINT64_MAX), read_number(dir + "/memory.high", UINT64_MAX));
+    } else {
+        max = read_number(dir + "/memory.limit_in_bytes", UINT64_MAX);
+        if (is_own) { // knows of the limits around it that a container does not see
+            stat = read_fields(dir + "/memory.stat");
+            max  = std::min(max, value_of(stat, "hierarchical_memory_limit", UINT64_MAX));
+        }
     }
-    const uint64_t used = read_number(dir + "/" + names.usage, 0);
-    const uint64_t cache =
-        read_field(dir + "/memory.stat", names.inactive, 0) + read_field(dir + "/memory.stat", names.active, 0);
+    if (max >= installed) {
+        return; // no limit, for which version 1 has a huge number
+    }
+    if (stat.empty()) {
+        stat = read_fields(dir + "/memory.stat");
+    }
+    // File pages are reclaimed before the limit bites.
+    const std::string prefix = is_v2 ? "" : "total_";
+    const uint64_t    used   = read_number(dir + (is_v2 ? "/memory.current" : "/memory.usage_in_bytes"), 0);
+    const uint64_t    cache =
+        value_of(stat, (prefix + "inactive_file").c_str(), 0) + value_of(stat, (prefix + "active_file").c_str(), 0);
     const uint64_t taken = used > cache ? used - cache : 0;
     memory.total         = std::min(memory.total, max);
     memory.available     = std::min(memory.available, max > taken ? max - taken : 0);
 }
 
-// The cgroups that hold this process, from its own up; in a container the path may not exist, then the root counts.
-template <typename visitor> static void each_cgroup(const visitor & visit) {
-    static const cgroup_files v1 = { "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
-                                     "total_active_file" };
-    static const cgroup_files v2 = { "memory.max", "memory.current", "inactive_file", "active_file" };
-
-    std::ifstream groups("/proc/self/cgroup"); // lines "id:controllers:path"; v2 has id 0 and no controllers
-    std::string   line;
-    while (std::getline(groups, line)) {
-        const size_t a = line.find(':');
-        const size_t b = a == std::string::npos ? a : line.find(':', a + 1);
-        if (b == std::string::npos) {
-            continue;
-        }
-        const std::string controllers = "," + line.substr(a + 1, b - a - 1) + ",";
-        const bool        is_v2       = controllers == ",,";
-        if (!is_v2 && controllers.find(",memory,") == std::string::npos) {
-            continue;
-        }
-        std::string path = line.substr(b + 1);
-        while (true) {
-            visit((is_v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory") + path, is_v2 ? v2 : v1);
-            const size_t slash = path.rfind('/');
-            if (slash == std::string::npos || path == "/") {
-                break;
+host_memory host_memory_now(const std::string & root) {
+    const auto     meminfo   = read_fields(root + "/proc/meminfo");
+    const uint64_t installed = value_of(meminfo, "MemTotal:", UINT64_MAX / 1024) * 1024;
+    host_memory    memory    = { installed, value_of(meminfo, "MemAvailable:", UINT64_MAX / 1024) * 1024 };
+    for (const cgroup & group : own_cgroups("memory", root)) {
+        for (const std::string & dir : group.dirs) {
+            const bool is_own = dir == group.dirs[0];
+            if (!is_own && read_number(dir + "/memory.use_hierarchy", 1) == 0) {
+                break; // in version 1 this one, and those around it, are not charged for what is inside
             }
-            path = path.substr(0, slash);
+            tighten(memory, installed, dir, group.is_v2, is_own);
         }
     }
-}
-
-host_memory host_memory_now() {
-    host_memory memory = { read_field("/proc/meminfo", "MemTotal:", UINT64_MAX / 1024) * 1024,
-                           read_field("/proc/meminfo", "MemAvailable:", UINT64_MAX / 1024) * 1024 };
-    each_cgroup([&](const std::string & dir, const cgroup_files & names) { tighten(memory, dir, names); });
     return memory;
 }
 
@@ -147,12 +137,14 @@ static double some_avg10(const std::string & path) {
     return -1.0;
 }
 
-double host_memory_pressure() {
+double host_memory_pressure(const std::string & root) {
     double found = -1.0;
-    each_cgroup([&](const std::string & dir, const cgroup_files &) {
-        found = found < 0.0 ? some_avg10(dir + "/memory.pressure") : found;
-    });
-    return std::max(found < 0.0 ? some_avg10("/proc/pressure/memory") : found, 0.0);
+    for (const cgroup & group : own_cgroups("memory", root)) {
+        for (const std::string & dir : group.dirs) {
+            found = found < 0.0 ? some_avg10(dir + "/memory.pressure") : found;
+        }
+    }
+    return std::max(found < 0.0 ? some_avg10(root + "/proc/pressure/memory") : found, 0.0);
 }
 
 } // namespace rotary

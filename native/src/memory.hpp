@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 namespace rotary {
 
@@ -20,7 +21,8 @@ struct host_memory {
     uint64_t available; // bytes that can be allocated without swapping, page cache counted as free
 };
 
-host_memory host_memory_now();
+// /proc and the mounts of cgroups are below `root`. The same figures as rotary_llamacpp/machine.py's.
+host_memory host_memory_now(const std::string & root = "");
 
 // Bytes of this process's own memory that it has asked for and not touched yet, such as the buffers of the first graph.
 // Large pieces only: threads' stacks are never touched whole. Our own slots are left out.
@@ -31,6 +33,6 @@ std::shared_ptr<void> host_memory_of_slots(const memory_range & range);
 
 // Share of the last ten seconds, in percent, in which something waited for memory: the kernel's pressure stall
 // information of this process's cgroup if it has one, else of the machine. 0 where the kernel keeps none.
-double host_memory_pressure();
+double host_memory_pressure(const std::string & root = "");
 
 } // namespace rotary

@@ -4,6 +4,7 @@
 
 #include "ring.hpp"
 
+#include "cpus.hpp"
 #include "error.hpp"
 
 #include <algorithm>
@@ -22,7 +23,7 @@ staging_ring::staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner)
         free_.push_back(i);
     }
     // More than what a mapping's page faults and one core's copying need, and no more than leaves the machine usable.
-    const size_t n_threads = std::clamp<size_t>(std::thread::hardware_concurrency() / 2, 1, 4);
+    const size_t n_threads = std::clamp<size_t>(cpu_count() / 2, 1, 4);
     for (size_t i = 0; i < n_threads; i++) {
         threads_.emplace_back([this] { work(); });
     }
