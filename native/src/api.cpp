@@ -183,7 +183,6 @@ int32_t rotary_pool_set_budget(rotary_pool * handle, const char * text) {
 }
 
 int32_t rotary_pool_stats(rotary_pool * handle, rotary_stats * stats) {
-    handle->shared->refresh();
     handle->shared->stats(*stats);
     return ROTARY_OK;
 }
@@ -196,7 +195,6 @@ int32_t rotary_pool_layer_stats(rotary_pool * handle, int32_t index, rotary_laye
 }
 
 void rotary_pool_reset_counters(rotary_pool * handle) {
-    handle->shared->refresh(); // what the device has counted is gone too
     handle->shared->reset_counters();
 }
 

@@ -45,6 +45,7 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
         notice(format("%s: %s was loaded after the slots were sized; slots start cold again", config.model.c_str(),
                       tensor->name));
         release();
+        unlock_store(); // the new ones are locked with the others
     }
     auto paged                = std::make_unique<paged_tensor>();
     paged->name               = tensor->name;
@@ -75,10 +76,7 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
 void pool::remove_owner(const void * owner) {
     const std::lock_guard<std::mutex> lock(mutex);
     release();
-    locked_.clear(); // and locked again for those that stay
-    for (const auto & tensor : tensors_) {
-        tensor->locked = tensor->on_device = nullptr;
-    }
+    unlock_store(); // and locked again for those that stay
     const auto gone = std::stable_partition(tensors_.begin(), tensors_.end(),
                                             [owner](const auto & tensor) { return tensor->owner != owner; });
     std::for_each(gone, tensors_.end(), [&](const auto & tensor) {
@@ -261,7 +259,6 @@ void pool::forget_slots() {
     }
     if (link_) {
         link_->synchronize(); // lookups that were enqueued before the failure still change tables
-        forget_refusals();
     }
     for (const auto & layer : layers_) {
         if (layer->table) {
@@ -288,8 +285,8 @@ void pool::release() {
     for (ggml_backend_t user : users_) {
         ggml_backend_synchronize(user);
     }
-    if (link_ && link_->synchronize() && n_states_ > 0) {
-        read_states();
+    if (link_) {
+        link_->synchronize(); // it may still copy ahead, into slots
     }
     const char * print = getenv("ROTARY_STATS");
     if (print != nullptr && strcmp(print, "0") != 0) {

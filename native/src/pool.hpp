@@ -220,16 +220,16 @@ class pool {
 
     // ---- on an inner device with a link; where a layer's table is decides who resolves its next lookup
     rotary::link * side() const { return link_.get(); }
-    staging_ring * ring();                                // NULL, with this thread's error, if it cannot be had
+    staging_ring * ring(); // NULL, with this thread's error, if it cannot be had
     bool           copies_by_link() const { return copies_by_link_; }
-    bool           is_locked(const char * fetched) const; // page-locked: the link copies it as it lies
-    bool           resolves_on_device(const paged_layer & layer, int64_t n_ids) const;
-    void           table_to_device(paged_layer & layer);
-    bool           table_to_host(paged_layer & layer); // waits; false with this thread's error
-    bool           set_scale(paged_layer & layer, const std::vector<float> & scale); // of `ahead`; false: no room
-    bool           send_states();        // what the device has counted, to the host; enqueues
-    bool           none_refused() const; // of the lookups known of; else with this thread's error
-    void           forget_refusals();    // after that; with nothing enqueued
+    // Whether bytes that fetch() gave of this tensor are page-locked: the link copies them as they lie.
+    bool is_locked(const paged_tensor & tensor, const char * fetched) const;
+    bool resolves_on_device(const paged_layer & layer, int64_t n_ids) const;
+    void table_to_device(paged_layer & layer);
+    bool table_to_host(paged_layer & layer);                               // waits; false with this thread's error
+    bool set_scale(paged_layer & layer, const std::vector<float> & scale); // of `ahead`; false: no room
+    bool send_states(); // what the device has counted, to the host; enqueues
+    bool take_states(); // once they are there; false with this thread's error if a lookup was refused
 
     // ---- figures
     void count(paged_layer & layer, const rotary_layer_stats & delta);
@@ -245,7 +245,6 @@ class pool {
                         int64_t n_used);
     int64_t      read_trace(int32_t * records, int64_t n, uint64_t & n_untraced);
     void         notice(const std::string & text); // said once: logged as a warning and kept for rotary_pool_notice
-    void         refresh(); // ask the device for its counters, unless a graph is being enqueued; takes `mutex`
     void         stats(rotary_stats & out) const;
     bool         layer_stats(int32_t index, rotary_layer_stats & out) const;
     void         reset_counters();
@@ -296,9 +295,9 @@ class pool {
     void allocate_ram_tier();
     bool may_lock(uint64_t bytes, std::string & reason) const;
     bool lock_store(std::string & reason);
+    void unlock_store();
     bool allocate_tables();
-    void take_over(paged_layer & layer, const rotary_page_state & state);
-    void read_states();
+    bool take_over(paged_layer & layer, const rotary_page_state & state);
 
     std::vector<layer_size> layer_sizes() const;
 

@@ -129,13 +129,6 @@ void pool::notice(const std::string & text) {
     GGML_LOG_WARN("rotary: %s\n", text.c_str()); // a log callback may ask for the figures
 }
 
-void pool::refresh() {
-    const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-    if (lock && n_states_ > 0 && link_->synchronize()) {
-        read_states();
-    }
-}
-
 void pool::stats(rotary_stats & out) const {
     const std::lock_guard<std::mutex> lock(counter_mutex_);
     out          = totals_;
