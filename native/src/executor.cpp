@@ -75,7 +75,7 @@ ggml_status executor::compute(ggml_cgraph * graph) {
         return ggml_backend_graph_compute_async(inner_, graph);
     }
 
-    const std::lock_guard<std::mutex> lock(pool->mutex);
+    const pool::hold lock(*pool);
     if (pool->prepare() != ROTARY_OK) {
         return GGML_STATUS_FAILED;
     }

@@ -39,7 +39,7 @@ int32_t layer_number(const std::string & name) {
 }
 
 void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used, bool is_mapped) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const hold lock(*this);
     if (prepared_) {
         // Weights that come late, such as an adapter's: divide the budget anew at the next graph.
         notice(format("%s: %s was loaded after the slots were sized; slots start cold again", config.model.c_str(),
@@ -74,7 +74,7 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
 }
 
 void pool::remove_owner(const void * owner) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const hold lock(*this);
     release();
     unlock_store(); // and locked again for those that stay
     const auto gone = std::stable_partition(tensors_.begin(), tensors_.end(),
@@ -340,7 +340,7 @@ bool pool::use_from(ggml_backend_t backend) {
 }
 
 void pool::forget(ggml_backend_t backend) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const hold lock(*this);
     users_.erase(std::remove(users_.begin(), users_.end(), backend), users_.end());
 }
 

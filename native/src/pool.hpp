@@ -6,8 +6,9 @@
 // get to a device with a link (pool_link.cpp), who foretells what layers want (pool_foresight.cpp), and what has happened
 // (pool_figures.cpp). How a graph is run over them is executor.cpp.
 //
-// Threading: `mutex` is held by whoever runs a graph over the pool or changes its layers or slots; `counter_mutex`
-// guards the counters and what rotary_pool_stats() shows, so that figures can be read while a graph runs.
+// Threading: `mutex` is held, by a pool::hold, by whoever runs a graph over the pool or changes its layers or slots;
+// `counter_mutex_` guards the counters and what rotary_pool_stats() shows, so that figures can be read while a graph runs.
+// Nothing of the caller's is called with the latter held: policies, predictors and log callbacks may ask for figures.
 
 #pragma once
 
@@ -34,6 +35,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -146,6 +148,16 @@ class pool {
     pool(ggml_backend_dev_t inner, pool_config chosen);
     ~pool();
 
+    class hold {
+      public:
+        explicit hold(pool & its) : its_(its), lock_(its.mutex) { its.holder_ = std::this_thread::get_id(); }
+        ~hold() { its_.holder_ = std::thread::id(); }
+
+      private:
+        pool &                            its_;
+        const std::lock_guard<std::mutex> lock_;
+    };
+
     // ---- store: called by the paged buffers while llama.cpp loads
     void add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used, bool is_mapped);
     void remove_owner(const void * owner);
@@ -251,7 +263,10 @@ class pool {
     const char * notice_text(int32_t index) const;
     const char * policy_name() const { return chosen_policy_; } // "" before slots are allocated
 
-    std::mutex  mutex;
+    std::mutex mutex;
+    // Whether this thread holds `mutex`: then it is in a policy, predictor or log callback, and must not want it again.
+    bool held_here() const { return holder_ == std::this_thread::get_id(); }
+
     pool_config config; // the budget changes between graphs only
     bool        inner_is_host() const { return inner_is_host_; }
     // Activations of a wave: memory of the inner device for these tensors, the last wave's once more.
@@ -308,6 +323,8 @@ class pool {
 
     ggml_backend_buffer_type_t slot_buft(const paged_tensor & tensor) const;
 
+    std::atomic<std::thread::id> holder_{};
+
     ggml_backend_dev_t inner_;
     bool               inner_is_host_;
 
@@ -344,10 +361,10 @@ class pool {
     ggml_backend_buffer_ptr       tables_buffer_;
     ggml_tensor *                 tables_ = nullptr; // states of all layers, then page tables, as bytes
     std::shared_ptr<char>         ram_;              // slots in RAM
-    size_t                        ram_bytes_  = 0;
+    std::atomic<size_t>           ram_bytes_{ 0 };   // read by whoever asks for the figures
     bool                          ram_locked_ = false;
-    link::locked                  states_;       // the states as they last arrived
-    size_t                        n_states_ = 0; // layers that have a table there
+    link::locked                  states_;           // the states as they last arrived
+    size_t                        n_states_ = 0;     // layers that have a table there
 
     struct learnt {
         std::vector<float> popularity, pairs; // [n_expert], [n_expert][n_expert]

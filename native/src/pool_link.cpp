@@ -98,9 +98,6 @@ void pool::open_link() {
     if (inner_is_host_) {
         return;
     }
-    if (direct_) {
-        unlock_store(); // the mapping that was locked is gone
-    }
     std::string reason;
     if (!link_) {
         link_ = link::to(inner_, reason);
