@@ -16,6 +16,7 @@
 //   LATE_EVENTS    none: there are no events, as in a CUDA backend that was built without peer copies; n: the n-th
 //                  that is made since this was set is refused
 //   LATE_OPEN      none: the link has no stream
+//   LATE_NEW=n     the n-th piece of page-locked memory that is asked for since this was set is refused
 //
 // It copies to and from page-locked memory only, and locks none twice.
 
@@ -49,6 +50,24 @@ long knob(const char * name) {
     const char * text = getenv(name);
     return text != nullptr ? atol(text) : 0;
 }
+
+// The nth time since the knob was set to n.
+class nth {
+  public:
+    explicit nth(const char * name) : name_(name) {}
+    bool now() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const long                        asked = knob(name_);
+        n_                                      = asked == since_ ? n_ + 1 : 1;
+        since_                                  = asked;
+        return n_ == asked;
+    }
+
+  private:
+    const char * name_;
+    std::mutex   mutex_;
+    long         since_ = 0, n_ = 0;
+};
 
 // ---- streams and events
 
@@ -335,13 +354,8 @@ bool no_events() {
 }
 
 ggml_backend_event_t event_new(ggml_backend_dev_t dev) {
-    static std::mutex                 mutex;
-    static long                       since = 0, n_made = 0;
-    const std::lock_guard<std::mutex> lock(mutex);
-    const long                        fail = knob("LATE_EVENTS");
-    n_made                                 = fail == since ? n_made + 1 : 1;
-    since                                  = fail;
-    return no_events() || n_made == fail ? nullptr : new ggml_backend_event{ dev, new event };
+    static nth refused("LATE_EVENTS");
+    return no_events() || refused.now() ? nullptr : new ggml_backend_event{ dev, new event };
 }
 
 const ggml_backend_device_i device_i = {
@@ -462,8 +476,9 @@ static bool link_copy(rotary_link * link, void * to, const void * from, size_t b
 }
 
 static void * link_host_new(rotary_link *, size_t bytes, void ** on_device) {
+    static nth   refused("LATE_NEW");
     const char * text = getenv("LATE_LOCK");
-    if (text != nullptr && strcmp(text, "none") == 0) {
+    if ((text != nullptr && strcmp(text, "none") == 0) || refused.now()) {
         last_error = "out of memory";
         return nullptr;
     }

@@ -574,21 +574,21 @@ def test_devices_without_events(synthetic, stock_trace, late):
         assert (stats["device_lookups"] > 0) == (reason is None) and stats["locked_bytes"] >= 0
 
 
-def run_short_of_events(model, configs):
-    """For each config, each event refused in turn until none is: errors and notices, and the next run."""
+def run_short_of(knob, model, configs):
+    """For each config, each thing refused in turn until none is: errors and notices, and the next run."""
     load_late()
     found = []
     for config in configs:
         usual = run(model, [config])[0][1]["notices"]
         for nth in itertools.count(1):
-            os.environ["LATE_EVENTS"] = str(nth)
+            os.environ[knob] = str(nth)
             said = []
             llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, **BATCHES)
             try:
                 trace(llama, 4, 1)
             except DeviceError as error:
                 said.append(str(error))
-            del os.environ["LATE_EVENTS"]
+            del os.environ[knob]
             after, notices = trace(llama, LONG, 12), llama.rotary_stats()["notices"]
             llama.close()
             found.append((said + notices, after))
@@ -600,13 +600,33 @@ def run_short_of_events(model, configs):
 def test_each_event_that_cannot_be_had(synthetic, stock_trace, late):
     model = synthetic(type="q8_0", layers=2)
     configs = [{"budget": "50%"}, {"budget": "50%", "pin": "off"}]
-    found = apart(run_short_of_events, model, configs, environment={**late, "LATE_US": "20"})
+    found = apart(run_short_of, "LATE_EVENTS", model, configs, environment={**late, "LATE_US": "20"})
     stock = stock_trace(model, n_prompt=LONG, **CPU)
     for _, after in found:
         assert_equal(after, stock)
     heard = " ".join(text for said, _ in found for text in said)
     assert len(found) > 2 * 7 + 16, "one for lookups, one for copies, one for each block of the ring..."
     for text in ("LATE0: it has no events", "LATE0: no events for the memory", "LATE0: no event is left"):
+        assert text in heard, text
+
+
+def test_each_page_locked_memory_that_cannot_be_had(synthetic, stock_trace, late):
+    model = synthetic(type="q8_0", layers=2)
+    configs = [
+        {"budget": "50%"},
+        {"budget": "50%", "pin": "off"},
+        {"budget": "50%", "store": "direct"},
+    ]
+    found = apart(run_short_of, "LATE_NEW", model, configs, environment={**late, "LATE_US": "20"})
+    stock = stock_trace(model, n_prompt=LONG, **CPU)
+    for _, after in found:
+        assert_equal(after, stock)
+    heard = " ".join(text for said, _ in found for text in said)
+    for text in (
+        "cannot count lookups for the host: out of memory",
+        "no memory can be page-locked, out of memory",
+        "slots in RAM are not page-locked",
+    ):
         assert text in heard, text
 
 

@@ -232,8 +232,15 @@ bool pool::allocate_tables() {
     std::string reason;
     states_ = link_->host_memory(sizeof(rotary_page_state) * layers_.size(), reason);
     if (!tables_buffer_ || !states_.memory) {
+        for (const auto & layer : layers_) {
+            layer->table_at = 0;
+        }
         n_states_ = 0;
-        return false;
+        if (tables_buffer_) {
+            notice(format("%s: the host learns each routing and waits for it: %s cannot count lookups for the host: %s",
+                          config.model.c_str(), ggml_backend_dev_name(inner_), reason.c_str()));
+        }
+        return tables_buffer_ != nullptr;
     }
     ggml_backend_buffer_clear(tables_buffer_.get(), 0);
     std::fill_n((char *) states_.memory.get(), sizeof(rotary_page_state) * layers_.size(), '\0');
