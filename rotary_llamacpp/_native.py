@@ -116,16 +116,37 @@ def ggml_build(lib: ctypes.CDLL) -> tuple[str, str]:
     return lib.ggml_version().decode(), lib.ggml_commit().decode()
 
 
+class _Mutable:
+    """What makes a logger's level unreachable in threads that are muted, and what it was set to in others."""
+
+    muted = threading.local()
+
+    @property
+    def level(self) -> int:
+        return logging.CRITICAL + 1 if getattr(self.muted, "depth", 0) else self.__dict__["level"]
+
+    @level.setter
+    def level(self, level: int) -> None:
+        self.__dict__["level"] = level
+
+
 @contextlib.contextmanager
 def native_log_muted() -> Iterator[None]:
-    """llama.cpp's log without what our library says in a call: its error text becomes an exception's."""
+    """llama.cpp's log without what our library says in a call: its error text becomes an exception's.
+
+    In this thread alone: llama-cpp-python shows what the level of its logger lets through, which others set
+    and read at the same time, so that it cannot be changed and put back.
+    """
     logger = logging.getLogger("llama-cpp-python")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    with _load_lock:
+        if not isinstance(logger, _Mutable):
+            logger.__class__ = type(type(logger).__name__, (_Mutable, type(logger)), {})
+    muted = _Mutable.muted
+    muted.depth = getattr(muted, "depth", 0) + 1
     try:
         yield
     finally:
-        logger.setLevel(level)
+        muted.depth -= 1
 
 
 class Library:

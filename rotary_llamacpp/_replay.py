@@ -50,8 +50,8 @@ class Cache:
             ffi.NULL if weights is None else ffi.from_buffer("float[]", weights),
             ids.shape[1], ids.shape[0], slot_ids, self._loads,
         )  # fmt: skip
-        if self._own is not None and self._own.error is not None:
-            raise self._own.error
+        if self._own is not None:
+            self._own.check()
         if n < 0:
             raise RotaryError(
                 f"layer {layer}: {len(ids)} tokens want more experts than its {self.n_slots[layer]} slots "
@@ -67,8 +67,8 @@ class Cache:
             self._cache, len(ids), ffi.from_buffer("int32_t[]", layers), ffi.from_buffer("int32_t[]", ids),
             ffi.NULL if weights is None else ffi.from_buffer("float[]", weights), ids.shape[1], misses,
         )  # fmt: skip
-        if self._own is not None and self._own.error is not None:
-            raise self._own.error
+        if self._own is not None:
+            self._own.check()
         if status < 0:
             raise RotaryError(
                 "trace: a row wants more experts than there are slots, or others than there are; "

@@ -74,7 +74,10 @@ class Paging:
         self.profile: str | None = None  # the file, if slots began with one's experts
         self.notices: list[str] = []
         self._closing = False
-        self._lock = threading.RLock()  # figures may be read by another thread than the one that closes
+        # Figures may be read by another thread than the one that closes. Not held by anything that waits for
+        # a graph: a policy written in Python may ask for figures within one.
+        self._lock = threading.RLock()
+        self._changing = threading.RLock()  # one change at a time, and none while it closes; taken first
         self._last: dict[str, Any] = {**_NOT_PAGED, "layers": []}
 
     @property
@@ -224,7 +227,7 @@ class Paging:
 
     def set_budget(self, budget: str | int | float) -> None:
         """See `Llama.rotary_set_budget`."""
-        with self._lock:
+        with self._changing:
             if self.pools is None or self.info is None:
                 raise RotaryError(
                     f"budget {budget!r}: cannot be set, {self.reason or 'the model is closed'}; only a paged "
@@ -242,7 +245,7 @@ class Paging:
 
     def close(self) -> None:
         """Drop the pools; the figures stay. Idempotent."""
-        with self._lock:
+        with self._changing, self._lock:
             pools, self.pools = self.pools, None
             if pools is not None and not sys.is_finalizing():
                 pools.close()
@@ -279,13 +282,13 @@ def _raise_our_errors(context: Any, pools: Pools) -> None:
 
     def decode(batch: Any) -> None:
         lib.c.rotary_clear_error()
-        try:
-            stock_decode(reference, batch)
-        except RuntimeError:
-            if lib.last_error():
-                lib.check(lib.c.rotary_last_status())
-            raise  # the failure is llama.cpp's or the inner device's
-        pools.check_own()
+        with pools.raising_own():
+            try:
+                stock_decode(reference, batch)
+            except RuntimeError:
+                if lib.last_error():
+                    lib.check(lib.c.rotary_last_status())
+                raise  # the failure is llama.cpp's or the inner device's
 
     context.decode = decode
 

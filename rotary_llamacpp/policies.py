@@ -299,7 +299,7 @@ class Recall(EvictionPolicy):
         return min(candidates, key=self.score.__getitem__)
 
     def _scores(self) -> list[float]:
-        n, every = len(self.tokens), float(len(self.tokens[-1]))
+        n, every = len(self.tokens), float(len(self.tokens[-1])) if self.tokens else 1.0
         score, total, wave = [0.0] * self.n_expert, 1e-9, 0.0
         for i, token in enumerate(self.tokens):
             for expert in token:

@@ -7,7 +7,9 @@ bytes is for all of them, and divided as the experts are.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -74,8 +76,9 @@ class Pools:
         """Resolve the budget and allocate the slots. Call once the weights are loaded."""
         if self._budget.kind == "bytes" and len(self._pools) > 1:
             self._divide()
-        for pool in self._pools:
-            pool.prepare()
+        with self.raising_own():
+            for pool in self._pools:
+                pool.prepare()
 
     def set_budget(self, budget: Budget) -> None:
         """Change the budget and allocate anew."""
@@ -131,11 +134,26 @@ class Pools:
         found = self._pools[0].predictor_name()
         return self._predictors[0].name if found == "own" else found
 
-    def check_own(self) -> None:
-        """Raise what a policy or predictor written in Python has raised; the run went on without it."""
-        for own in (self._own, *self._predictors):
-            if own is not None:
-                own.check()
+    @contextlib.contextmanager
+    def raising_own(self) -> Iterator[None]:
+        """Raise at the end what a policy or predictor written in Python raises in a call of the library."""
+        try:
+            yield
+        except BaseException as failure:
+            error = self._take_error()
+            if error is not None and isinstance(failure, Exception):
+                raise error from failure
+            raise
+        if error := self._take_error():
+            raise error
+
+    def _take_error(self) -> BaseException | None:
+        errors = [error for own in self._every_own() if (error := own.take_error()) is not None]
+        # Ctrl-C first: it is for the whole program.
+        return min(errors, key=lambda error: isinstance(error, Exception), default=None)
+
+    def _every_own(self) -> list[OwnPolicy | OwnPredictor]:
+        return [*([] if self._own is None else [self._own]), *self._predictors]
 
     def trace(self, on: bool) -> None:
         """Record routings from now on, or stop."""
@@ -182,7 +200,8 @@ class Pools:
 
     def notices(self) -> list[str]:
         """Fallbacks and choices worth saying."""
-        return [text for pool in self._pools for text in pool.notices()]
+        every = [*(pool.notices() for pool in self._pools), *(own.notices for own in self._every_own())]
+        return [text for notices in every for text in notices]
 
     def reset_counters(self) -> None:
         """Start counting anew."""

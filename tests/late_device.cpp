@@ -12,6 +12,13 @@
 //   LATE_PIECES=4  so many pieces are copied ahead of a lookup before it has come, and no more; all by default
 //   LATE_LOCK      none: no host memory can be page-locked; new: not where it is; default: not read-only
 //   LATE_FAIL=n    the n-th thing asked of the link since this was set fails
+//   LATE_WILD      every routing that the link sees names an expert that no layer has
+//   LATE_EVENTS    none: there are no events, as in a CUDA backend that was built without peer copies; n: the n-th
+//                  that is made since this was set is refused
+//   LATE_OPEN      none: the link has no stream
+//   LATE_NEW=n     the n-th piece of page-locked memory that is asked for since this was set is refused
+//
+// It copies to and from page-locked memory only, and locks none twice.
 
 #include "link.h"
 
@@ -28,6 +35,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -42,6 +50,24 @@ long knob(const char * name) {
     const char * text = getenv(name);
     return text != nullptr ? atol(text) : 0;
 }
+
+// The nth time since the knob was set to n.
+class nth {
+  public:
+    explicit nth(const char * name) : name_(name) {}
+    bool now() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const long                        asked = knob(name_);
+        n_                                      = asked == since_ ? n_ + 1 : 1;
+        since_                                  = asked;
+        return n_ == asked;
+    }
+
+  private:
+    const char * name_;
+    std::mutex   mutex_;
+    long         since_ = 0, n_ = 0;
+};
 
 // ---- streams and events
 
@@ -117,6 +143,40 @@ class stream {
     std::thread                       thread_;
 };
 
+// ---- memory that the link may copy from and to: the devices', and what is page-locked
+
+class ranges {
+  public:
+    bool add(const void * begin, size_t size) { // false: some of it is there
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto                        after = sizes_.upper_bound((const char *) begin);
+        const bool there = (after != sizes_.end() && after->first < (const char *) begin + size) ||
+                           (after != sizes_.begin() && end_of(std::prev(after)) > begin);
+        if (!there) {
+            sizes_[(const char *) begin] = size;
+        }
+        return !there;
+    }
+    void remove(const void * begin) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        sizes_.erase((const char *) begin);
+    }
+    bool has(const void * begin, size_t size) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto                        after = sizes_.upper_bound((const char *) begin);
+        return after != sizes_.begin() && end_of(std::prev(after)) >= (const char *) begin + size;
+    }
+
+  private:
+    using sizes = std::map<const char *, size_t>;
+    static const char * end_of(sizes::const_iterator it) { return it->first + it->second; }
+
+    std::mutex mutex_;
+    sizes      sizes_;
+};
+
+ranges known;
+
 // ---- buffers
 
 // One device, and the type of its buffers; their contexts are it.
@@ -146,6 +206,7 @@ const ggml_backend_buffer_i buffer_i = {
     /* .free_buffer   = */
     [](ggml_backend_buffer_t buffer) {
         taken -= buffer->size;
+        known.remove(buffer->context);
         free(buffer->context);
     },
     /* .get_base      = */ [](ggml_backend_buffer_t buffer) { return buffer->context; },
@@ -180,6 +241,7 @@ const ggml_backend_buffer_type_i buft_i = {
         taken += size;
         void * memory = aligned_alloc(128, (size + 127) / 128 * 128 + 128);
         memset(memory, 0xff, size); // NaN: what is read before it is written shows
+        known.add(memory, size);
         return ggml_backend_buffer_init(its, buffer_i, memory, size);
     },
     /* .get_alignment  = */ [](ggml_backend_buffer_type_t) { return (size_t) 128; },
@@ -286,6 +348,16 @@ ggml_backend_t backend_new(ggml_backend_dev_t dev, const char *) {
 
 // ---- device
 
+bool no_events() {
+    const char * text = getenv("LATE_EVENTS");
+    return text != nullptr && strcmp(text, "none") == 0;
+}
+
+ggml_backend_event_t event_new(ggml_backend_dev_t dev) {
+    static nth refused("LATE_EVENTS");
+    return no_events() || refused.now() ? nullptr : new ggml_backend_event{ dev, new event };
+}
+
 const ggml_backend_device_i device_i = {
     /* .get_name             = */ [](ggml_backend_dev_t dev) { return late_of(dev).name; },
     /* .get_description      = */ [](ggml_backend_dev_t) { return "a late CPU"; },
@@ -306,7 +378,7 @@ const ggml_backend_device_i device_i = {
             /* .async = */ true,
             /* .host_buffer = */ false,
             /* .buffer_from_host_ptr = */ false,
-            /* .events = */ true,
+            /* .events = */ !no_events(),
         };
     },
     /* .init_backend         = */ backend_new,
@@ -318,8 +390,7 @@ const ggml_backend_device_i device_i = {
     /* .supports_buft        = */
     [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t its) { return its == &late_of(dev).buft; },
     /* .offload_op           = */ nullptr,
-    /* .event_new            = */
-    [](ggml_backend_dev_t dev) { return new ggml_backend_event{ dev, new event }; },
+    /* .event_new            = */ event_new,
     /* .event_free           = */
     [](ggml_backend_dev_t, ggml_backend_event_t its) {
         delete (event *) its->context;
@@ -361,19 +432,20 @@ ggml_backend_dev_t device_at(size_t index) {
 
 // ---- link
 
+static thread_local std::string last_error; // one link serves several threads
+
 struct rotary_link {
     stream           queue{ 2 };
     stream           beside{ 4 }; // for what is foretold
     event            wanted, foretold;
     std::minstd_rand chance{ 3 };
-    std::string      text;
     long             n_asked = 0;
 
     bool ask(std::function<void()> what) {
         const long fail = knob("LATE_FAIL");
         n_asked         = fail > 0 ? n_asked + 1 : 0;
         if (fail > 0 && n_asked == fail) {
-            text = "the link is broken";
+            last_error = "the link is broken";
             return false;
         }
         queue.put(std::move(what));
@@ -381,23 +453,38 @@ struct rotary_link {
     }
 };
 
-static void * link_lock(rotary_link * link, void * memory, size_t, rotary_lock how) {
+static void * link_lock(rotary_link *, void * memory, size_t bytes, rotary_lock how) {
     const char *      text   = getenv("LATE_LOCK");
     const std::string refuse = text != nullptr ? text : "";
     if (refuse == "none" || refuse == "new" || (refuse == "default" && how == ROTARY_LOCK_READ_ONLY)) {
-        link->text = "operation not supported";
+        last_error = "operation not supported";
+        return nullptr;
+    }
+    if (!known.add(memory, bytes)) {
+        last_error = "part or all of it is page-locked already";
         return nullptr;
     }
     return memory;
 }
 
-static void * link_host_new(rotary_link * link, size_t bytes, void ** on_device) {
+static bool link_copy(rotary_link * link, void * to, const void * from, size_t bytes) {
+    if (!known.has(to, bytes) || !known.has(from, bytes)) {
+        last_error = "a copy would wait, for memory that is not page-locked";
+        return false;
+    }
+    return link->ask([to, from, bytes] { memcpy(to, from, bytes); });
+}
+
+static void * link_host_new(rotary_link *, size_t bytes, void ** on_device) {
+    static nth   refused("LATE_NEW");
     const char * text = getenv("LATE_LOCK");
-    if (text != nullptr && strcmp(text, "none") == 0) {
-        link->text = "out of memory";
+    if ((text != nullptr && strcmp(text, "none") == 0) || refused.now()) {
+        last_error = "out of memory";
         return nullptr;
     }
-    return *on_device = malloc(bytes);
+    *on_device = malloc(bytes);
+    known.add(*on_device, bytes);
+    return *on_device;
 }
 
 static void copy_piece(const rotary_link_layer & layer, const rotary_page & page, int32_t index) {
@@ -442,13 +529,16 @@ static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, 
             [its = *lookup] { __atomic_store_n(&its.layer.table.state->demanded, its.number, __ATOMIC_RELEASE); });
         link->queue.wait(link->foretold);
     }
-    const rotary_link_foretelling none = {};
-    const bool                    on   = link->ask([link, its = *lookup, ahead = next != nullptr ? *next : none] {
+    static const int32_t          wild_id = -7;
+    const rotary_link_foretelling none    = {};
+    const bool                    wild    = getenv("LATE_WILD") != nullptr;
+    const bool                    on = link->ask([link, wild, its = *lookup, ahead = next != nullptr ? *next : none] {
         for (int32_t i = 0; i < ahead.n_embd * ahead.n_tokens; i++) {
             ahead.copy[i] = ((const float *) (ahead.state + ahead.stride * (i / ahead.n_embd)))[i % ahead.n_embd];
         }
-        const rotary_page_table & table = its.layer.table;
-        rotary_page_resolve(rotary_page_alone{}, table, its.ids, its.slot_ids);
+        const rotary_page_table & table    = its.layer.table;
+        const rotary_page_ids     wild_ids = { (const char *) &wild_id, its.ids.n_used, its.ids.n_tokens, 0, 0 };
+        rotary_page_resolve(rotary_page_alone{}, table, wild ? wild_ids : its.ids, its.slot_ids);
         std::vector<rotary_page> pages(table.pages, table.pages + table.state->n_pages);
         std::shuffle(pages.begin(), pages.end(), link->chance);
         for (const rotary_page & page : pages) {
@@ -476,13 +566,24 @@ EXPORT const rotary_link_api * rotary_link_get(void) {
     static const rotary_link_api api = {
         /* .abi         = */ ROTARY_LINK_ABI,
         /* .kind        = */ "LATE",
-        /* .open        = */ [](const char *, char *, size_t) { return new rotary_link; },
+        /* .open        = */
+        [](const char *, char * error, size_t size) -> rotary_link * {
+            if (getenv("LATE_OPEN") != nullptr) {
+                snprintf(error, size, "no stream");
+                return nullptr;
+            }
+            return new rotary_link;
+        },
         /* .close       = */ [](rotary_link * link) { delete link; },
-        /* .error       = */ [](const rotary_link * link) { return link->text.c_str(); },
+        /* .error       = */ [](const rotary_link *) { return last_error.c_str(); },
         /* .lock        = */ link_lock,
-        /* .unlock      = */ [](rotary_link *, void *) {},
+        /* .unlock      = */ [](rotary_link *, void * memory) { known.remove(memory); },
         /* .host_new    = */ link_host_new,
-        /* .host_free   = */ [](rotary_link *, void * memory) { free(memory); },
+        /* .host_free   = */
+        [](rotary_link *, void * memory) {
+            known.remove(memory);
+            free(memory);
+        },
         /* .wait        = */
         [](rotary_link * link, void * its) {
             link->queue.wait(*(event *) its);
@@ -493,10 +594,7 @@ EXPORT const rotary_link_api * rotary_link_get(void) {
             link->queue.record(*(event *) its);
             return true;
         },
-        /* .copy        = */
-        [](rotary_link * link, void * to, const void * from, size_t bytes) {
-            return link->ask([to, from, bytes] { memcpy(to, from, bytes); });
-        },
+        /* .copy        = */ link_copy,
         /* .look_up     = */ link_look_up,
         /* .synchronize = */
         [](rotary_link * link) {

@@ -18,7 +18,7 @@ from paged import ONE_ARENA, Disk, apart, assert_equal, faulty_disk, make, notic
 from tracing import prompt_tokens, trace
 
 from rotary_llamacpp import _native, activate, deactivate
-from rotary_llamacpp.errors import ReadError
+from rotary_llamacpp.errors import DeviceError, ReadError
 from rotary_llamacpp.gguf_header import read_header
 
 pytestmark = pytest.mark.model
@@ -268,7 +268,7 @@ def test_ways_of_locking(synthetic, stock_trace, late, budget):
         "asked": ({"pin": "off"}, 'pin is "off"'),
         "none": (
             {"environment": {"LATE_LOCK": "none"}},
-            "waits for each layer: no memory can be page-locked",
+            "waits for each layer: LATE0: no memory can be page-locked",
         ),
         "no link": ({"environment": {"ROTARY_LINK": "/nowhere/link.so"}}, "/nowhere/link.so"),
     }
@@ -532,6 +532,105 @@ def test_failing_links(synthetic, stock_trace, late):
         assert_equal(after, stock)
 
 
+def run_with_wild_routings(model, config, after):
+    """What a token gave while routings named an expert that is none; then a run of `after` tokens."""
+    load_late()
+    llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, **BATCHES)
+    llama.eval([3])
+    os.environ["LATE_WILD"] = "1"
+    try:
+        llama.eval([5])
+        failed = "nothing"
+    except Exception as error:  # whatever it is, it is looked at
+        failed = f"{type(error).__name__}: {error}"
+    del os.environ["LATE_WILD"]
+    return failed, trace(llama, after, 12)
+
+
+@pytest.mark.parametrize("after", [LONG, 1], ids=["tables to the host", "tables on the device"])
+def test_a_refused_lookup_fails_its_own_graph(synthetic, stock_trace, late, after):
+    model = synthetic(type="q8_0", layers=2)
+    failed, paged = apart(run_with_wild_routings, model, {"budget": "50%"}, after, environment=late)
+    assert "routed to an expert that it does not have" in failed
+    assert_equal(paged, stock_trace(model, n_prompt=after, **CPU))
+
+
+# ---- events and streams that cannot be had
+
+
+def test_devices_without_events(synthetic, stock_trace, late):
+    model = synthetic(type="q8_0")
+    configs = [
+        {"budget": "50%", "environment": {"LATE_EVENTS": "none"}},
+        {"budget": "50%", "store": "direct", "environment": {"LATE_EVENTS": "none"}},
+        {"budget": "50%", "environment": {"LATE_OPEN": "none"}},
+        {"budget": "50%"},
+    ]
+    results = apart(run, model, configs, environment=late)
+    reasons = ["it has no events", "it has no events", "no stream", None]
+    for (paged, stats), reason in zip(results, reasons, strict=True):
+        assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
+        said = [text for text in stats["notices"] if "waits for each layer" in text]
+        assert len(said) == (reason is not None) and all(f"LATE0: {reason}" in text for text in said)
+        assert (stats["device_lookups"] > 0) == (reason is None) and stats["locked_bytes"] >= 0
+
+
+def run_short_of(knob, model, configs):
+    """For each config, each thing refused in turn until none is: errors and notices, and the next run."""
+    load_late()
+    found = []
+    for config in configs:
+        usual = run(model, [config])[0][1]["notices"]
+        for nth in itertools.count(1):
+            os.environ[knob] = str(nth)
+            said = []
+            llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, **BATCHES)
+            try:
+                trace(llama, 4, 1)
+            except DeviceError as error:
+                said.append(str(error))
+            del os.environ[knob]
+            after, notices = trace(llama, LONG, 12), llama.rotary_stats()["notices"]
+            llama.close()
+            found.append((said + notices, after))
+            if not said and notices == usual:
+                break
+    return found
+
+
+def test_each_event_that_cannot_be_had(synthetic, stock_trace, late):
+    model = synthetic(type="q8_0", layers=2)
+    configs = [{"budget": "50%"}, {"budget": "50%", "pin": "off"}]
+    found = apart(run_short_of, "LATE_EVENTS", model, configs, environment={**late, "LATE_US": "20"})
+    stock = stock_trace(model, n_prompt=LONG, **CPU)
+    for _, after in found:
+        assert_equal(after, stock)
+    heard = " ".join(text for said, _ in found for text in said)
+    assert len(found) > 2 * 7 + 16, "one for lookups, one for copies, one for each block of the ring..."
+    for text in ("LATE0: it has no events", "LATE0: no events for the memory", "LATE0: no event is left"):
+        assert text in heard, text
+
+
+def test_each_page_locked_memory_that_cannot_be_had(synthetic, stock_trace, late):
+    model = synthetic(type="q8_0", layers=2)
+    configs = [
+        {"budget": "50%"},
+        {"budget": "50%", "pin": "off"},
+        {"budget": "50%", "store": "direct"},
+    ]
+    found = apart(run_short_of, "LATE_NEW", model, configs, environment={**late, "LATE_US": "20"})
+    stock = stock_trace(model, n_prompt=LONG, **CPU)
+    for _, after in found:
+        assert_equal(after, stock)
+    heard = " ".join(text for said, _ in found for text in said)
+    for text in (
+        "cannot count lookups for the host: out of memory",
+        "no memory can be page-locked, out of memory",
+        "slots in RAM are not page-locked",
+    ):
+        assert text in heard, text
+
+
 # ---- life
 
 
@@ -569,3 +668,34 @@ def test_budgets_and_models_that_come_and_go(synthetic, stock_trace, late):
     assert len(found) == 6
     for paged in found:
         assert_equal(paged, stock)
+
+
+def load_an_adapter_late(model, adapter, configs):
+    """Of stock with the adapter; for each config with it loaded late, without it, and figures."""
+    import llama_cpp.llama_cpp as api
+
+    load_late()
+    stock = make(model, None, n_gpu_layers=0, lora_path=str(adapter), **BATCHES)
+    found = [trace(stock, LONG, 12)]
+    for config in configs:
+        llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, **BATCHES)
+        trace(llama, LONG, 1)
+        late = api.llama_adapter_lora_init(llama._model.model, str(adapter).encode())
+        adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(late), (ctypes.c_float * 1)(1.0)
+        assert api.llama_set_adapters_lora(llama._ctx.ctx, adapters, 1, scales) == 0
+        with_it, stats = trace(llama, LONG, 12), llama.rotary_stats()
+        api.llama_set_adapters_lora(llama._ctx.ctx, None, 0, None)
+        api.llama_adapter_lora_free(late)
+        found.append((with_it, trace(llama, LONG, 12), stats))
+        llama.close()
+    return found
+
+
+def test_experts_that_come_late_are_page_locked(tiny_model, stock_trace, late, lora_adapter):
+    adapter = lora_adapter(tiny_model, ("ffn_down_exps.weight",))
+    configs = [{"budget": "50%", "pin": pin} for pin in ("auto", "on", "off")]
+    stock, *found = apart(load_an_adapter_late, tiny_model, adapter, configs, environment=late)
+    for config, (with_it, without, stats) in zip(configs, found, strict=True):
+        assert_equal(with_it, stock)
+        assert_equal(without, stock_trace(tiny_model, n_prompt=LONG, **CPU))
+        assert (stats["locked_bytes"] >= stats["expert_bytes"]) == (config["pin"] != "off")

@@ -113,3 +113,40 @@ def test_figures_can_be_read_while_a_graph_runs(native, tiny_model):
     assert seen == sorted(seen)
     assert llama.rotary_stats()["requests"] == 5 * len(TOKENS) * 6 * 4  # 6 layers, 4 experts a token
     llama.close()
+
+
+def test_calls_are_muted_in_their_thread_alone(native, capfd):
+    import logging
+
+    from llama_cpp import _logger
+
+    from rotary_llamacpp import _native
+
+    logger = logging.getLogger("llama-cpp-python")
+    before = logger.level
+    steps = [threading.Event() for _ in range(2)]
+
+    def say(text):
+        _logger.llama_log_callback(3, text.encode(), None)  # as an error
+
+    def overlapping():
+        with _native.native_log_muted():
+            steps[0].set()
+            assert steps[1].wait(60)
+            say("muted there;")
+
+    try:
+        thread = threading.Thread(target=overlapping)
+        with _native.native_log_muted():
+            say("muted here;")
+            thread.start()
+            assert steps[0].wait(60)
+        say("heard;")  # while the other is muted
+        _logger.set_verbose(True)
+        assert logger.level == logging.DEBUG
+        steps[1].set()
+        thread.join()
+        assert logger.level == logging.DEBUG, "what somebody set meanwhile stands"
+        assert capfd.readouterr().err == "heard;"
+    finally:
+        logger.setLevel(before)

@@ -18,8 +18,9 @@ struct rotary_link {
     cudaStream_t beside   = nullptr; // for what is foretold
     cudaEvent_t  wanted   = nullptr; // what is wanted has been copied
     cudaEvent_t  foretold = nullptr; // so has what is foretold, or as much as there was time for
-    std::string  text;
 };
+
+static thread_local std::string last_error; // one link serves several threads
 
 // ---- kernels
 
@@ -184,9 +185,9 @@ static __global__ void __launch_bounds__(gather_threads) ahead_kernel(rotary_lin
 
 // ---- interface
 
-static bool ok(rotary_link * link, cudaError_t status, const char * what) {
+static bool ok(cudaError_t status, const char * what) {
     if (status != cudaSuccess) {
-        link->text = std::string(what) + ": " + cudaGetErrorString(status);
+        last_error = std::string(what) + ": " + cudaGetErrorString(status);
         cudaGetLastError(); // of ours: ggml must not find it
     }
     return status == cudaSuccess;
@@ -222,8 +223,8 @@ static void link_close(rotary_link * link) {
 
 static rotary_link * link_open(const char * device_id, char * error, size_t size) {
     auto * link = new rotary_link{};
-    if (!ok(link, cudaDeviceGetByPCIBusId(&link->device, device_id), "cudaDeviceGetByPCIBusId")) {
-        snprintf(error, size, "%s", link->text.c_str());
+    if (!ok(cudaDeviceGetByPCIBusId(&link->device, device_id), "cudaDeviceGetByPCIBusId")) {
+        snprintf(error, size, "%s", last_error.c_str());
         delete link;
         return nullptr;
     }
@@ -231,13 +232,13 @@ static rotary_link * link_open(const char * device_id, char * error, size_t size
     int                  n_processors = 0;
     // Above ggml's streams, which have the lowest priority: what computation waits for goes first.
     int lowest = 0, highest = 0;
-    if (!ok(link, cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, link->device), "processors") ||
-        !ok(link, cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange") ||
-        !ok(link, cudaStreamCreateWithPriority(&link->stream, cudaStreamNonBlocking, highest), "cudaStreamCreate") ||
-        !ok(link, cudaStreamCreateWithPriority(&link->beside, cudaStreamNonBlocking, lowest), "cudaStreamCreate") ||
-        !ok(link, cudaEventCreateWithFlags(&link->wanted, cudaEventDisableTiming), "cudaEventCreate") ||
-        !ok(link, cudaEventCreateWithFlags(&link->foretold, cudaEventDisableTiming), "cudaEventCreate")) {
-        snprintf(error, size, "%s", link->text.c_str());
+    if (!ok(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, link->device), "processors") ||
+        !ok(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange") ||
+        !ok(cudaStreamCreateWithPriority(&link->stream, cudaStreamNonBlocking, highest), "cudaStreamCreate") ||
+        !ok(cudaStreamCreateWithPriority(&link->beside, cudaStreamNonBlocking, lowest), "cudaStreamCreate") ||
+        !ok(cudaEventCreateWithFlags(&link->wanted, cudaEventDisableTiming), "cudaEventCreate") ||
+        !ok(cudaEventCreateWithFlags(&link->foretold, cudaEventDisableTiming), "cudaEventCreate")) {
+        snprintf(error, size, "%s", last_error.c_str());
         link_close(link);
         return nullptr;
     }
@@ -245,8 +246,8 @@ static rotary_link * link_open(const char * device_id, char * error, size_t size
     return link;
 }
 
-static const char * link_error(const rotary_link * link) {
-    return link->text.c_str();
+static const char * link_error(const rotary_link *) {
+    return last_error.c_str();
 }
 
 static void * link_lock(rotary_link * link, void * memory, size_t bytes, rotary_lock how) {
@@ -254,10 +255,10 @@ static void * link_lock(rotary_link * link, void * memory, size_t bytes, rotary_
     const unsigned       flags   = cudaHostRegisterMapped | cudaHostRegisterPortable |
                                    (how == ROTARY_LOCK_READ_ONLY ? cudaHostRegisterReadOnly : 0);
     void *               address = nullptr;
-    if (!ok(link, cudaHostRegister(memory, bytes, flags), "cudaHostRegister")) {
+    if (!ok(cudaHostRegister(memory, bytes, flags), "cudaHostRegister")) {
         return nullptr;
     }
-    if (!ok(link, cudaHostGetDevicePointer(&address, memory, 0), "cudaHostGetDevicePointer")) {
+    if (!ok(cudaHostGetDevicePointer(&address, memory, 0), "cudaHostGetDevicePointer")) {
         cudaHostUnregister(memory);
         return nullptr;
     }
@@ -266,16 +267,16 @@ static void * link_lock(rotary_link * link, void * memory, size_t bytes, rotary_
 
 static void link_unlock(rotary_link * link, void * memory) {
     const current_device scope(link);
-    ok(link, cudaHostUnregister(memory), "cudaHostUnregister");
+    ok(cudaHostUnregister(memory), "cudaHostUnregister");
 }
 
 static void * link_host_new(rotary_link * link, size_t bytes, void ** on_device) {
     const current_device scope(link);
     void *               memory = nullptr;
-    if (!ok(link, cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc")) {
+    if (!ok(cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc")) {
         return nullptr;
     }
-    if (!ok(link, cudaHostGetDevicePointer(on_device, memory, 0), "cudaHostGetDevicePointer")) {
+    if (!ok(cudaHostGetDevicePointer(on_device, memory, 0), "cudaHostGetDevicePointer")) {
         cudaFreeHost(memory);
         return nullptr;
     }
@@ -284,37 +285,37 @@ static void * link_host_new(rotary_link * link, size_t bytes, void ** on_device)
 
 static void link_host_free(rotary_link * link, void * memory) {
     const current_device scope(link);
-    ok(link, cudaFreeHost(memory), "cudaFreeHost");
+    ok(cudaFreeHost(memory), "cudaFreeHost");
 }
 
 static bool link_wait(rotary_link * link, void * event) {
     const current_device scope(link);
-    return ok(link, cudaStreamWaitEvent(link->stream, (cudaEvent_t) event, 0), "cudaStreamWaitEvent");
+    return ok(cudaStreamWaitEvent(link->stream, (cudaEvent_t) event, 0), "cudaStreamWaitEvent");
 }
 
 static bool link_record(rotary_link * link, void * event) {
     const current_device scope(link);
-    return ok(link, cudaEventRecord((cudaEvent_t) event, link->stream), "cudaEventRecord");
+    return ok(cudaEventRecord((cudaEvent_t) event, link->stream), "cudaEventRecord");
 }
 
 static bool link_copy(rotary_link * link, void * to, const void * from, size_t bytes) {
     const current_device scope(link);
-    return ok(link, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, link->stream), "cudaMemcpyAsync");
+    return ok(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, link->stream), "cudaMemcpyAsync");
 }
 
 // On the stream beside, once what is wanted has been copied.
 static bool foretell(rotary_link * link, const rotary_link_foretelling * next) {
     const int n_products = next->layer.table.n_expert * next->n_tokens;
     const int n_blocks   = (n_products + team_size / 32 - 1) / (team_size / 32);
-    if (!ok(link, cudaEventRecord(link->wanted, link->stream), "cudaEventRecord") ||
-        !ok(link, cudaStreamWaitEvent(link->beside, link->wanted, 0), "cudaStreamWaitEvent")) {
+    if (!ok(cudaEventRecord(link->wanted, link->stream), "cudaEventRecord") ||
+        !ok(cudaStreamWaitEvent(link->beside, link->wanted, 0), "cudaStreamWaitEvent")) {
         return false;
     }
     score_kernel<<<n_blocks, team_size, 0, link->beside>>>(*next);
     foretell_kernel<<<1, team_size, 0, link->beside>>>(*next);
     ahead_kernel<<<ahead_blocks, gather_threads, 0, link->beside>>>(next->layer, next->number);
-    return ok(link, cudaGetLastError(), "foretelling") &&
-           ok(link, cudaEventRecord(link->foretold, link->beside), "cudaEventRecord");
+    return ok(cudaGetLastError(), "foretelling") &&
+           ok(cudaEventRecord(link->foretold, link->beside), "cudaEventRecord");
 }
 
 static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, const rotary_link_foretelling * next) {
@@ -324,20 +325,20 @@ static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, 
     const current_device scope(link);
     if (lookup->foretold) {
         demand_kernel<<<1, 1, 0, link->stream>>>(lookup->layer.table.state, lookup->number);
-        if (!ok(link, cudaStreamWaitEvent(link->stream, link->foretold, 0), "cudaStreamWaitEvent")) {
+        if (!ok(cudaStreamWaitEvent(link->stream, link->foretold, 0), "cudaStreamWaitEvent")) {
             return false;
         }
     }
     resolve_kernel<<<next != nullptr ? 1 + copy_blocks : 1, team_size, 0, link->stream>>>(
         lookup->layer.table, lookup->ids, lookup->slot_ids, next != nullptr ? *next : none);
     gather_kernel<<<link->n_blocks, gather_threads, 0, link->stream>>>(lookup->layer);
-    return ok(link, cudaGetLastError(), "lookup") && (next == nullptr || foretell(link, next));
+    return ok(cudaGetLastError(), "lookup") && (next == nullptr || foretell(link, next));
 }
 
 static bool link_synchronize(rotary_link * link) {
     const current_device scope(link);
-    return ok(link, cudaStreamSynchronize(link->stream), "cudaStreamSynchronize") &&
-           ok(link, cudaStreamSynchronize(link->beside), "cudaStreamSynchronize");
+    return ok(cudaStreamSynchronize(link->stream), "cudaStreamSynchronize") &&
+           ok(cudaStreamSynchronize(link->beside), "cudaStreamSynchronize");
 }
 
 const rotary_link_api * rotary_link_get(void) {

@@ -245,7 +245,8 @@ int32_t rotary_pool_prepare(rotary_pool * pool);
 // Change the budget. The slots are allocated anew, cold, at the next graph or rotary_pool_prepare.
 int32_t rotary_pool_set_budget(rotary_pool * pool, const char * budget);
 
-// A layer's figures are of the last rotary_pool_stats(), where a device resolves lookups itself.
+// Figures may be asked for at any time, by a policy, a predictor or a log callback too: they are of the graphs that have
+// ended, and of the one that runs as far as the host resolves its lookups.
 int32_t      rotary_pool_stats(rotary_pool * pool, rotary_stats * stats);
 int32_t      rotary_pool_layer_stats(rotary_pool * pool, int32_t index, rotary_layer_stats * stats);
 void         rotary_pool_reset_counters(rotary_pool * pool);

@@ -167,8 +167,23 @@ void rotary_pool_close(rotary_pool * handle) {
     }
 }
 
+// What changes a pool waits for the graph that runs over it: not from within that graph.
+static bool is_amid(rotary_pool * handle) {
+    if (handle->shared->held_here()) {
+        fail(ROTARY_ERR_STATE,
+             format("%s: asked for a change by a policy, a predictor or a log callback, while a graph "
+                    "runs; these may ask for figures only; change it between runs",
+                    handle->shared->config.model.c_str()));
+        return true;
+    }
+    return false;
+}
+
 int32_t rotary_pool_prepare(rotary_pool * handle) {
-    const std::lock_guard<std::mutex> lock(handle->shared->mutex);
+    if (is_amid(handle)) {
+        return ROTARY_ERR_STATE;
+    }
+    const pool::hold lock(*handle->shared);
     return handle->shared->prepare();
 }
 
@@ -177,13 +192,15 @@ int32_t rotary_pool_set_budget(rotary_pool * handle, const char * text) {
     if (!budget_parse(text, wanted) || wanted.what == budget::kind::off) {
         return fail(ROTARY_ERR_ARG, budget_not_understood(text));
     }
-    const std::lock_guard<std::mutex> lock(handle->shared->mutex);
+    if (is_amid(handle)) {
+        return ROTARY_ERR_STATE;
+    }
+    const pool::hold lock(*handle->shared);
     handle->shared->set_budget(wanted, text);
     return ROTARY_OK;
 }
 
 int32_t rotary_pool_stats(rotary_pool * handle, rotary_stats * stats) {
-    handle->shared->refresh();
     handle->shared->stats(*stats);
     return ROTARY_OK;
 }
@@ -196,7 +213,6 @@ int32_t rotary_pool_layer_stats(rotary_pool * handle, int32_t index, rotary_laye
 }
 
 void rotary_pool_reset_counters(rotary_pool * handle) {
-    handle->shared->refresh(); // what the device has counted is gone too
     handle->shared->reset_counters();
 }
 
@@ -205,13 +221,19 @@ const char * rotary_pool_notice(rotary_pool * handle, int32_t index) {
 }
 
 int32_t rotary_pool_warm(rotary_pool * handle, int32_t il, const int32_t * experts, int32_t n) {
-    const std::lock_guard<std::mutex> lock(handle->shared->mutex);
+    if (is_amid(handle)) {
+        return ROTARY_ERR_STATE;
+    }
+    const pool::hold lock(*handle->shared);
     return handle->shared->warm(il, { experts, experts + n });
 }
 
 int32_t rotary_pool_learn(rotary_pool * handle, int32_t il, const float * popularity, const float * pairs,
                           int32_t n_expert, int64_t n_tokens) {
-    const std::lock_guard<std::mutex> lock(handle->shared->mutex);
+    if (is_amid(handle)) {
+        return ROTARY_ERR_STATE;
+    }
+    const pool::hold lock(*handle->shared);
     return handle->shared->learn(il, popularity, pairs, n_expert, n_tokens);
 }
 
@@ -224,7 +246,10 @@ const char * rotary_pool_policy(rotary_pool * handle) {
 }
 
 void rotary_pool_trace(rotary_pool * handle, int32_t on) {
-    const std::lock_guard<std::mutex> lock(handle->shared->mutex); // a graph is recorded as a whole
+    if (is_amid(handle)) {
+        return;
+    }
+    const pool::hold lock(*handle->shared); // a graph is recorded as a whole
     handle->shared->trace(on != 0);
 }
 

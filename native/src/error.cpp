@@ -27,10 +27,12 @@ std::string format(const char * fmt, ...) {
     return out;
 }
 
+// Logged first: who listens to the log may ask for something that fails.
 int32_t fail(rotary_status status, const std::string & text) {
+    const std::string kept = text;
+    GGML_LOG_ERROR("rotary: %s\n", kept.c_str());
     last_error_status = status;
-    last_error_text   = text;
-    GGML_LOG_ERROR("rotary: %s\n", text.c_str());
+    last_error_text   = kept;
     return status;
 }
 

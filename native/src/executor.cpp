@@ -24,13 +24,25 @@
 
 namespace rotary {
 
-static ggml_backend_event_ptr new_event(ggml_backend_t backend) {
-    return ggml_backend_event_ptr(ggml_backend_event_new(ggml_backend_get_device(backend)));
-}
+executor::executor(ggml_backend_t inner) : inner_(inner), filler_(inner), products_(inner) {}
 
-executor::executor(ggml_backend_t inner) :
-    inner_(inner), computed_(new_event(inner)), paged_(new_event(inner)), wave_{ new_event(inner), new_event(inner) },
-    filler_(inner), products_(inner) {}
+// All that work with a link needs; those that could not be had are tried again with the next graph.
+bool executor::make_events() {
+    bool all = filler_.make_event();
+    for (ggml_backend_event_ptr * each : { &computed_, &paged_, &counted_, &wave_[0], &wave_[1] }) {
+        if (!*each) {
+            each->reset(ggml_backend_event_new(ggml_backend_get_device(inner_)));
+        }
+        all = all && *each;
+    }
+    if (!all) {
+        fail(ROTARY_ERR_DEVICE,
+             format("%s: no event is left, by which copies of experts are ordered; close other models "
+                    "on it",
+                    ggml_backend_name(inner_)));
+    }
+    return all;
+}
 
 executor::~executor() {
     ggml_backend_synchronize(inner_);
@@ -63,8 +75,11 @@ ggml_status executor::compute(ggml_cgraph * graph) {
         return ggml_backend_graph_compute_async(inner_, graph);
     }
 
-    const std::lock_guard<std::mutex> lock(pool->mutex);
+    const pool::hold lock(*pool);
     if (pool->prepare() != ROTARY_OK) {
+        return GGML_STATUS_FAILED;
+    }
+    if (pool->side() != nullptr && !make_events()) {
         return GGML_STATUS_FAILED;
     }
     if (pool->use_from(inner_)) {
@@ -85,7 +100,7 @@ ggml_status executor::compute(ggml_cgraph * graph) {
     if (status == GGML_STATUS_SUCCESS) {
         status = finish_lookup(*pool);
     }
-    if (status == GGML_STATUS_SUCCESS && resolved_on_device_ && !(pool->send_states() && pool->none_refused())) {
+    if (status == GGML_STATUS_SUCCESS && resolved_on_device_ && !finish_on_device(*pool)) {
         status = GGML_STATUS_FAILED;
     }
     resolved_on_device_ = false;

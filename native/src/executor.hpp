@@ -55,11 +55,13 @@ class executor {
         std::vector<const paged_tensor *> done; // tensors whose slots are filled, or that have been through the waves
     };
 
+    bool        make_events();
     ggml_status run_nodes(pool & pool, ggml_cgraph * graph);
     ggml_status run_segment(ggml_cgraph * graph, int i0, int i1);
     ggml_status look_up(pool & pool, paged_layer & layer, const ggml_cgraph * graph, int i);
     ggml_status look_up_on_device(pool & pool, paged_layer & layer, const ggml_tensor * node);
     ggml_status finish_lookup(pool & pool);
+    bool        finish_on_device(pool & pool);
 
     static std::vector<paged_tensor *> order_of_use(const pool & pool, paged_layer & layer, const ggml_cgraph * graph,
                                                     int i);
@@ -109,6 +111,7 @@ class executor {
     ggml_backend_t                   inner_;
     ggml_backend_event_ptr           computed_; // the inner backend has come so far
     ggml_backend_event_ptr           paged_;    // the link has come so far
+    ggml_backend_event_ptr           counted_;  // what the device has counted is with the host
     ggml_backend_event_ptr           wave_[2];  // the inner backend has come so far, after every other wave
     bool                             resolved_on_device_ = false; // some lookup of this graph
     slot_filler                      filler_;

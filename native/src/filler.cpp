@@ -17,7 +17,6 @@ slot_filler::slot_filler(ggml_backend_t inner) :
     context_(ggml_init({ ggml_tensor_overhead() * 4 + ggml_graph_overhead_custom(4, false), nullptr, true })) {
     ggml_backend_dev_t dev = ggml_backend_get_device(inner);
     if (dev == nullptr || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
-        copied_.reset(ggml_backend_event_new(dev));
         return;
     }
     ggml_tensor * node =
@@ -25,6 +24,13 @@ slot_filler::slot_filler(ggml_backend_t inner) :
     node->data = node_data_;
     graph_     = ggml_new_graph_custom(context_.get(), 4, false);
     ggml_build_forward_expand(graph_, node);
+}
+
+bool slot_filler::make_event() {
+    if (!copied_) {
+        copied_.reset(ggml_backend_event_new(ggml_backend_get_device(inner_)));
+    }
+    return copied_ != nullptr;
 }
 
 void slot_filler::copy(const piece & piece) {
@@ -55,7 +61,7 @@ ggml_status slot_filler::copy_by_link(pool & pool) {
     for (const piece & each : pieces_) {
         const paged_tensor & tensor = *each.job->tensor;
         char *               to     = (char *) tensor.slot(each.job->slot).data;
-        if (pool.is_locked(each.bytes)) {
+        if (pool.is_locked(tensor, each.bytes)) {
             if (!side.copy(to, each.bytes, tensor.expert_bytes)) {
                 return GGML_STATUS_FAILED;
             }
@@ -75,7 +81,7 @@ ggml_status slot_filler::copy_by_link(pool & pool) {
 }
 
 ggml_status slot_filler::copy_all(pool & pool) {
-    if (graph_ == nullptr && pool.copies_by_link() && copied_) {
+    if (graph_ == nullptr && pool.copies_by_link()) {
         return copy_by_link(pool);
     }
     if (graph_ == nullptr) {

@@ -30,6 +30,8 @@ class slot_filler {
     // mutex held. On failure this thread's error says why, and some slots have been written.
     ggml_status fill(pool & pool, const std::vector<fill_job> & jobs);
 
+    bool make_event(); // that fill() needs where the pool copies by a link, unless it is there; false if there is none
+
   private:
     // Rows [first, last) of a job, for one thread.
     struct piece {

@@ -7,6 +7,7 @@
 #include "error.hpp"
 
 #include "ggml-backend-impl.h"
+#include "ggml-cpp.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -63,6 +64,11 @@ std::shared_ptr<link> link::to(ggml_backend_dev_t inner, std::string & reason) {
     if (api == nullptr || kind != api->kind) {
         return nullptr;
     }
+    if (!ggml_backend_event_ptr(ggml_backend_event_new(inner))) {
+        reason = format("%s: it has no events, as a CUDA backend that was built without peer copies",
+                        ggml_backend_dev_name(inner));
+        return nullptr;
+    }
     ggml_backend_dev_props props = {};
     ggml_backend_dev_get_props(inner, &props);
     std::shared_ptr<link> opened(new link());
@@ -93,24 +99,28 @@ bool link::ok(bool done) const {
     return done;
 }
 
+// A failure is logged without the mutex: whoever listens to the log may ask for something.
+template <class Call> bool link::enqueue(const Call & call) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const bool                   done = call();
+    lock.unlock();
+    return ok(done);
+}
+
 bool link::wait(ggml_backend_event_t event) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return ok(api_->wait(handle_, event->context));
+    return enqueue([&] { return api_->wait(handle_, event->context); });
 }
 
 bool link::record(ggml_backend_event_t event) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return ok(api_->record(handle_, event->context));
+    return enqueue([&] { return api_->record(handle_, event->context); });
 }
 
 bool link::copy(void * to, const void * from, size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return ok(api_->copy(handle_, to, from, bytes));
+    return enqueue([&] { return api_->copy(handle_, to, from, bytes); });
 }
 
 bool link::look_up(const rotary_link_lookup & lookup, const rotary_link_foretelling * next) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return ok(api_->look_up(handle_, &lookup, next));
+    return enqueue([&] { return api_->look_up(handle_, &lookup, next); });
 }
 
 bool link::synchronize() { // without the mutex: others may enqueue while this one waits
@@ -118,7 +128,7 @@ bool link::synchronize() { // without the mutex: others may enqueue while this o
 }
 
 // Never read-only for memory that is yet to be written: pages that nobody has touched would be locked as they are, zeros.
-link::locked link::lock(void * memory, size_t bytes, bool read_only) {
+link::locked link::lock(void * memory, size_t bytes, bool read_only, std::string & reason) {
     for (const rotary_lock how : { ROTARY_LOCK_READ_ONLY, ROTARY_LOCK_DEFAULT }) {
         if (how == ROTARY_LOCK_READ_ONLY && !read_only) {
             continue;
@@ -130,16 +140,16 @@ link::locked link::lock(void * memory, size_t bytes, bool read_only) {
             };
             return { std::shared_ptr<void>(memory, unlock), (char *) on_device };
         }
-        why_ = api_->error(handle_);
+        reason = api_->error(handle_);
     }
     return {};
 }
 
-link::locked link::host_memory(size_t bytes) {
+link::locked link::host_memory(size_t bytes, std::string & reason) {
     void * on_device = nullptr;
     void * memory    = api_->host_new(handle_, bytes, &on_device);
     if (memory == nullptr) {
-        why_ = api_->error(handle_);
+        reason = api_->error(handle_);
         return {};
     }
     const auto free = [self = self_.lock()](void * it) {

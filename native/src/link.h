@@ -76,8 +76,8 @@ typedef struct rotary_link_api {
 
     // The device with this id (ggml's: the PCI bus id). NULL with a text in error[size].
     rotary_link * (*open)(const char * device_id, char * error, size_t size);
-    void (*close)(rotary_link * link); // waits
-    const char * (*error)(const rotary_link * link);
+    void (*close)(rotary_link * link);               // waits
+    const char * (*error)(const rotary_link * link); // of this thread's last failing call, until its next one
 
     // Page-lock host memory where it is, or get page-locked memory; the address at which the device sees it, NULL if
     // that cannot be done.

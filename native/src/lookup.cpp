@@ -94,7 +94,7 @@ ggml_status executor::look_up(pool & pool, paged_layer & layer, const ggml_cgrap
         pool.count(layer, delta);
         return GGML_STATUS_SUCCESS;
     }
-    if (computed_ && paged_ && !pool.tracing() && pool.resolves_on_device(layer, ggml_nelements(ids))) {
+    if (!pool.tracing() && pool.resolves_on_device(layer, ggml_nelements(ids))) {
         return look_up_on_device(pool, layer, graph->nodes[i]);
     }
     if (!pool.table_to_host(layer)) {
@@ -216,6 +216,16 @@ ggml_status executor::look_up_on_device(pool & pool, paged_layer & layer, const 
     }
     ggml_backend_event_wait(inner_, paged_.get());
     return GGML_STATUS_SUCCESS;
+}
+
+// Wait until the link has come through this graph's last lookup, not for what is computed after it: a refusal has to fail
+// this graph, whose output is wrong, and figures are complete when it returns.
+bool executor::finish_on_device(pool & pool) {
+    if (!pool.send_states() || !pool.side()->record(counted_.get())) {
+        return false;
+    }
+    ggml_backend_event_synchronize(counted_.get());
+    return pool.take_states();
 }
 
 } // namespace rotary

@@ -39,12 +39,13 @@ int32_t layer_number(const std::string & name) {
 }
 
 void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used, bool is_mapped) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const hold lock(*this);
     if (prepared_) {
         // Weights that come late, such as an adapter's: divide the budget anew at the next graph.
         notice(format("%s: %s was loaded after the slots were sized; slots start cold again", config.model.c_str(),
                       tensor->name));
         release();
+        unlock_store(); // the new ones are locked with the others
     }
     auto paged                = std::make_unique<paged_tensor>();
     paged->name               = tensor->name;
@@ -73,12 +74,9 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
 }
 
 void pool::remove_owner(const void * owner) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const hold lock(*this);
     release();
-    locked_.clear(); // and locked again for those that stay
-    for (const auto & tensor : tensors_) {
-        tensor->locked = tensor->on_device = nullptr;
-    }
+    unlock_store(); // and locked again for those that stay
     const auto gone = std::stable_partition(tensors_.begin(), tensors_.end(),
                                             [owner](const auto & tensor) { return tensor->owner != owner; });
     std::for_each(gone, tensors_.end(), [&](const auto & tensor) {
@@ -261,7 +259,6 @@ void pool::forget_slots() {
     }
     if (link_) {
         link_->synchronize(); // lookups that were enqueued before the failure still change tables
-        forget_refusals();
     }
     for (const auto & layer : layers_) {
         if (layer->table) {
@@ -288,8 +285,8 @@ void pool::release() {
     for (ggml_backend_t user : users_) {
         ggml_backend_synchronize(user);
     }
-    if (link_ && link_->synchronize() && n_states_ > 0) {
-        read_states();
+    if (link_) {
+        link_->synchronize(); // it may still copy ahead, into slots
     }
     const char * print = getenv("ROTARY_STATS");
     if (print != nullptr && strcmp(print, "0") != 0) {
@@ -343,7 +340,7 @@ bool pool::use_from(ggml_backend_t backend) {
 }
 
 void pool::forget(ggml_backend_t backend) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    const hold lock(*this);
     users_.erase(std::remove(users_.begin(), users_.end(), backend), users_.end());
 }
 

@@ -6,8 +6,9 @@
 // get to a device with a link (pool_link.cpp), who foretells what layers want (pool_foresight.cpp), and what has happened
 // (pool_figures.cpp). How a graph is run over them is executor.cpp.
 //
-// Threading: `mutex` is held by whoever runs a graph over the pool or changes its layers or slots; `counter_mutex`
-// guards the counters and what rotary_pool_stats() shows, so that figures can be read while a graph runs.
+// Threading: `mutex` is held, by a pool::hold, by whoever runs a graph over the pool or changes its layers or slots;
+// `counter_mutex_` guards the counters and what rotary_pool_stats() shows, so that figures can be read while a graph runs.
+// Nothing of the caller's is called with the latter held: policies, predictors and log callbacks may ask for figures.
 
 #pragma once
 
@@ -34,6 +35,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -146,6 +148,16 @@ class pool {
     pool(ggml_backend_dev_t inner, pool_config chosen);
     ~pool();
 
+    class hold {
+      public:
+        explicit hold(pool & its) : its_(its), lock_(its.mutex) { its.holder_ = std::this_thread::get_id(); }
+        ~hold() { its_.holder_ = std::thread::id(); }
+
+      private:
+        pool &                            its_;
+        const std::lock_guard<std::mutex> lock_;
+    };
+
     // ---- store: called by the paged buffers while llama.cpp loads
     void add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used, bool is_mapped);
     void remove_owner(const void * owner);
@@ -220,16 +232,16 @@ class pool {
 
     // ---- on an inner device with a link; where a layer's table is decides who resolves its next lookup
     rotary::link * side() const { return link_.get(); }
-    staging_ring * ring();                                // NULL, with this thread's error, if it cannot be had
+    staging_ring * ring(); // NULL, with this thread's error, if it cannot be had
     bool           copies_by_link() const { return copies_by_link_; }
-    bool           is_locked(const char * fetched) const; // page-locked: the link copies it as it lies
-    bool           resolves_on_device(const paged_layer & layer, int64_t n_ids) const;
-    void           table_to_device(paged_layer & layer);
-    bool           table_to_host(paged_layer & layer); // waits; false with this thread's error
-    bool           set_scale(paged_layer & layer, const std::vector<float> & scale); // of `ahead`; false: no room
-    bool           send_states();        // what the device has counted, to the host; enqueues
-    bool           none_refused() const; // of the lookups known of; else with this thread's error
-    void           forget_refusals();    // after that; with nothing enqueued
+    // Whether bytes that fetch() gave of this tensor are page-locked: the link copies them as they lie.
+    bool is_locked(const paged_tensor & tensor, const char * fetched) const;
+    bool resolves_on_device(const paged_layer & layer, int64_t n_ids) const;
+    void table_to_device(paged_layer & layer);
+    bool table_to_host(paged_layer & layer);                               // waits; false with this thread's error
+    bool set_scale(paged_layer & layer, const std::vector<float> & scale); // of `ahead`; false: no room
+    bool send_states(); // what the device has counted, to the host; enqueues
+    bool take_states(); // once they are there; false with this thread's error if a lookup was refused
 
     // ---- figures
     void count(paged_layer & layer, const rotary_layer_stats & delta);
@@ -245,14 +257,16 @@ class pool {
                         int64_t n_used);
     int64_t      read_trace(int32_t * records, int64_t n, uint64_t & n_untraced);
     void         notice(const std::string & text); // said once: logged as a warning and kept for rotary_pool_notice
-    void         refresh(); // ask the device for its counters, unless a graph is being enqueued; takes `mutex`
     void         stats(rotary_stats & out) const;
     bool         layer_stats(int32_t index, rotary_layer_stats & out) const;
     void         reset_counters();
     const char * notice_text(int32_t index) const;
     const char * policy_name() const { return chosen_policy_; } // "" before slots are allocated
 
-    std::mutex  mutex;
+    std::mutex mutex;
+    // Whether this thread holds `mutex`: then it is in a policy, predictor or log callback, and must not want it again.
+    bool held_here() const { return holder_ == std::this_thread::get_id(); }
+
     pool_config config; // the budget changes between graphs only
     bool        inner_is_host() const { return inner_is_host_; }
     // Activations of a wave: memory of the inner device for these tensors, the last wave's once more.
@@ -296,9 +310,9 @@ class pool {
     void allocate_ram_tier();
     bool may_lock(uint64_t bytes, std::string & reason) const;
     bool lock_store(std::string & reason);
+    void unlock_store();
     bool allocate_tables();
-    void take_over(paged_layer & layer, const rotary_page_state & state);
-    void read_states();
+    bool take_over(paged_layer & layer, const rotary_page_state & state);
 
     std::vector<layer_size> layer_sizes() const;
 
@@ -308,6 +322,8 @@ class pool {
     void                        print_summary() const;
 
     ggml_backend_buffer_type_t slot_buft(const paged_tensor & tensor) const;
+
+    std::atomic<std::thread::id> holder_{};
 
     ggml_backend_dev_t inner_;
     bool               inner_is_host_;
@@ -345,10 +361,10 @@ class pool {
     ggml_backend_buffer_ptr       tables_buffer_;
     ggml_tensor *                 tables_ = nullptr; // states of all layers, then page tables, as bytes
     std::shared_ptr<char>         ram_;              // slots in RAM
-    size_t                        ram_bytes_  = 0;
+    std::atomic<size_t>           ram_bytes_{ 0 };   // read by whoever asks for the figures
     bool                          ram_locked_ = false;
-    link::locked                  states_;       // the states as they last arrived
-    size_t                        n_states_ = 0; // layers that have a table there
+    link::locked                  states_;           // the states as they last arrived
+    size_t                        n_states_ = 0;     // layers that have a table there
 
     struct learnt {
         std::vector<float> popularity, pairs; // [n_expert], [n_expert][n_expert]

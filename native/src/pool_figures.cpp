@@ -129,13 +129,6 @@ void pool::notice(const std::string & text) {
     GGML_LOG_WARN("rotary: %s\n", text.c_str()); // a log callback may ask for the figures
 }
 
-void pool::refresh() {
-    const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-    if (lock && n_states_ > 0 && link_->synchronize()) {
-        read_states();
-    }
-}
-
 void pool::stats(rotary_stats & out) const {
     const std::lock_guard<std::mutex> lock(counter_mutex_);
     out          = totals_;
@@ -177,10 +170,8 @@ bool pool::layer_stats(int32_t index, rotary_layer_stats & out) const {
 void pool::reset_counters() {
     const std::lock_guard<std::mutex> lock(counter_mutex_);
     for (const auto & layer : layers_) {
-        rotary_layer_stats fresh = {};
-        fresh.n_slots            = layer->stats.n_slots;
-        fresh.n_resident         = layer->stats.n_resident;
-        layer->stats             = fresh;
+        rotary_layer_stats & s = layer->stats; // but for its slots, which whoever runs a graph reads unguarded
+        s.lookups = s.requests = s.hits = s.misses = s.bypassed = s.evictions = s.bytes_paged = s.waves = 0;
     }
     rotary_stats & t = totals_;
     t.slot_moves = t.ram_hits = t.device_lookups = t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read =

@@ -130,10 +130,9 @@ void pool::allocate_ram_tier() {
     }
     std::string reason;
     if (link_ && may_lock(size, reason)) {
-        const link::locked locked = link_->host_memory(size + staging_area::unit);
+        const link::locked locked = link_->host_memory(size + staging_area::unit, reason);
         ram_                      = std::static_pointer_cast<char>(locked.memory);
         ram_locked_               = ram_ != nullptr;
-        reason                    = ram_locked_ ? "" : link_->why();
     }
     if (!ram_) {
         void * plain =

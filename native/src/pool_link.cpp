@@ -71,12 +71,10 @@ bool pool::lock_store(std::string & reason) {
     }
     for (locked_range & range : locked_) {
         const size_t size = range.end - range.begin;
-        range.lock        = link_->lock(range.begin, size, true);
-        if (!range.lock.memory) {
-            reason = link_->why();
-        }
+        range.lock        = link_->lock(range.begin, size, true, reason);
         if (!range.lock.memory && config.pin == pin_policy::on) {
-            range.lock = link_->host_memory(size);
+            std::string none_either;
+            range.lock = link_->host_memory(size, none_either);
             if (range.lock.memory) {
                 memcpy(range.lock.memory.get(), range.begin, size);
             }
@@ -87,6 +85,13 @@ bool pool::lock_store(std::string & reason) {
         }
     }
     return true;
+}
+
+void pool::unlock_store() {
+    locked_.clear();
+    for (const auto & tensor : tensors_) {
+        tensor->locked = tensor->on_device = nullptr;
+    }
 }
 
 void pool::open_link() {
@@ -106,17 +111,17 @@ void pool::open_link() {
     }
     bool locked = false;
     if (direct_) {
-        staging_lock_ =
-            staging_lock_.memory ? staging_lock_ : link_->lock(direct_->staging(), direct_->staging_bytes(), false);
+        if (!staging_lock_.memory) {
+            staging_lock_ = link_->lock(direct_->staging(), direct_->staging_bytes(), false, reason);
+        }
         locked = staging_lock_.memory != nullptr;
-        reason = locked ? "" : link_->why();
     } else {
         locked = lock_store(reason);
     }
-    totals_.locked_bytes = direct_ && locked ? direct_->staging_bytes() : 0;
-    totals_.locked_bytes += ring_ ? staging_ring::block_bytes * staging_ring::n_blocks : 0;
+    uint64_t locked_bytes = direct_ && locked ? direct_->staging_bytes() : 0;
+    locked_bytes += ring_ ? staging_ring::block_bytes * staging_ring::n_blocks : 0;
     for (const locked_range & range : locked_) {
-        totals_.locked_bytes += range.end - range.begin;
+        locked_bytes += range.end - range.begin;
         for (const auto & tensor : tensors_) {
             if (tensor->data >= range.begin && tensor->data < range.end) {
                 tensor->locked    = (const char *) range.lock.memory.get() + (tensor->data - range.begin);
@@ -124,38 +129,45 @@ void pool::open_link() {
             }
         }
     }
+    {
+        const std::lock_guard<std::mutex> lock(counter_mutex_);
+        totals_.locked_bytes = locked_bytes;
+    }
     copies_by_link_ = true;
     if (locked) {
-        GGML_LOG_INFO("rotary: %s: %s page-locked for %s\n", config.model.c_str(), mib(totals_.locked_bytes).c_str(),
+        GGML_LOG_INFO("rotary: %s: %s page-locked for %s\n", config.model.c_str(), mib(locked_bytes).c_str(),
                       ggml_backend_dev_name(inner_));
         return;
     }
     if (ring() == nullptr) {
         copies_by_link_ = false;
-        notice(format("%s: the host copies experts to %s and waits for each layer: no memory can be page-locked, %s",
-                      config.model.c_str(), ggml_backend_dev_name(inner_), link_->why().c_str()));
+        notice(format("%s: the host copies experts to %s and waits for each layer: %s", config.model.c_str(),
+                      ggml_backend_dev_name(inner_), last_error()));
         return;
     }
     notice(format("%s: experts are not page-locked but pass through %s that is, which costs the host's time: %s",
-                  config.model.c_str(), mib(totals_.locked_bytes).c_str(), reason.c_str()));
+                  config.model.c_str(), mib(staging_ring::block_bytes * staging_ring::n_blocks).c_str(),
+                  reason.c_str()));
 }
 
 staging_ring * pool::ring() {
     if (!ring_) {
-        ring_ = std::make_unique<staging_ring>(link_, inner_);
+        std::string reason;
+        ring_ = std::make_unique<staging_ring>(link_, inner_, reason);
         if (!ring_->ok()) {
             ring_.reset();
-            fail(ROTARY_ERR_MEMORY, format("%s: %s", ggml_backend_dev_name(inner_), link_->why().c_str()));
+            fail(ROTARY_ERR_MEMORY, format("%s: %s", ggml_backend_dev_name(inner_), reason.c_str()));
             return nullptr;
         }
+        const std::lock_guard<std::mutex> lock(counter_mutex_);
         totals_.locked_bytes += staging_ring::block_bytes * staging_ring::n_blocks;
     }
     return ring_.get();
 }
 
-bool pool::is_locked(const char * fetched) const {
+bool pool::is_locked(const paged_tensor & tensor, const char * fetched) const {
     if (!direct_) {
-        return !locked_.empty();
+        return tensor.locked != nullptr;
     }
     if (ram_ && fetched >= ram_.get() && fetched < ram_.get() + ram_bytes_) {
         return ram_locked_;
@@ -217,10 +229,18 @@ bool pool::allocate_tables() {
     tables_ = ggml_new_tensor_1d(tables_context_.get(), GGML_TYPE_I8, bytes);
     tables_buffer_.reset(
         ggml_backend_alloc_ctx_tensors_from_buft(tables_context_.get(), ggml_backend_dev_buffer_type(inner_)));
-    states_ = link_->host_memory(sizeof(rotary_page_state) * layers_.size());
+    std::string reason;
+    states_ = link_->host_memory(sizeof(rotary_page_state) * layers_.size(), reason);
     if (!tables_buffer_ || !states_.memory) {
+        for (const auto & layer : layers_) {
+            layer->table_at = 0;
+        }
         n_states_ = 0;
-        return false;
+        if (tables_buffer_) {
+            notice(format("%s: the host learns each routing and waits for it: %s cannot count lookups for the host: %s",
+                          config.model.c_str(), ggml_backend_dev_name(inner_), reason.c_str()));
+        }
+        return tables_buffer_ != nullptr;
     }
     ggml_backend_buffer_clear(tables_buffer_.get(), 0);
     std::fill_n((char *) states_.memory.get(), sizeof(rotary_page_state) * layers_.size(), '\0');
@@ -297,7 +317,9 @@ bool pool::table_to_host(paged_layer & layer) {
     ggml_backend_tensor_get(tables_, image.data(), (char *) layer.resolved.layer.table.state - (char *) tables_->data,
                             sizeof(rotary_page_state));
     rotary_page_settle(rotary_page_alone{}, table, -1);
-    take_over(layer, *table.state);
+    if (!take_over(layer, *table.state)) {
+        return false;
+    }
     layer.table->load(table);
     layer.table_on_device   = false;
     layer.resolved.foretold = false;
@@ -306,7 +328,13 @@ bool pool::table_to_host(paged_layer & layer) {
 
 // ---- what the device has counted
 
-void pool::take_over(paged_layer & layer, const rotary_page_state & state) {
+// False with this thread's error if it has refused a lookup.
+bool pool::take_over(paged_layer & layer, const rotary_page_state & state) {
+    if (state.refused != 0) {
+        fail(ROTARY_ERR_ARG, format("%s: layer %d routed to an expert that it does not have; the graph is broken",
+                                    config.model.c_str(), layer.il));
+        return false;
+    }
     const std::lock_guard<std::mutex> lock(counter_mutex_);
     rotary_layer_stats &              stats  = layer.stats;
     const uint64_t                    misses = state.misses - layer.state.misses;
@@ -326,39 +354,23 @@ void pool::take_over(paged_layer & layer, const rotary_page_state & state) {
     totals_.late_hits += state.late_hits - layer.state.late_hits;
     stats.n_resident = state.n_resident;
     layer.state      = state;
+    return true;
 }
 
 bool pool::send_states() {
     return link_->copy(states_.memory.get(), tables_->data, sizeof(rotary_page_state) * layers_.size());
 }
 
-// After a synchronize().
-void pool::read_states() {
+// A layer for which experts are copied ahead has been looked up by no lookup since; its figures change until the next one.
+bool pool::take_states() {
     const auto * states = (const rotary_page_state *) states_.memory.get();
     for (size_t i = 0; i < layers_.size(); i++) {
-        if (layers_[i]->table_on_device) {
-            take_over(*layers_[i], states[i]);
-        }
-    }
-}
-
-bool pool::none_refused() const {
-    const auto * states = (const rotary_page_state *) states_.memory.get();
-    for (size_t i = 0; i < layers_.size() && n_states_ > 0; i++) {
-        if (layers_[i]->table_on_device && states[i].refused != 0) {
-            fail(ROTARY_ERR_ARG, format("%s: layer %d routed to an expert that it does not have; the graph is broken",
-                                        config.model.c_str(), layers_[i]->il));
+        paged_layer & layer = *layers_[i];
+        if (layer.table_on_device && !layer.resolved.foretold && !take_over(layer, states[i])) {
             return false;
         }
     }
     return true;
-}
-
-void pool::forget_refusals() {
-    auto * states = (rotary_page_state *) states_.memory.get();
-    for (size_t i = 0; i < layers_.size() && n_states_ > 0; i++) {
-        states[i].refused = layers_[i]->state.refused = 0;
-    }
 }
 
 } // namespace rotary

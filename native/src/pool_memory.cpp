@@ -176,14 +176,15 @@ void pool::follow_memory() {
     }
     resize(wanted);
     if (totals_.slot_bytes < now) {
+        uint64_t n_shrinks;
         {
             const std::lock_guard<std::mutex> lock(counter_mutex_);
-            totals_.shrinks++;
+            n_shrinks = ++totals_.shrinks;
         }
         const std::string text =
             format("%s: memory runs short, %s are available: slots shrink from %s to %s", config.model.c_str(),
                    mib(memory.available).c_str(), mib(now).c_str(), mib(totals_.slot_bytes).c_str());
-        if (totals_.shrinks == 1) {
+        if (n_shrinks == 1) {
             notice(text);
         } else {
             GGML_LOG_WARN("rotary: %s\n", text.c_str());

@@ -12,15 +12,20 @@
 
 namespace rotary {
 
-staging_ring::staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner) :
-    link_(std::move(side)), memory_(link_->host_memory(block_bytes * n_blocks)) {
-    if (!ok()) {
+staging_ring::staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner, std::string & reason) :
+    link_(std::move(side)), memory_(link_->host_memory(block_bytes * n_blocks, reason)) {
+    if (!memory_.memory) {
+        reason = "no memory can be page-locked, " + reason;
         return;
     }
     for (size_t i = 0; i < n_blocks; i++) {
         blocks_.push_back(
             { (char *) memory_.memory.get() + i * block_bytes, ggml_backend_event_ptr(ggml_backend_event_new(inner)) });
         free_.push_back(i);
+        if (!blocks_.back().copied) {
+            reason = "no events for the memory that experts pass through";
+            return;
+        }
     }
     // More than what a mapping's page faults and one core's copying need, and no more than leaves the machine usable.
     const size_t n_threads = std::clamp<size_t>(cpu_count() / 2, 1, 4);

@@ -23,12 +23,12 @@ class staging_ring {
     static constexpr size_t block_bytes = 1 << 20;
     static constexpr size_t n_blocks    = 16;
 
-    staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner);
+    staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner, std::string & reason);
     ~staging_ring();
     staging_ring(const staging_ring &)             = delete;
     staging_ring & operator=(const staging_ring &) = delete;
 
-    bool ok() const { return memory_.memory != nullptr; } // page-locked memory was to be had
+    bool ok() const { return !threads_.empty(); } // else with the reason
 
     struct piece {
         char *       to;    // on the device
