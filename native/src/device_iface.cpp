@@ -112,9 +112,10 @@ static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backen
         }
     }
     const bool accepted = ggml_backend_dev_supports_op(dev.inner(), op);
-    // Embeddings are also read, row by row, where they are mapped.
-    if (accepted && (is_extra || !ggml_backend_buft_is_host(buft)) && strstr(weight->name, "token_embd") == nullptr) {
-        dev.collecting_pool()->note_copied(weight->name);
+    if (accepted) {
+        // Embeddings are also read, row by row, where they are mapped.
+        note_weight(weight->name, (is_extra || !ggml_backend_buft_is_host(buft)) &&
+                                      strstr(weight->name, "token_embd") == nullptr);
     }
     return accepted;
 }

@@ -225,15 +225,19 @@ void executor::ask_store(pool & pool, paged_layer & layer, const std::vector<int
     rotary_stats delta  = {};
     const auto   demand = [&](const paged_tensor & tensor, int32_t expert, char * place) {
         const direct_store::found found = store->demand(tensor, expert, place);
-        if (&tensor == lookup_.order[0] && found != direct_store::found::absent) {
+        if (&tensor == lookup_.leader() && found != direct_store::found::absent) {
             delta.prefetch_used++;
-            const bool all = std::all_of(lookup_.order.begin(), lookup_.order.end(),
-                                         [&](const auto * each) { return store->landed(*each, expert); });
+            const bool all = std::all_of(lookup_.order.begin(), lookup_.order.end(), [&](const auto * each) {
+                return !each->direct || store->landed(*each, expert);
+            });
             delta.late_hits += !all;
         }
     };
     const std::vector<int32_t> slots = pool.landing_slots(layer, lookup_.loads);
     for (const paged_tensor * tensor : lookup_.order) {
+        if (!tensor->direct) {
+            continue;
+        }
         for (size_t i = 0; i < lookup_.loads.size(); i++) {
             if (slots[i] != pool::in_ram) {
                 demand(*tensor, lookup_.loads[i].expert, slots[i] >= 0 ? tensor->landing_at(slots[i]) : nullptr);

@@ -55,6 +55,7 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
     paged->expert_bytes       = tensor->nb[2];
     paged->data               = (const char *) tensor->data;
     paged->owner              = owner;
+    paged->is_mapped          = is_mapped;
     paged->n_expert_used      = n_expert_used;
     const paged_tensor * last = tensors_.empty() ? nullptr : tensors_.back().get();
     if (is_mapped && last != nullptr && last->owner == owner &&
@@ -65,6 +66,9 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
         paged->file = weight_file::at(paged->data, paged->offset, no_direct_);
     }
     register_experts(*paged);
+    if (copied_.count(owner) == 0) {
+        copied_[owner] = copied_by_loader();
+    }
     {
         const std::lock_guard<std::mutex> counters(counter_mutex_);
         totals_.expert_bytes += paged->expert_bytes * paged->ne[2];
@@ -75,10 +79,7 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
 void pool::remove_owner(const void * owner) {
     const std::lock_guard<std::mutex> lock(mutex);
     release();
-    locked_.clear(); // and locked again for those that stay
-    for (const auto & tensor : tensors_) {
-        tensor->locked = tensor->on_device = nullptr;
-    }
+    unlock_store(); // and locked again for those that stay
     const auto gone = std::stable_partition(tensors_.begin(), tensors_.end(),
                                             [owner](const auto & tensor) { return tensor->owner != owner; });
     std::for_each(gone, tensors_.end(), [&](const auto & tensor) {
@@ -87,8 +88,8 @@ void pool::remove_owner(const void * owner) {
         totals_.expert_bytes -= tensor->expert_bytes * tensor->ne[2];
     });
     tensors_.erase(gone, tensors_.end());
-    detached_.erase(std::remove(detached_.begin(), detached_.end(), owner), detached_.end());
-    if (tensors_.empty()) {
+    copied_.erase(owner);
+    if (std::none_of(tensors_.begin(), tensors_.end(), [](const auto & tensor) { return tensor->direct; })) {
         staging_lock_ = {};
         direct_.reset();
     }
@@ -238,7 +239,7 @@ int32_t pool::prepare() {
             break;
         }
         status_text_ = last_error();
-        if (!automatic) {
+        if (!automatic || status_ != ROTARY_ERR_MEMORY) {
             break;
         }
         bytes = bytes / 10 * 9;
@@ -247,6 +248,10 @@ int32_t pool::prepare() {
     }
 
     count_reads();
+    if (status_ == ROTARY_ERR_READ) {
+        release(); // the next graph may find the disk well
+        return ROTARY_ERR_READ;
+    }
     const std::lock_guard<std::mutex> lock(counter_mutex_);
     totals_.budget_bytes     = bytes;
     totals_.min_budget_bytes = budget_min_bytes(sizes);

@@ -47,12 +47,14 @@ struct paged_tensor {
     size_t        expert_bytes;        // bytes of one expert: nb[2]
     const char *  data;
     const void *  owner;               // the paged buffer it lies in
+    bool          is_mapped;           // from a file by llama.cpp, not filled by it
     int32_t       n_expert_used;
     bool          leads = false;       // the first its layer uses: stands for the expert where experts are counted
     ggml_tensor * slots = nullptr;     // [ne0, ne1, n_slots] on the inner device; NULL on the mapped path
 
     std::shared_ptr<weight_file> file; // that `data` is mapped from, NULL if it is not
-    uint64_t                     offset = 0; // of the first expert in it
+    uint64_t                     offset = 0;     // of the first expert in it
+    bool                         direct = false; // read from there past the page cache: nothing is at `data`
 
     char * landing       = nullptr;          // slot 0 of the layer's `landing` table
     size_t landing_bytes = 0;                // from one slot of it to the next
@@ -117,6 +119,11 @@ int32_t layer_number(const std::string & name);
 void register_experts(const paged_tensor & tensor);
 void forget_experts(const paged_tensor & tensor);
 
+// A dense weight of the model that is being loaded, and whether it is copied out of the mapping. The loader asks for all of
+// them before any pool has an expert of the model, and for several devices in turn.
+void                  note_weight(const std::string & name, bool copied);
+std::set<std::string> copied_by_loader();
+
 enum class pin_policy { automatic, on, off };               // whether experts may be page-locked in host memory
 
 bool pin_parse(const std::string & text, pin_policy & pin); // "auto", "on", "off"
@@ -149,7 +156,6 @@ class pool {
     // ---- store: called by the paged buffers while llama.cpp loads
     void add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used, bool is_mapped);
     void remove_owner(const void * owner);
-    void note_copied(const std::string & weight); // a dense weight that does not stay in the mapping
 
     // The store that reads past the page cache, NULL where experts are in memory or mapped.
     direct_store * direct() const { return direct_.get(); }
@@ -274,11 +280,13 @@ class pool {
     uint64_t        free_bytes() const;
     uint64_t        margin_bytes(uint64_t total) const;
     static uint64_t host_margin(uint64_t total);
+    static bool     reads_directly(const paged_layer & layer); // any of it
     static bool     reads_whole_sectors(const paged_layer & layer);
     const char *    at_hand(const paged_tensor & tensor, int32_t expert) const;
     char *          place_for(const paged_tensor & tensor, int32_t expert);
     void            choose_store();
     bool            open_direct();
+    void            unlock_store();
 
     std::vector<memory_range> copied_weights(const paged_tensor & tensor) const;
 
@@ -319,9 +327,10 @@ class pool {
     int32_t                                    status_   = ROTARY_OK; // of the sizing, so that it is tried once
     std::string                                status_text_;
     std::unique_ptr<direct_store>              direct_;
-    std::vector<const void *>                  detached_;  // owners whose mapping has been taken over
     std::string                                no_direct_; // why a tensor's file could not be opened again
-    std::set<std::string>                      copied_;    // dense weights that llama.cpp has copied elsewhere
+
+    std::map<const void *, std::set<std::string>> copied_; // by owner: dense weights that llama.cpp has copied elsewhere
+
     uint64_t                                   memory_seen_us_  = 0;
     uint64_t                                   growth_tried_us_ = 0;
     uint64_t                                   most_slot_bytes_ = 0; // that slots may grow to

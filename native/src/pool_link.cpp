@@ -160,7 +160,8 @@ bool pool::is_locked(const char * fetched) const {
     if (ram_ && fetched >= ram_.get() && fetched < ram_.get() + ram_bytes_) {
         return ram_locked_;
     }
-    return staging_lock_.memory != nullptr;
+    return staging_lock_.memory != nullptr && fetched >= direct_->staging() &&
+           fetched < direct_->staging() + direct_->staging_bytes();
 }
 
 // ---- page tables
