@@ -158,12 +158,12 @@ __attribute__((constructor)) static void read_environment(void) {
     exhaust_on = exhaust_at > 0;
 }
 
-#define NEXT(type, name)                                   \
-    static type next = NULL;                               \
-    if (next == NULL) {                                    \
-        inside++;                                          \
-        *(void **) (void *) &next = dlsym(RTLD_NEXT, name); \
-        inside--;                                          \
+#define NEXT(name)                                                                                                     \
+    static __typeof__(&name) next = NULL;                                                                              \
+    if (next == NULL) {                                                                                                \
+        inside++;                                                                                                      \
+        *(void **) (void *) &next = dlsym(RTLD_NEXT, #name);                                                           \
+        inside--;                                                                                                      \
     }
 
 // ---- memory
@@ -204,17 +204,13 @@ int posix_memalign(void ** memory, size_t align, size_t size) {
 
 // ---- address space
 
-static void * really_map(void * address, size_t size, int protection, int flags, int fd, off_t offset) {
-    NEXT(void * (*) (void *, size_t, int, int, int, off_t), "mmap")
-    return next(address, size, protection, flags, fd, offset);
-}
-
 void * mmap(void * address, size_t size, int protection, int flags, int fd, off_t offset) {
     if (fails("mmap")) {
         errno = ENOMEM;
         return MAP_FAILED;
     }
-    return really_map(address, size, protection, flags, fd, offset);
+    NEXT(mmap)
+    return next(address, size, protection, flags, fd, offset);
 }
 
 void * mmap64(void * address, size_t size, int protection, int flags, int fd, off_t offset) {
@@ -230,7 +226,7 @@ void * mremap(void * old, size_t old_size, size_t size, int flags, ...) {
         errno = ENOMEM;
         return MAP_FAILED;
     }
-    NEXT(void * (*) (void *, size_t, size_t, int, ...), "mremap")
+    NEXT(mremap)
     return next(old, old_size, size, flags, to);
 }
 
@@ -245,7 +241,7 @@ int open(const char * path, int flags, ...) {
         errno = EMFILE;
         return -1;
     }
-    NEXT(int (*)(const char *, int, ...), "open")
+    NEXT(open)
     return next(path, flags, mode);
 }
 
@@ -258,7 +254,7 @@ int open64(const char * path, int flags, ...) {
         errno = EMFILE;
         return -1;
     }
-    NEXT(int (*)(const char *, int, ...), "open64")
+    NEXT(open64)
     return next(path, flags, mode);
 }
 
@@ -267,7 +263,7 @@ FILE * fopen(const char * path, const char * how) {
         errno = EMFILE;
         return NULL;
     }
-    NEXT(FILE * (*) (const char *, const char *), "fopen")
+    NEXT(fopen)
     return next(path, how);
 }
 
@@ -280,7 +276,7 @@ ssize_t pread(int fd, void * memory, size_t size, off_t offset) {
         errno = EIO;
         return -1;
     }
-    NEXT(ssize_t (*)(int, void *, size_t, off_t), "pread")
+    NEXT(pread)
     return next(fd, memory, size, offset);
 }
 
@@ -299,7 +295,7 @@ long syscall(long number, ...) {
         errno = ENOMEM;
         return -1;
     }
-    NEXT(long (*)(long, ...), "syscall")
+    NEXT(syscall)
     return next(number, a, b, c, d, e, f);
 }
 
@@ -309,6 +305,6 @@ int pthread_create(pthread_t * thread, const pthread_attr_t * attributes, void *
     if (fails("pthread_create")) {
         return EAGAIN;
     }
-    NEXT(int (*)(pthread_t *, const pthread_attr_t *, void * (*) (void *), void *), "pthread_create")
+    NEXT(pthread_create)
     return next(thread, attributes, function, data);
 }

@@ -114,8 +114,8 @@ static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backen
     const bool accepted = ggml_backend_dev_supports_op(dev.inner(), op);
     if (accepted) {
         // Embeddings are also read, row by row, where they are mapped.
-        note_weight(weight->name, (is_extra || !ggml_backend_buft_is_host(buft)) &&
-                                      strstr(weight->name, "token_embd") == nullptr);
+        note_weight(weight->name,
+                    (is_extra || !ggml_backend_buft_is_host(buft)) && strstr(weight->name, "token_embd") == nullptr);
     }
     return accepted;
 }

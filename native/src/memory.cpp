@@ -99,7 +99,7 @@ host_memory host_memory_now() {
 }
 
 static std::mutex slots_mutex;
-static auto &     slots = *new std::map<const void *, const void *>; // begin, end; never destroyed: models may outlive it
+static auto & slots = *new std::map<const void *, const void *>; // begin, end; never destroyed: models may outlive it
 
 std::shared_ptr<void> host_memory_of_slots(const memory_range & range) {
     const std::lock_guard<std::mutex> lock(slots_mutex);

@@ -56,8 +56,8 @@ struct paged_tensor {
     uint64_t                     offset = 0;     // of the first expert in it
     bool                         direct = false; // read from there past the page cache: nothing is at `data`
 
-    char * landing       = nullptr;          // slot 0 of the layer's `landing` table
-    size_t landing_bytes = 0;                // from one slot of it to the next
+    char * landing       = nullptr;              // slot 0 of the layer's `landing` table
+    size_t landing_bytes = 0;                    // from one slot of it to the next
 
     const char * locked    = nullptr; // the same bytes in page-locked memory, here or elsewhere; NULL if there are none
     const char * on_device = nullptr; // those as the inner device reads them itself
@@ -329,16 +329,17 @@ class pool {
     std::unique_ptr<direct_store>              direct_;
     std::string                                no_direct_; // why a tensor's file could not be opened again
 
-    std::map<const void *, std::set<std::string>> copied_; // by owner: dense weights that llama.cpp has copied elsewhere
+    std::map<const void *, std::set<std::string>>
+        copied_; // by owner: dense weights that llama.cpp has copied elsewhere
 
-    uint64_t                                   memory_seen_us_  = 0;
-    uint64_t                                   growth_tried_us_ = 0;
-    uint64_t                                   most_slot_bytes_ = 0; // that slots may grow to
-    slot_split                                 split_;
-    std::unique_ptr<rotary::predictor>         predictor_;
-    std::pair<size_t, int32_t>                 predicted_;      // layers and experts that it was made for
-    bool                                       no_router_said_ = false;
-    std::string                                predictor_name_; // guarded by counter_mutex_
+    uint64_t                           memory_seen_us_  = 0;
+    uint64_t                           growth_tried_us_ = 0;
+    uint64_t                           most_slot_bytes_ = 0; // that slots may grow to
+    slot_split                         split_;
+    std::unique_ptr<rotary::predictor> predictor_;
+    std::pair<size_t, int32_t>         predicted_;      // layers and experts that it was made for
+    bool                               no_router_said_ = false;
+    std::string                        predictor_name_; // guarded by counter_mutex_
 
     struct locked_range {
         char *       begin;

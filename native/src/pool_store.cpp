@@ -153,9 +153,10 @@ void pool::choose_store() {
         return;
     }
     if (kept != nullptr) {
-        notice(format("%s: %s of experts lie in no file, such as %s: they stay in memory, and no budget limits that; the "
-                      "others are read from the file directly",
-                      config.model.c_str(), mib(in_memory).c_str(), kept->name.c_str()));
+        notice(
+            format("%s: %s of experts lie in no file, such as %s: they stay in memory, and no budget limits that; the "
+                   "others are read from the file directly",
+                   config.model.c_str(), mib(in_memory).c_str(), kept->name.c_str()));
     }
     if (!opens) {
         return;

@@ -214,7 +214,7 @@ bool mapping_takeover::add(const std::vector<memory_range> & experts, const std:
     const auto base_of = [](const mapping & its) {
         return (uintptr_t) its.range.begin - its.offset;
     };
-    const auto left = mappings([&](const mapping & its) {
+    const auto      left = mappings([&](const mapping & its) {
         return its.inode == first.inode && its.major == first.major && its.minor == first.minor &&
                base_of(its) == base_of(first);
     });
@@ -227,7 +227,8 @@ bool mapping_takeover::add(const std::vector<memory_range> & experts, const std:
     };
     for (const mapping & part : left) {
         std::vector<memory_range> stays;
-        for (const auto & [ranges, noted] : { std::make_pair(&experts, &shut_), std::make_pair(&others, &forgotten_) }) {
+        for (const auto & [ranges, noted] :
+             { std::make_pair(&experts, &shut_), std::make_pair(&others, &forgotten_) }) {
             for (const memory_range & each : *ranges) {
                 const memory_range inside = clip(each, part);
                 if (inside.begin < inside.end) {
@@ -277,9 +278,8 @@ bool mapping_takeover::add_siblings(const std::set<std::string> & paths, const s
     const auto siblings = mappings([&](const mapping & its) {
         return shard_prefix(its.path, prefix) && prefixes.count(prefix) != 0 && with_experts.count(its.path) == 0;
     });
-    return std::all_of(siblings.begin(), siblings.end(), [&](const mapping & each) {
-        return add_copy(each.path, each.range.begin, each.range.end);
-    });
+    return std::all_of(siblings.begin(), siblings.end(),
+                       [&](const mapping & each) { return add_copy(each.path, each.range.begin, each.range.end); });
 }
 
 // mremap puts a copy in place at one stroke: a thread that reads there meanwhile sees the old page or the new one.
