@@ -8,6 +8,7 @@ direct store is opened or after it, and what is in files goes on being read dire
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 
 import llama_cpp
@@ -18,6 +19,7 @@ from test_link import load_late
 from tracing import OPTIONS, trace
 
 from rotary_llamacpp import _native, paging
+from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.paging import Paging
 
 pytestmark = pytest.mark.model
@@ -164,3 +166,85 @@ def test_models_that_share_a_pool(native, synthetic, stock_trace, budget, mapped
     for paged, stock in zip(found, ([first], [first, second], [second]), strict=True):
         for one, expected in zip(paged, stock, strict=True):
             assert_equal(one, expected)
+
+
+# ---- what is taken over
+
+
+def where_weights_lie(model):
+    """For each large dense weight between experts: whether its middle is still mapped from the file."""
+    header = read_header(model)
+    experts = [tensor.offset for tensor in header.tensors if "_exps" in tensor.name]
+    path, parts = os.path.realpath(model), []
+    with open("/proc/self/maps") as file:
+        for line in file:
+            addresses, _, offset, _, _, *name = line.split(maxsplit=5)
+            begin, end = (int(each, 16) for each in addresses.split("-"))
+            if name and name[0].strip() == path:
+                parts.append((int(offset, 16), int(offset, 16) + end - begin))
+    found = {}
+    for tensor in header.tensors:
+        if min(experts) < tensor.offset < max(experts) and tensor.n_bytes >= 4 * mmap.PAGESIZE:
+            middle = tensor.offset + tensor.n_bytes // 2
+            found[tensor.name] = any(begin <= middle < end for begin, end in parts)
+    return {name: mapped for name, mapped in found.items() if "_exps" not in name}
+
+
+def run_stock(models):
+    """Traces by stock over the pools of the environment, and where the first model's weights lie then."""
+    if os.environ.get("ROTARY_LINK"):
+        load_late()
+    library = _native.load()
+    devices = library.device_list(range(library.device_count()))
+
+    def choose(params):
+        params.devices = ctypes.cast(devices, ctypes.c_void_p)
+
+    with paging.default_model_params(choose):
+        llamas = [llama_cpp.Llama(str(path), n_gpu_layers=-1, **{**OPTIONS, **PLAIN}) for path in models]
+    found = [trace(llama, PROMPT) for llama in llamas]
+    return found, where_weights_lie(models[0])
+
+
+def run_ours(model, rotary):
+    """The same by a pool of ours."""
+    if os.environ.get("ROTARY_LINK"):
+        load_late()
+    llama = make(model, rotary, n_gpu_layers=-1, **PLAIN)
+    return [trace(llama, PROMPT)], where_weights_lie(model)
+
+
+@pytest.fixture
+def quantised(synthetic, tmp_path):
+    """A model whose dense weights are of a type that CPUs repack, too."""
+    params = api.llama_model_quantize_default_params()
+    params.ftype, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, 1
+    path = tmp_path / "q4_0.gguf"
+    source = os.fsencode(synthetic(type="f16"))
+    assert api.llama_model_quantize(source, os.fsencode(path), ctypes.byref(params)) == 0
+    return path
+
+
+def test_repacked_weights_are_not_copied_again(native, quantised, synthetic, stock_trace):
+    environment = {"ROTARY_BUDGET": "min", "ROTARY_STORE": "direct"}
+    _, ours = apart(run_ours, quantised, {"budget": "min", "store": "direct"})
+    if not any(ours.values()):
+        pytest.skip("this CPU repacks no weight of the model")
+    # Another model, whose weights have the same names and are not repacked, says nothing of this one.
+    for others in ([], [synthetic(type="f16")]):
+        [paged, *_], stock = apart(run_stock, [quantised, *others], environment=environment)
+        assert_equal(paged, stock_trace(quantised, n_prompt=PROMPT, **PLAIN))
+        assert stock == ours
+
+
+def test_weights_on_several_devices_are_not_copied(native, late, synthetic, stock_trace):
+    model = synthetic(type="q8_0", layers=5)
+    stock = stock_trace(model, n_prompt=PROMPT, use_extra_bufts=False, **PLAIN)
+    environment = {**late, "LATE_DEVICES": "2", "ROTARY_INNER": "LATE0,LATE1"}
+    settings = {"ROTARY_BUDGET": "min", "ROTARY_STORE": "direct"}
+    for found, lie in (
+        apart(run_stock, [model], environment={**environment, **settings}),
+        apart(run_ours, model, {"budget": "min", "store": "direct"}, environment=environment),
+    ):
+        assert_equal(found[0], stock)
+        assert len(lie) > 5 and all(lie.values()), lie

@@ -205,8 +205,15 @@ bool mapping_takeover::add_copy(const std::string & path, char * begin, char * e
 }
 
 bool mapping_takeover::add(const std::vector<memory_range> & experts, const std::vector<memory_range> & others) {
+    const uintptr_t page       = sysconf(_SC_PAGESIZE);
+    const auto      first_page = [&](const memory_range & range) {
+        return (char *) (((uintptr_t) range.begin + page - 1) / page * page);
+    };
+    // Of the first expert that is still mapped; another pool has copied pages that are not experts' alone.
     mapping first;
-    if (experts.empty() || !mapping_at(experts[0].begin, first)) {
+    if (std::none_of(experts.begin(), experts.end(), [&](const memory_range & its) {
+            return first_page(its) < its.end && mapping_at(first_page(its), first);
+        })) {
         return true;
     }
     // What is left of one mapping: pools of several devices share it, and llama.cpp has unmapped what it copied from the
@@ -214,16 +221,14 @@ bool mapping_takeover::add(const std::vector<memory_range> & experts, const std:
     const auto base_of = [](const mapping & its) {
         return (uintptr_t) its.range.begin - its.offset;
     };
-    const auto      left = mappings([&](const mapping & its) {
+    const auto left = mappings([&](const mapping & its) {
         return its.inode == first.inode && its.major == first.major && its.minor == first.minor &&
                base_of(its) == base_of(first);
     });
-    const uintptr_t page = sysconf(_SC_PAGESIZE);
-    const auto      clip = [&](const memory_range & range, const mapping & within) {
+    const auto clip = [&](const memory_range & range, const mapping & within) {
         // A page that an expert shares with something else is kept.
-        const auto begin = (char *) (((uintptr_t) range.begin + page - 1) / page * page);
-        const auto end   = (char *) ((uintptr_t) range.end / page * page);
-        return memory_range{ std::max(begin, within.range.begin), std::min(end, within.range.end) };
+        const auto end = (char *) ((uintptr_t) range.end / page * page);
+        return memory_range{ std::max(first_page(range), within.range.begin), std::min(end, within.range.end) };
     };
     for (const mapping & part : left) {
         std::vector<memory_range> stays;
