@@ -32,7 +32,9 @@ KINDS = {"q8_0": "read in place", "q4_0": "repacked where the CPU has a layout f
 
 def use_adapter(llama, adapter):
     adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
-    assert api.llama_set_adapters_lora(llama._ctx.ctx, adapters if adapter else None, bool(adapter), scales) == 0
+    assert (
+        api.llama_set_adapters_lora(llama._ctx.ctx, adapters if adapter else None, bool(adapter), scales) == 0
+    )
 
 
 def load_adapters(model, path, rotary, options):
@@ -248,3 +250,22 @@ def test_weights_on_several_devices_are_not_copied(native, late, synthetic, stoc
     ):
         assert_equal(found[0], stock)
         assert len(lie) > 5 and all(lie.values()), lie
+
+
+def test_a_shard_with_another_devices_experts_is_not_copied(native, late, synthetic, stock_trace):
+    model = synthetic(type="q8_0", layers=6, shards=4)
+    stock = stock_trace(model, n_prompt=PROMPT, use_extra_bufts=False, **PLAIN)
+    found, n_copied = apart(run_split, model, environment={**late, "LATE_DEVICES": "2"})
+    assert_equal(found, stock)
+    shards = sorted(model.parent.glob(model.name.replace("-00001-", "-*-")))
+    tensors = [tensor for path in shards for tensor in read_header(path).tensors]
+    dense = sum(tensor.n_bytes for tensor in tensors if "_exps" not in tensor.name)
+    edges = sum("_exps" in tensor.name for tensor in tensors) * 2 * mmap.PAGESIZE
+    assert 0 < n_copied <= dense + edges + len(shards) * (mmap.PAGESIZE + 16384)
+
+
+def run_split(model):
+    """A trace on all devices, and the bytes copied out of the mappings."""
+    load_late()
+    llama = make(model, {"budget": "min", "store": "direct"}, n_gpu_layers=-1, **PLAIN)
+    return trace(llama, PROMPT), llama.rotary_stats()["resident_bytes"]
