@@ -130,7 +130,7 @@ def faulty_disk(folder: Path) -> dict[str, str]:
 
 
 def exhaustion(folder: Path, function: str) -> dict[str, str]:
-    """The environment of a process in which `function` obeys `Shortage`: exhaustion.c, compiled into `folder`."""
+    """The environment of a process in which `function` obeys `Shortage`: exhaustion.c, built in `folder`."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         pytest.skip("no C compiler for exhaustion.c")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 import llama_cpp.llama_cpp as api
 import pytest
@@ -94,6 +95,62 @@ def test_files(native, synthetic, stock_trace, short_of):
         for (_, stats, n_failed), text in zip(found, texts, strict=True):
             if n_failed and stats["store"] != "direct":
                 assert "cannot be read from the file directly" in text or "page cache" in text
+
+
+# ---- memory
+
+
+def attempt(function, *args):
+    """What it returns, or the error's type and text."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def run_from_every_place(model, rotary):
+    """Runs with the first allocation of each place in the library failing, and the run after each.
+
+    The last line on stderr names the place.
+    """
+    shortage = Shortage()
+    llama = make(model, rotary, **PLAIN)
+    shortage.begin()
+    trace(llama, PROMPT, 4)
+    shortage.end()
+    found = []
+    site = 1
+    while site <= shortage.sites:
+        print(f"place {site} at {shortage.place(site):#x}", file=sys.stderr, flush=True)
+        shortage.begin(site=site)
+        result = attempt(trace, llama, PROMPT, 4)
+        if shortage.end():
+            found.append((site, result, attempt(trace, llama, PROMPT, 4)))
+        site += 1
+    return found
+
+
+def check_error(result):
+    kind, text = result
+    assert kind in ("LibraryError", "ReadError", "RotaryError", "ValueError"), result
+    assert text and "\n" not in text, result
+
+
+@pytest.mark.slow
+def test_memory_while_graphs_run(native, synthetic, stock_trace, short_of):
+    model = synthetic(type="q8_0", layers=2, experts=8)
+    stock = stock_trace(model, n_prompt=PROMPT, n_decode=4, **PLAIN)
+    with Apart(
+        run_from_every_place, model, {"budget": "50%", "store": "mmap"}, environment=short_of("malloc")
+    ) as run:
+        found = run.result(600)
+    assert len(found) > 5, "there were places"
+    for _, result, after in found:
+        if isinstance(result, tuple):
+            check_error(result)
+        else:
+            assert_equal(result, stock)
+        assert_equal(after, stock)
 
 
 # ---- the end of a process

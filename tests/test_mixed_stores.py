@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Experts that lie in no file, beside others that are read from theirs directly.
 
-An adapter's experts are always in memory, as are those of a model loaded without mmap. They may come before the
-direct store is opened or after it, and what is in files goes on being read directly. Logits are stock's.
+An adapter's experts are always in memory, as are those of a model loaded without mmap. They may come before
+the direct store is opened or after it; what is in files goes on being read directly. Logits are stock's.
 """
 
 from __future__ import annotations

@@ -62,6 +62,8 @@ class executor {
         }
     };
 
+    ggml_status compute_paged(ggml_cgraph * graph);
+    ggml_status run_over(pool & pool, ggml_cgraph * graph);
     ggml_status run_nodes(pool & pool, ggml_cgraph * graph);
     ggml_status run_segment(ggml_cgraph * graph, int i0, int i1);
     ggml_status look_up(pool & pool, paged_layer & layer, const ggml_cgraph * graph, int i);

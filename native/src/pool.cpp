@@ -65,15 +65,16 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
     } else if (is_mapped) {
         paged->file = weight_file::at(paged->data, paged->offset, no_direct_);
     }
-    register_experts(*paged);
+    const paged_tensor & its = *paged;
+    tensors_.push_back(std::move(paged)); // first: what follows may fail, and is undone with the owner
+    {
+        const std::lock_guard<std::mutex> counters(counter_mutex_);
+        totals_.expert_bytes += its.expert_bytes * its.ne[2];
+    }
+    register_experts(its);
     if (copied_.count(owner) == 0) {
         copied_[owner] = copied_by_loader();
     }
-    {
-        const std::lock_guard<std::mutex> counters(counter_mutex_);
-        totals_.expert_bytes += paged->expert_bytes * paged->ne[2];
-    }
-    tensors_.push_back(std::move(paged));
 }
 
 void pool::remove_owner(const void * owner) {
@@ -174,7 +175,20 @@ std::vector<int32_t> pool::with_room_to_move(const std::vector<int32_t> & n_allo
     return n_allocated;
 }
 
+// What an exception leaves half done is undone, and tried again when it is asked for again.
 int32_t pool::prepare() {
+    try {
+        return size();
+    } catch (...) {
+        const int32_t status = fail_by_exception();
+        return guarded(status, [&] {
+            release();
+            return status;
+        });
+    }
+}
+
+int32_t pool::size() {
     if (prepared_ || tensors_.empty()) {
         if (status_ != ROTARY_OK) {
             return fail((rotary_status) status_, status_text_);
@@ -260,7 +274,16 @@ int32_t pool::prepare() {
 
 // ---- after a failure, and between runs
 
-void pool::forget_slots() {
+bool pool::forget_slots() noexcept {
+    spoiled_ = true;
+    return guarded(false, [&] {
+        forget_tables();
+        spoiled_ = false;
+        return true;
+    });
+}
+
+void pool::forget_tables() {
     if (direct_) {
         direct_->clear();
     }

@@ -183,7 +183,8 @@ class pool {
     // ---- sizing
     // Divide the budget and allocate the slots unless that is done. Call with `mutex` held.
     int32_t prepare();
-    void    forget_slots(); // after a failure: they may not hold what the tables say
+    bool    forget_slots() noexcept; // after a failure: they may not hold what the tables say; false: not yet either
+    bool    is_spoiled() const { return spoiled_; } // by a failure after which they could not be forgotten
     void    set_budget(const budget & wanted, const std::string & text);
 
     // What slots of a layer of the model begin with, the most wanted first. Call before they are allocated.
@@ -266,6 +267,8 @@ class pool {
     uint64_t generation() const { return generation_; } // changes whenever slots or ids move
 
   private:
+    int32_t              size();
+    void                 forget_tables();
     void                 build_layers();
     int32_t              allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated);
     std::vector<int32_t> with_room_to_move(const std::vector<int32_t> & n_allocated,
@@ -324,6 +327,7 @@ class pool {
     std::vector<std::unique_ptr<paged_layer>>  layers_;
     std::unordered_map<const void *, place>    by_data_;
     bool                                       prepared_ = false;
+    bool                                       spoiled_  = false;
     int32_t                                    status_   = ROTARY_OK; // of the sizing, so that it is tried once
     std::string                                status_text_;
     std::unique_ptr<direct_store>              direct_;
