@@ -161,13 +161,47 @@ def preload(folder: Path, source: Path) -> dict[str, str]:
     library = (folder / source.name).with_suffix(".so")
     if any(character in str(library) for character in " :"):
         pytest.skip(f"{library}: LD_PRELOAD takes no such name")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
+    if not library.exists():
+        command = [compiler, "-shared", "-fPIC", "-O2", "-fexceptions", "-o", library, source, "-ldl"]
+        subprocess.run(command, check=True)
     return {"LD_PRELOAD": str(library)}
 
 
 def faulty_disk(folder: Path) -> dict[str, str]:
     """The environment of a process whose disk obeys `Disk`: faulty_disk.c, compiled into `folder`."""
     return preload(folder, ROOT / "tests" / "faulty_disk.c")
+
+
+def exhaustion(folder: Path, function: str) -> dict[str, str]:
+    """The environment of a process in which `function` obeys `Shortage`: exhaustion.c, built in `folder`."""
+    return {**preload(folder, ROOT / "tests" / "exhaustion.c"), "EXHAUST": function}
+
+
+class Shortage:
+    """The knobs of exhaustion.c in this process, by their names there: ``shortage.at = 3``."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "library", ctypes.CDLL(None))
+
+    def __getattr__(self, name: str) -> int:
+        return ctypes.c_long.in_dll(self.library, f"exhaust_{name}").value
+
+    def __setattr__(self, name: str, value: int) -> None:
+        ctypes.c_long.in_dll(self.library, f"exhaust_{name}").value = value
+
+    def begin(self, **knobs: int) -> None:
+        """Count anew, with these knobs."""
+        for name, value in {"at": 0, "n": 1, "site": 0, "calls": 0, "failed": 0, **knobs, "on": 1}.items():
+            setattr(self, name, value)
+
+    def end(self) -> int:
+        """No more failures; how many there were."""
+        self.on = 0
+        return self.failed
+
+    def place(self, site: int) -> int:
+        """Offset in the library of the code that asked."""
+        return (ctypes.c_long * 4097).in_dll(self.library, "exhaust_offset")[site]
 
 
 class Disk:

@@ -237,10 +237,10 @@ def test_single_failures(native, synthetic, stock_trace, disk, io, kind, budget)
             assert kind, "neither an error nor exact"
 
 
-def load_with_failures(model):
+def load_with_failures(model, budget):
     """All experts are resident: their reads fail while the model is made, then while its budget changes."""
     disk = Disk()
-    rotary = {"budget": "100%", "store": "direct"}
+    rotary = {"budget": budget, "store": "direct"}
     disk.fail_next(1 << 20, after=2)
     try:
         make(model, rotary, **IN_BATCHES)
@@ -254,27 +254,31 @@ def load_with_failures(model):
     found.append(attempt(llama))
     disk.fail_next(1 << 20, after=2)
     try:
-        llama.rotary_set_budget("100%")
+        llama.rotary_set_budget(budget)
         found.append("set")
     except ReadError as error:
         found.append((type(error).__name__, str(error)))
+    found.append(attempt(llama))
     disk.mend()
-    for budget in ("100%", "50%"):
-        llama.rotary_set_budget(budget)
+    found.append((attempt(llama), llama.rotary_stats()))
+    for other in (budget, "50%"):
+        llama.rotary_set_budget(other)
         found.append(attempt(llama))
     return found
 
 
-def test_failing_reads_while_slots_are_filled(native, synthetic, stock_trace, disk):
+@pytest.mark.parametrize("budget", ["100%", "auto"])
+def test_failing_reads_while_slots_are_filled(native, synthetic, stock_trace, disk, budget):
     model = synthetic(type="q4_0", layers=3)
     stock = stock_trace(model, n_prompt=PROMPT, **IN_BATCHES)
-    at_load, first, least, at_change, all_again, half = apart(
-        load_with_failures, model, environment=disk["threads"]
+    at_load, first, least, at_change, at_run, (mended, stats), all_again, half = apart(
+        load_with_failures, model, budget, environment=disk["threads"]
     )
-    for refused in (at_load, at_change):
+    for refused in (at_load, at_change, at_run):
         assert_refused(refused, f"{model}: blk.", "Input/output error")
-    for exact in (first, least, all_again, half):
+    for exact in (first, least, mended, all_again, half):
         assert_equal(exact, stock)
+    assert stats["path"] == "resident" and stats["notices"] == [], "no budget was lowered"
 
 
 # ---- files that change

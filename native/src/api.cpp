@@ -94,7 +94,7 @@ const char * rotary_device_inner(int32_t index) {
     return dev ? dev->inner_name().c_str() : nullptr;
 }
 
-int32_t rotary_device_set_inner(int32_t index, const char * inner) {
+int32_t rotary_device_set_inner(int32_t index, const char * inner) try {
     device * dev = device_at(index);
     if (dev == nullptr) {
         return no_device(index);
@@ -109,11 +109,13 @@ int32_t rotary_device_set_inner(int32_t index, const char * inner) {
                            dev->name().c_str(), dev->inner_name().c_str(), inner));
     }
     return ROTARY_OK;
+} catch (...) {
+    return fail_by_exception();
 }
 
 // ---- pools
 
-rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
+rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) try {
     device * dev = device_at(index);
     if (dev == nullptr) {
         no_device(index);
@@ -158,6 +160,9 @@ rotary_pool * rotary_pool_open(int32_t index, const rotary_config * config) {
         return nullptr;
     }
     return new rotary_pool{ dev, dev->open_pool(chosen) };
+} catch (...) {
+    fail_by_exception();
+    return nullptr;
 }
 
 void rotary_pool_close(rotary_pool * handle) {
@@ -187,7 +192,7 @@ int32_t rotary_pool_prepare(rotary_pool * handle) {
     return handle->shared->prepare();
 }
 
-int32_t rotary_pool_set_budget(rotary_pool * handle, const char * text) {
+int32_t rotary_pool_set_budget(rotary_pool * handle, const char * text) try {
     budget wanted;
     if (!budget_parse(text, wanted) || wanted.what == budget::kind::off) {
         return fail(ROTARY_ERR_ARG, budget_not_understood(text));
@@ -198,11 +203,15 @@ int32_t rotary_pool_set_budget(rotary_pool * handle, const char * text) {
     const pool::hold lock(*handle->shared);
     handle->shared->set_budget(wanted, text);
     return ROTARY_OK;
+} catch (...) {
+    return fail_by_exception();
 }
 
-int32_t rotary_pool_stats(rotary_pool * handle, rotary_stats * stats) {
+int32_t rotary_pool_stats(rotary_pool * handle, rotary_stats * stats) try {
     handle->shared->stats(*stats);
     return ROTARY_OK;
+} catch (...) {
+    return fail_by_exception();
 }
 
 int32_t rotary_pool_layer_stats(rotary_pool * handle, int32_t index, rotary_layer_stats * stats) {
@@ -220,25 +229,32 @@ const char * rotary_pool_notice(rotary_pool * handle, int32_t index) {
     return handle->shared->notice_text(index);
 }
 
-int32_t rotary_pool_warm(rotary_pool * handle, int32_t il, const int32_t * experts, int32_t n) {
+int32_t rotary_pool_warm(rotary_pool * handle, int32_t il, const int32_t * experts, int32_t n) try {
     if (is_amid(handle)) {
         return ROTARY_ERR_STATE;
     }
     const pool::hold lock(*handle->shared);
     return handle->shared->warm(il, { experts, experts + n });
+} catch (...) {
+    return fail_by_exception();
 }
 
 int32_t rotary_pool_learn(rotary_pool * handle, int32_t il, const float * popularity, const float * pairs,
-                          int32_t n_expert, int64_t n_tokens) {
+                          int32_t n_expert, int64_t n_tokens) try {
     if (is_amid(handle)) {
         return ROTARY_ERR_STATE;
     }
     const pool::hold lock(*handle->shared);
     return handle->shared->learn(il, popularity, pairs, n_expert, n_tokens);
+} catch (...) {
+    return fail_by_exception();
 }
 
-void rotary_pool_predictor(rotary_pool * handle, char * text, size_t n) {
+void rotary_pool_predictor(rotary_pool * handle, char * text, size_t n) try {
     snprintf(text, n, "%s", handle->shared->predictor_name().c_str());
+} catch (...) {
+    fail_by_exception();
+    *text = '\0';
 }
 
 const char * rotary_pool_policy(rotary_pool * handle) {

@@ -123,10 +123,12 @@ ggml_backend_t backend_new(device & dev) {
     if (!inner) {
         return nullptr;
     }
+    auto context  = std::make_unique<backend>(backend{ dev, std::move(inner), nullptr, dev.name() });
+    context->exec = std::make_unique<executor>(context->inner.get());
+    auto * made   = new ggml_backend{ backend_guid(), backend_i, dev.handle(), context.get() };
+    context.release();
     dev.add_user(1);
-    auto * context = new backend{ dev, std::move(inner), nullptr, dev.name() };
-    context->exec  = std::make_unique<executor>(context->inner.get());
-    return new ggml_backend{ backend_guid(), backend_i, dev.handle(), context };
+    return made;
 }
 
 ggml_backend_t backend_inner(ggml_backend_t handle) {

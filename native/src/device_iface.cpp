@@ -51,7 +51,7 @@ static void device_get_props(ggml_backend_dev_t dev, struct ggml_backend_dev_pro
 }
 
 static ggml_backend_t device_init_backend(ggml_backend_dev_t dev, const char *) {
-    return backend_new(self(dev));
+    return guarded((ggml_backend_t) nullptr, [&] { return backend_new(self(dev)); });
 }
 
 static ggml_backend_buffer_type_t device_get_buffer_type(ggml_backend_dev_t dev) {
@@ -112,9 +112,10 @@ static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backen
         }
     }
     const bool accepted = ggml_backend_dev_supports_op(dev.inner(), op);
-    // Embeddings are also read, row by row, where they are mapped.
-    if (accepted && (is_extra || !ggml_backend_buft_is_host(buft)) && strstr(weight->name, "token_embd") == nullptr) {
-        dev.collecting_pool()->note_copied(weight->name);
+    if (accepted) {
+        // Embeddings are also read, row by row, where they are mapped.
+        note_weight(weight->name,
+                    (is_extra || !ggml_backend_buft_is_host(buft)) && strstr(weight->name, "token_embd") == nullptr);
     }
     return accepted;
 }
@@ -124,7 +125,7 @@ static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor 
     if (weight != nullptr && weight->buffer != nullptr) {
         ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(weight->buffer);
         if (ggml_backend_buffer_get_size(weight->buffer) == 0 && weight->op == GGML_OP_NONE) {
-            return is_view_op(op->op) || loader_supports_op(self(dev), op, buft);
+            return is_view_op(op->op) || guarded(false, [&] { return loader_supports_op(self(dev), op, buft); });
         }
         if (buft == self(dev).paged_buft()) {
             return is_view_op(op->op) || supports_paged(self(dev), op);

@@ -8,11 +8,14 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <exception>
+#include <new>
 
 namespace rotary {
 
 static thread_local rotary_status last_error_status = ROTARY_OK;
 static thread_local std::string   last_error_text;
+static thread_local const char *  last_error_static = nullptr; // instead of it, where there was no memory for a text
 
 std::string format(const char * fmt, ...) {
     va_list args;
@@ -33,7 +36,35 @@ int32_t fail(rotary_status status, const std::string & text) {
     GGML_LOG_ERROR("rotary: %s\n", kept.c_str());
     last_error_status = status;
     last_error_text   = kept;
+    last_error_static = nullptr;
     return status;
+}
+
+int32_t fail_by_exception() noexcept {
+    static const char * const no_memory =
+        "memory: none is left for what is to be done; lower the budget or close other "
+        "programs";
+    try {
+        throw;
+    } catch (const std::bad_alloc &) {
+        last_error_status = ROTARY_ERR_MEMORY;
+        last_error_static = no_memory;
+    } catch (const std::exception & error) {
+        last_error_status = ROTARY_ERR_STATE;
+        last_error_static = "libggml-rotary.so: stopped by an exception; the log says which; report it";
+        try {
+            GGML_LOG_ERROR("rotary: exception: %s\n", error.what());
+        } catch (...) {
+        }
+    } catch (...) {
+        last_error_status = ROTARY_ERR_STATE;
+        last_error_static = "libggml-rotary.so: stopped by an unknown exception; none is expected; report it";
+    }
+    try {
+        GGML_LOG_ERROR("rotary: %s\n", last_error_static);
+    } catch (...) { // the error is noted
+    }
+    return last_error_status;
 }
 
 rotary_status last_status() {
@@ -41,12 +72,13 @@ rotary_status last_status() {
 }
 
 const char * last_error() {
-    return last_error_text.c_str();
+    return last_error_static != nullptr ? last_error_static : last_error_text.c_str();
 }
 
 void clear_error() {
     last_error_status = ROTARY_OK;
     last_error_text.clear();
+    last_error_static = nullptr;
 }
 
 std::string mib(uint64_t bytes) {

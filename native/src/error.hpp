@@ -16,6 +16,19 @@ __attribute__((format(printf, 1, 2))) std::string format(const char * fmt, ...);
 // Remember `text` as this thread's last error, log it, and hand `status` back.
 int32_t fail(rotary_status status, const std::string & text);
 
+// That an exception came to where none may pass: memory ran out, or what it says. Needs no memory itself.
+int32_t fail_by_exception() noexcept; // call it in a handler
+
+// Runs `run` where no exception may pass: `otherwise` and this thread's error if one comes.
+template <typename result, typename function> result guarded(result otherwise, const function & run) noexcept {
+    try {
+        return run();
+    } catch (...) {
+        fail_by_exception();
+        return otherwise;
+    }
+}
+
 rotary_status last_status();
 const char *  last_error();
 void          clear_error();

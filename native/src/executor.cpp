@@ -56,6 +56,10 @@ executor::~executor() {
 // ---- graph
 
 ggml_status executor::compute(ggml_cgraph * graph) {
+    return guarded(GGML_STATUS_ALLOC_FAILED, [&] { return compute_paged(graph); });
+}
+
+ggml_status executor::compute_paged(ggml_cgraph * graph) {
     // One pool a graph: a second one is an adapter that was loaded while another model's pool was collecting.
     std::shared_ptr<rotary::pool> pool;
     for (int i = 0; i < graph->n_nodes; i++) {
@@ -82,31 +86,12 @@ ggml_status executor::compute(ggml_cgraph * graph) {
     if (pool->side() != nullptr && !make_events()) {
         return GGML_STATUS_FAILED;
     }
+    pools_.reserve(pools_.size() + 1);
     if (pool->use_from(inner_)) {
         pools_.push_back(pool);
     }
-    if (segments_generation_ != pool->generation() || segments_.size() > 1024) {
-        segments_.clear();
-        segments_generation_ = pool->generation();
-    }
-
-    pool->count_reads(); // a reset of the counters is for what comes now
-    pool->follow_memory();
-    pool->move_a_slot(inner_);
-    pool->forget_guesses(); // at lookups that never came
-    looked_up_us_ = 0;      // what is between two graphs is no layer's time
-
-    ggml_status status = pool->files_unchanged() ? run_nodes(*pool, graph) : GGML_STATUS_FAILED;
-    if (status == GGML_STATUS_SUCCESS) {
-        status = finish_lookup(*pool);
-    }
-    if (status == GGML_STATUS_SUCCESS && resolved_on_device_ && !finish_on_device(*pool)) {
-        status = GGML_STATUS_FAILED;
-    }
-    resolved_on_device_ = false;
-    if (status == GGML_STATUS_SUCCESS && !pool->files_unchanged()) {
-        status = GGML_STATUS_FAILED; // what has been read may belong to another model
-    }
+    const ggml_status status = guarded(GGML_STATUS_ALLOC_FAILED, [&] { return run_over(*pool, graph); });
+    resolved_on_device_      = false;
     if (status != GGML_STATUS_SUCCESS) {
         pool->forget_slots();
     }
@@ -115,6 +100,35 @@ ggml_status executor::compute(ggml_cgraph * graph) {
     lookup_ = {};
     if (pool->is_shared()) {
         ggml_backend_synchronize(inner_); // the next backend may overwrite slots that this graph still reads
+    }
+    return status;
+}
+
+// The graph, and what is to be done between two graphs.
+ggml_status executor::run_over(pool & pool, ggml_cgraph * graph) {
+    if (pool.is_spoiled() && !pool.forget_slots()) {
+        return GGML_STATUS_ALLOC_FAILED;
+    }
+    if (segments_generation_ != pool.generation() || segments_.size() > 1024) {
+        segments_.clear();
+        segments_generation_ = pool.generation();
+    }
+
+    pool.count_reads(); // a reset of the counters is for what comes now
+    pool.follow_memory();
+    pool.move_a_slot(inner_);
+    pool.forget_guesses(); // at lookups that never came
+    looked_up_us_ = 0;     // what is between two graphs is no layer's time
+
+    ggml_status status = pool.files_unchanged() ? run_nodes(pool, graph) : GGML_STATUS_FAILED;
+    if (status == GGML_STATUS_SUCCESS) {
+        status = finish_lookup(pool);
+    }
+    if (status == GGML_STATUS_SUCCESS && resolved_on_device_ && !finish_on_device(pool)) {
+        status = GGML_STATUS_FAILED;
+    }
+    if (status == GGML_STATUS_SUCCESS && !pool.files_unchanged()) {
+        status = GGML_STATUS_FAILED; // what has been read may belong to another model
     }
     return status;
 }
@@ -240,15 +254,19 @@ void executor::ask_store(pool & pool, paged_layer & layer, const std::vector<int
     rotary_stats delta  = {};
     const auto   demand = [&](const paged_tensor & tensor, int32_t expert, char * place) {
         const direct_store::found found = store->demand(tensor, expert, place);
-        if (&tensor == lookup_.order[0] && found != direct_store::found::absent) {
+        if (&tensor == lookup_.leader() && found != direct_store::found::absent) {
             delta.prefetch_used++;
-            const bool all = std::all_of(lookup_.order.begin(), lookup_.order.end(),
-                                         [&](const auto * each) { return store->landed(*each, expert); });
+            const bool all = std::all_of(lookup_.order.begin(), lookup_.order.end(), [&](const auto * each) {
+                return !each->direct || store->landed(*each, expert);
+            });
             delta.late_hits += !all;
         }
     };
     const std::vector<int32_t> slots = pool.landing_slots(layer, lookup_.loads);
     for (const paged_tensor * tensor : lookup_.order) {
+        if (!tensor->direct) {
+            continue;
+        }
         for (size_t i = 0; i < lookup_.loads.size(); i++) {
             if (slots[i] != pool::in_ram) {
                 demand(*tensor, lookup_.loads[i].expert, slots[i] >= 0 ? tensor->landing_at(slots[i]) : nullptr);

@@ -11,6 +11,7 @@
 
 #include "ggml-backend-impl.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -53,9 +54,17 @@ class executor {
         size_t                            n_hits = 0; // mode slots: experts that are there
         std::vector<wave>                 waves;
         std::vector<const paged_tensor *> done; // tensors whose slots are filled, or that have been through the waves
+
+        // Stands for the expert where reads of experts are counted; NULL if none is read.
+        const paged_tensor * leader() const {
+            const auto its = std::find_if(order.begin(), order.end(), [](const auto * each) { return each->direct; });
+            return its != order.end() ? *its : nullptr;
+        }
     };
 
     bool        make_events();
+    ggml_status compute_paged(ggml_cgraph * graph);
+    ggml_status run_over(pool & pool, ggml_cgraph * graph);
     ggml_status run_nodes(pool & pool, ggml_cgraph * graph);
     ggml_status run_segment(ggml_cgraph * graph, int i0, int i1);
     ggml_status look_up(pool & pool, paged_layer & layer, const ggml_cgraph * graph, int i);

@@ -241,7 +241,7 @@ void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * no
     }
     layer.order = lookup_.order;
     for (paged_tensor * tensor : layer.tensors) {
-        tensor->leads = tensor == layer.order[0];
+        tensor->leads = tensor == lookup_.leader();
     }
 
     const int64_t       n_used   = lookup_.ids->ne[0];
@@ -292,7 +292,7 @@ void executor::foretell(pool & pool, paged_layer & layer, const ggml_tensor * no
         const size_t before = store->prefetch_bytes();
         for (const paged_tensor * tensor : next.order) {
             for (const int32_t expert : experts) {
-                if (next.table->slot_of(expert) < 0 && (!next.ram || next.ram->slot_of(expert) < 0)) {
+                if (tensor->direct && next.table->slot_of(expert) < 0 && (!next.ram || next.ram->slot_of(expert) < 0)) {
                     store->prefetch(*tensor, expert, next.landing != nullptr && !all);
                 }
             }

@@ -88,16 +88,18 @@ host_memory host_memory_now(const std::string & root) {
     return memory;
 }
 
-static std::mutex                           slots_mutex;
-static std::map<const void *, const void *> slots; // begin, end
+static std::mutex slots_mutex;
+static auto & slots = *new std::map<const void *, const void *>; // begin, end; never destroyed: models may outlive it
 
 std::shared_ptr<void> host_memory_of_slots(const memory_range & range) {
+    // Before the mutex is held: where there is no memory for it, the range is forgotten at once, which takes the mutex.
+    const std::shared_ptr<void>       known(range.begin, [](void * begin) {
+        const std::lock_guard<std::mutex> lock(slots_mutex);
+        slots.erase(begin);
+    });
     const std::lock_guard<std::mutex> lock(slots_mutex);
     slots[range.begin] = range.end;
-    return { range.begin, [](void * begin) {
-                const std::lock_guard<std::mutex> again(slots_mutex);
-                slots.erase(begin);
-            } };
+    return known;
 }
 
 uint64_t host_memory_promised() {

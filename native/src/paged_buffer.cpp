@@ -4,10 +4,12 @@
 // Without mmap it is plain host memory that the loader fills. Either way it is the pool's store.
 
 #include "device.hpp"
+#include "error.hpp"
 
 #include "ggml-impl.h"
 
 #include <cstring>
+#include <memory>
 
 namespace rotary {
 
@@ -24,7 +26,10 @@ static paged_buffer & self(ggml_backend_buffer_t buffer) {
 
 static void buffer_free(ggml_backend_buffer_t buffer) {
     paged_buffer & paged = self(buffer);
-    paged.owner->remove_owner(buffer);
+    guarded(false, [&] {
+        paged.owner->remove_owner(buffer);
+        return true;
+    });
     paged.dev.add_user(-1);
     if (paged.owns_memory) {
         ggml_aligned_free(paged.base, buffer->size);
@@ -39,7 +44,10 @@ static void * buffer_get_base(ggml_backend_buffer_t buffer) {
 static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor * tensor) {
     if (tensor->view_src == nullptr && tensor->ne[2] > 1) {
         const paged_buffer & paged = self(buffer);
-        paged.owner->add_tensor(buffer, tensor, paged.dev.n_expert_used(tensor->name), !paged.owns_memory);
+        return guarded(GGML_STATUS_ALLOC_FAILED, [&] {
+            paged.owner->add_tensor(buffer, tensor, paged.dev.n_expert_used(tensor->name), !paged.owns_memory);
+            return GGML_STATUS_SUCCESS;
+        });
     }
     return GGML_STATUS_SUCCESS;
 }
@@ -56,7 +64,7 @@ static void buffer_set_tensor(ggml_backend_buffer_t, struct ggml_tensor * tensor
 
 static void buffer_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor * tensor, void * data,
                               size_t offset, size_t size) {
-    if (!self(buffer).owner->copy_out(tensor, data, offset, size)) {
+    if (!guarded(false, [&] { return self(buffer).owner->copy_out(tensor, data, offset, size); })) {
         memset(data, 0, size); // ggml takes no error here; the log has it
     }
 }
@@ -82,9 +90,15 @@ static const ggml_backend_buffer_i paged_buffer_i = {
 };
 
 static ggml_backend_buffer_t paged_buffer_new(device & dev, void * base, size_t size, bool owns_memory) {
-    auto * paged = new paged_buffer{ dev, dev.collecting_pool(), (char *) base, owns_memory };
-    dev.add_user(1);
-    return ggml_backend_buffer_init(dev.paged_buft(), paged_buffer_i, paged, size);
+    return guarded((ggml_backend_buffer_t) nullptr, [&] {
+        auto paged =
+            std::make_unique<paged_buffer>(paged_buffer{ dev, dev.collecting_pool(), (char *) base, owns_memory });
+        const ggml_backend_buffer_t buffer =
+            ggml_backend_buffer_init(dev.paged_buft(), paged_buffer_i, paged.get(), size);
+        dev.add_user(1);
+        paged.release();
+        return buffer;
+    });
 }
 
 std::shared_ptr<pool> paged_pool_of(const ggml_tensor * weight) {
@@ -102,8 +116,13 @@ static const char * paged_buft_name(ggml_backend_buffer_type_t buft) {
 }
 
 static ggml_backend_buffer_t paged_buft_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
-    void * base = ggml_aligned_malloc(size);
-    return base != nullptr ? paged_buffer_new(*(device *) buft->context, base, size, true) : nullptr;
+    void *                base = ggml_aligned_malloc(size);
+    ggml_backend_buffer_t buffer =
+        base != nullptr ? paged_buffer_new(*(device *) buft->context, base, size, true) : nullptr;
+    if (buffer == nullptr && base != nullptr) {
+        ggml_aligned_free(base, size);
+    }
+    return buffer;
 }
 
 static size_t paged_buft_get_alignment(ggml_backend_buffer_type_t) {

@@ -56,6 +56,7 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
     paged->expert_bytes       = tensor->nb[2];
     paged->data               = (const char *) tensor->data;
     paged->owner              = owner;
+    paged->is_mapped          = is_mapped;
     paged->n_expert_used      = n_expert_used;
     const paged_tensor * last = tensors_.empty() ? nullptr : tensors_.back().get();
     if (is_mapped && last != nullptr && last->owner == owner &&
@@ -65,12 +66,16 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
     } else if (is_mapped) {
         paged->file = weight_file::at(paged->data, paged->offset, no_direct_);
     }
-    register_experts(*paged);
+    const paged_tensor & its = *paged;
+    tensors_.push_back(std::move(paged)); // first: what follows may fail, and is undone with the owner
     {
         const std::lock_guard<std::mutex> counters(counter_mutex_);
-        totals_.expert_bytes += paged->expert_bytes * paged->ne[2];
+        totals_.expert_bytes += its.expert_bytes * its.ne[2];
     }
-    tensors_.push_back(std::move(paged));
+    register_experts(its);
+    if (copied_.count(owner) == 0) {
+        copied_[owner] = copied_by_loader();
+    }
 }
 
 void pool::remove_owner(const void * owner) {
@@ -85,8 +90,8 @@ void pool::remove_owner(const void * owner) {
         totals_.expert_bytes -= tensor->expert_bytes * tensor->ne[2];
     });
     tensors_.erase(gone, tensors_.end());
-    detached_.erase(std::remove(detached_.begin(), detached_.end(), owner), detached_.end());
-    if (tensors_.empty()) {
+    copied_.erase(owner);
+    if (std::none_of(tensors_.begin(), tensors_.end(), [](const auto & tensor) { return tensor->direct; })) {
         staging_lock_ = {};
         direct_.reset();
     }
@@ -171,7 +176,20 @@ std::vector<int32_t> pool::with_room_to_move(const std::vector<int32_t> & n_allo
     return n_allocated;
 }
 
+// What an exception leaves half done is undone, and tried again when it is asked for again.
 int32_t pool::prepare() {
+    try {
+        return size();
+    } catch (...) {
+        const int32_t status = fail_by_exception();
+        return guarded(status, [&] {
+            release();
+            return status;
+        });
+    }
+}
+
+int32_t pool::size() {
     if (prepared_ || tensors_.empty()) {
         if (status_ != ROTARY_OK) {
             return fail((rotary_status) status_, status_text_);
@@ -236,7 +254,7 @@ int32_t pool::prepare() {
             break;
         }
         status_text_ = last_error();
-        if (!automatic) {
+        if (!automatic || status_ != ROTARY_ERR_MEMORY) {
             break;
         }
         bytes = bytes / 10 * 9;
@@ -245,6 +263,10 @@ int32_t pool::prepare() {
     }
 
     count_reads();
+    if (status_ == ROTARY_ERR_READ) {
+        release(); // the next graph may find the disk well
+        return ROTARY_ERR_READ;
+    }
     const std::lock_guard<std::mutex> lock(counter_mutex_);
     totals_.budget_bytes     = bytes;
     totals_.min_budget_bytes = budget_min_bytes(sizes);
@@ -253,7 +275,16 @@ int32_t pool::prepare() {
 
 // ---- after a failure, and between runs
 
-void pool::forget_slots() {
+bool pool::forget_slots() noexcept {
+    spoiled_ = true;
+    return guarded(false, [&] {
+        forget_tables();
+        spoiled_ = false;
+        return true;
+    });
+}
+
+void pool::forget_tables() {
     if (direct_) {
         direct_->clear();
     }

@@ -49,15 +49,17 @@ struct paged_tensor {
     size_t        expert_bytes;        // bytes of one expert: nb[2]
     const char *  data;
     const void *  owner;               // the paged buffer it lies in
+    bool          is_mapped;           // from a file by llama.cpp, not filled by it
     int32_t       n_expert_used;
     bool          leads = false;       // the first its layer uses: stands for the expert where experts are counted
     ggml_tensor * slots = nullptr;     // [ne0, ne1, n_slots] on the inner device; NULL on the mapped path
 
     std::shared_ptr<weight_file> file; // that `data` is mapped from, NULL if it is not
-    uint64_t                     offset = 0; // of the first expert in it
+    uint64_t                     offset = 0;     // of the first expert in it
+    bool                         direct = false; // read from there past the page cache: nothing is at `data`
 
-    char * landing       = nullptr;          // slot 0 of the layer's `landing` table
-    size_t landing_bytes = 0;                // from one slot of it to the next
+    char * landing       = nullptr;              // slot 0 of the layer's `landing` table
+    size_t landing_bytes = 0;                    // from one slot of it to the next
 
     const char * locked    = nullptr; // the same bytes in page-locked memory, here or elsewhere; NULL if there are none
     const char * on_device = nullptr; // those as the inner device reads them itself
@@ -119,6 +121,11 @@ int32_t layer_number(const std::string & name);
 void register_experts(const paged_tensor & tensor);
 void forget_experts(const paged_tensor & tensor);
 
+// A dense weight of the model that is being loaded, and whether it is copied out of the mapping. The loader asks for all of
+// them before any pool has an expert of the model, and for several devices in turn.
+void                  note_weight(const std::string & name, bool copied);
+std::set<std::string> copied_by_loader();
+
 enum class pin_policy { automatic, on, off };               // whether experts may be page-locked in host memory
 
 bool pin_parse(const std::string & text, pin_policy & pin); // "auto", "on", "off"
@@ -161,7 +168,6 @@ class pool {
     // ---- store: called by the paged buffers while llama.cpp loads
     void add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_expert_used, bool is_mapped);
     void remove_owner(const void * owner);
-    void note_copied(const std::string & weight); // a dense weight that does not stay in the mapping
 
     // The store that reads past the page cache, NULL where experts are in memory or mapped.
     direct_store * direct() const { return direct_.get(); }
@@ -189,7 +195,8 @@ class pool {
     // ---- sizing
     // Divide the budget and allocate the slots unless that is done. Call with `mutex` held.
     int32_t prepare();
-    void    forget_slots(); // after a failure: they may not hold what the tables say
+    bool    forget_slots() noexcept; // after a failure: they may not hold what the tables say; false: not yet either
+    bool    is_spoiled() const { return spoiled_; } // by a failure after which they could not be forgotten
     void    set_budget(const budget & wanted, const std::string & text);
 
     // What slots of a layer of the model begin with, the most wanted first. Call before they are allocated.
@@ -274,6 +281,8 @@ class pool {
     uint64_t generation() const { return generation_; } // changes whenever slots or ids move
 
   private:
+    int32_t              size();
+    void                 forget_tables();
     void                 build_layers();
     int32_t              allocate(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated);
     std::vector<int32_t> with_room_to_move(const std::vector<int32_t> & n_allocated,
@@ -288,6 +297,7 @@ class pool {
     uint64_t        free_bytes() const;
     uint64_t        margin_bytes(uint64_t total) const;
     static uint64_t host_margin(uint64_t total);
+    static bool     reads_directly(const paged_layer & layer); // any of it
     static bool     reads_whole_sectors(const paged_layer & layer);
     const char *    at_hand(const paged_tensor & tensor, int32_t expert) const;
     char *          place_for(const paged_tensor & tensor, int32_t expert);
@@ -332,20 +342,23 @@ class pool {
     std::vector<std::unique_ptr<paged_layer>>  layers_;
     std::unordered_map<const void *, place>    by_data_;
     bool                                       prepared_ = false;
+    bool                                       spoiled_  = false;
     int32_t                                    status_   = ROTARY_OK; // of the sizing, so that it is tried once
     std::string                                status_text_;
     std::unique_ptr<direct_store>              direct_;
-    std::vector<const void *>                  detached_;  // owners whose mapping has been taken over
     std::string                                no_direct_; // why a tensor's file could not be opened again
-    std::set<std::string>                      copied_;    // dense weights that llama.cpp has copied elsewhere
-    uint64_t                                   memory_seen_us_  = 0;
-    uint64_t                                   growth_tried_us_ = 0;
-    uint64_t                                   most_slot_bytes_ = 0; // that slots may grow to
-    slot_split                                 split_;
-    std::unique_ptr<rotary::predictor>         predictor_;
-    std::pair<size_t, int32_t>                 predicted_;      // layers and experts that it was made for
-    bool                                       no_router_said_ = false;
-    std::string                                predictor_name_; // guarded by counter_mutex_
+
+    std::map<const void *, std::set<std::string>>
+        copied_; // by owner: dense weights that llama.cpp has copied elsewhere
+
+    uint64_t                           memory_seen_us_  = 0;
+    uint64_t                           growth_tried_us_ = 0;
+    uint64_t                           most_slot_bytes_ = 0; // that slots may grow to
+    slot_split                         split_;
+    std::unique_ptr<rotary::predictor> predictor_;
+    std::pair<size_t, int32_t>         predicted_;      // layers and experts that it was made for
+    bool                               no_router_said_ = false;
+    std::string                        predictor_name_; // guarded by counter_mutex_
 
     struct locked_range {
         char *       begin;

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <sys/mman.h>
 
 namespace rotary {
@@ -49,22 +50,31 @@ void pool::settle(paged_layer & layer, bool wait) {
                 direct_->finish(*tensor, expert);
             }
             flying = flying || direct_->in_flight(*tensor, expert);
-            whole  = whole && direct_->landed_at(*tensor, expert) != nullptr;
+            whole  = whole && (!tensor->direct || direct_->landed_at(*tensor, expert) != nullptr);
         }
         if (flying) {
             continue;
         }
         for (const paged_tensor * tensor : layer.tensors) {
             direct_->drop(*tensor, expert);
+            if (whole && !tensor->direct && layer.landing == layer.table.get()) {
+                memcpy(tensor->landing_at(layer.landing->reserved_for(expert)), tensor->expert_data(expert),
+                       tensor->expert_bytes);
+            }
         }
         layer.landing->end_reservation(expert, whole);
     }
 }
 
+bool pool::reads_directly(const paged_layer & layer) {
+    return std::any_of(layer.tensors.begin(), layer.tensors.end(), [](const auto * tensor) { return tensor->direct; });
+}
+
 bool pool::reads_whole_sectors(const paged_layer & layer) {
-    return std::all_of(layer.tensors.begin(), layer.tensors.end(), [](const paged_tensor * tensor) {
-        return tensor->file && tensor->expert_bytes % tensor->file->alignment() == 0;
-    });
+    return reads_directly(layer) &&
+           std::all_of(layer.tensors.begin(), layer.tensors.end(), [](const paged_tensor * tensor) {
+               return !tensor->direct || tensor->expert_bytes % tensor->file->alignment() == 0;
+           });
 }
 
 // ---- slots in RAM, in front of an inner device that has memory of its own
@@ -95,6 +105,9 @@ void pool::allocate_ram_tier() {
                 continue;
             }
             for (paged_tensor * tensor : layers_[i]->tensors) {
+                if (!tensor->direct) {
+                    continue; // in RAM as it is
+                }
                 const size_t align  = tensor->file->alignment();
                 const size_t phase  = tensor->offset % align;
                 const size_t stride = tensor->expert_bytes + (phase != 0 ? align : 0);

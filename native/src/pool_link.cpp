@@ -166,13 +166,14 @@ staging_ring * pool::ring() {
 }
 
 bool pool::is_locked(const paged_tensor & tensor, const char * fetched) const {
-    if (!direct_) {
+    if (!tensor.direct) {
         return tensor.locked != nullptr;
     }
     if (ram_ && fetched >= ram_.get() && fetched < ram_.get() + ram_bytes_) {
         return ram_locked_;
     }
-    return staging_lock_.memory != nullptr;
+    return staging_lock_.memory != nullptr && fetched >= direct_->staging() &&
+           fetched < direct_->staging() + direct_->staging_bytes();
 }
 
 // ---- page tables

@@ -34,11 +34,11 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
         for (const paged_tensor * tensor : layer.tensors) {
             plain = plain && slot_buft(*tensor) == ggml_backend_dev_buffer_type(inner_);
         }
-        layer.host_plain    = plain && !direct_;
+        layer.host_plain    = plain && !reads_directly(layer);
         layer.path          = !all ? ROTARY_PATH_SLOTS : layer.host_plain ? ROTARY_PATH_MAPPED : ROTARY_PATH_RESIDENT;
         layer.table         = all ? nullptr : new_table(i, n_slots[i], policy_name(), history);
         layer.n_allocated   = n_allocated[i];
-        const bool in_place = plain && direct_ && reads_whole_sectors(layer);
+        const bool in_place = plain && reads_whole_sectors(layer);
         layer.landing       = in_place ? layer.table.get() : nullptr;
         layer.ram.reset();
         layer.stats            = {};
@@ -57,7 +57,7 @@ int32_t pool::allocate(const std::vector<int32_t> & n_slots, const std::vector<i
             }
             tensor->slots = ggml_new_tensor_3d(ctx, tensor->type, tensor->ne[0], tensor->ne[1], n_allocated[i]);
             ggml_format_name(tensor->slots, "%s (slots)", tensor->name.c_str());
-            if (in_place && tensor->offset % tensor->file->alignment() != 0) {
+            if (in_place && tensor->direct && tensor->offset % tensor->file->alignment() != 0) {
                 // The first and the last sector of an expert hold bytes of its neighbours in the file.
                 tensor->slots->nb[2] += tensor->file->alignment();
                 tensor->slots->nb[3] = tensor->slots->nb[2] * n_allocated[i];
@@ -140,7 +140,7 @@ ggml_backend_buffer_t pool::allocate_in_place(ggml_backend_buffer_type_t buft) c
     std::vector<paged_tensor *> placed;
     size_t                      size     = 0;
     const auto                  align_of = [&](const paged_tensor * tensor) {
-        return std::max(tensor->file->alignment(), ggml_backend_buft_get_alignment(buft));
+        return std::max(tensor->direct ? tensor->file->alignment() : 1, ggml_backend_buft_get_alignment(buft));
     };
     for (const auto & tensor : tensors_) {
         if (tensor->slots != nullptr && slot_buft(*tensor) == buft) {
@@ -153,7 +153,8 @@ ggml_backend_buffer_t pool::allocate_in_place(ggml_backend_buffer_type_t buft) c
         auto at = (uintptr_t) ggml_backend_buffer_get_base(buffer);
         for (paged_tensor * tensor : placed) {
             const size_t align = align_of(tensor);
-            at                 = (at + align - 1) / align * align + tensor->offset % tensor->file->alignment();
+            at                 = (at + align - 1) / align * align;
+            at += tensor->direct ? tensor->offset % tensor->file->alignment() : 0;
             ggml_backend_tensor_alloc(buffer, tensor->slots, (void *) at);
             tensor->landing       = (char *) at;
             tensor->landing_bytes = tensor->slots->nb[2];
@@ -165,7 +166,7 @@ ggml_backend_buffer_t pool::allocate_in_place(ggml_backend_buffer_type_t buft) c
 
 int32_t pool::fill_slots(paged_layer & layer, const std::vector<rotary_load> & loads) {
     for (paged_tensor * tensor : layer.tensors) {
-        for (size_t i = 0; direct_ && i < loads.size(); i++) {
+        for (size_t i = 0; tensor->direct && i < loads.size(); i++) {
             direct_->demand(*tensor, loads[i].expert);
         }
     }

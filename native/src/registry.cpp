@@ -181,9 +181,9 @@ GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void);
 
 ggml_backend_reg_t ggml_backend_init(void) {
     using namespace rotary;
-    const bool registered = !devices().empty(); // ggml may load the same file twice
-    if (!registered && (!ggml_matches() || !environment_is_valid() || !make_devices())) {
-        return nullptr;
-    }
-    return &reg;
+    return guarded((ggml_backend_reg_t) nullptr, [] {
+        const bool registered = !devices().empty(); // ggml may load the same file twice
+        const bool fine       = registered || (ggml_matches() && environment_is_valid() && make_devices());
+        return fine ? &reg : nullptr;
+    });
 }

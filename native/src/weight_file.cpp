@@ -66,8 +66,9 @@ static bool mapping_at(const char * address, mapping & found) {
 
 // ---- file
 
-static std::mutex                                                          files_mutex;
-static std::map<std::pair<uint64_t, uint64_t>, std::weak_ptr<weight_file>> files; // by device and inode
+static std::mutex files_mutex;
+// By device and inode. Never destroyed: models may outlive our statics.
+static auto & files = *new std::map<std::pair<uint64_t, uint64_t>, std::weak_ptr<weight_file>>;
 
 // Direct reads must be aligned as the file system wants it; kernels before 6.1 do not tell, and then a page always does.
 static size_t direct_alignment(int fd) {
@@ -172,81 +173,86 @@ void weight_file::drop_cache() const {
     posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED);
 }
 
-// ---- detaching
+// ---- taking over
 
-// Replace [begin, end), whole pages, by anonymous memory with the same content. mremap puts the copy in place at one
-// stroke: a thread that reads there meanwhile sees the old page or the new one.
-static bool copy_in_place(char * begin, char * end) {
+mapping_takeover::~mapping_takeover() {
+    for (const copy & each : copies_) {
+        munmap(each.memory, each.size);
+    }
+}
+
+static bool no_room(const std::string & path, size_t bytes) {
+    fail(ROTARY_ERR_MEMORY, format("%s: no memory for %s of weights that are not experts; close other programs",
+                                   path.c_str(), mib(bytes).c_str()));
+    return false;
+}
+
+// Copy [begin, end), whole pages.
+bool mapping_takeover::add_copy(const std::string & path, char * begin, char * end) {
     static constexpr ptrdiff_t step = 64 << 20;
     for (char * at = begin; at < end; at += step) {
         const size_t size = std::min(step, end - at);
-        void *       copy = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (copy == MAP_FAILED) {
-            return false;
+        copies_.reserve(copies_.size() + 1); // what is mapped is noted
+        void * memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) {
+            return no_room(path, end - begin);
         }
-        memcpy(copy, at, size);
-        if (mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, at) == MAP_FAILED) {
-            munmap(copy, size);
-            return false;
-        }
+        copies_.push_back({ (char *) memory, at, size });
+        memcpy(memory, at, size);
     }
+    bytes_ += end - begin;
     return true;
 }
 
-static int64_t no_room(const std::string & path, size_t bytes) {
-    fail(ROTARY_ERR_MEMORY, format("%s: no memory for %s of weights that are not experts; close other programs",
-                                   path.c_str(), mib(bytes).c_str()));
-    return -1;
-}
-
-int64_t detach_mapping(const std::vector<memory_range> & experts, const std::vector<memory_range> & others) {
-    mapping whole;
-    if (experts.empty() || !mapping_at(experts[0].begin, whole)) {
-        return 0;
-    }
-    const uintptr_t page = sysconf(_SC_PAGESIZE);
-    struct stretch {
-        char * begin;
-        char * end;
-        bool   drop;
+bool mapping_takeover::add(const std::vector<memory_range> & experts, const std::vector<memory_range> & others) {
+    const uintptr_t page       = sysconf(_SC_PAGESIZE);
+    const auto      first_page = [&](const memory_range & range) {
+        return (char *) (((uintptr_t) range.begin + page - 1) / page * page);
     };
-    std::vector<stretch> stretches;
-    const auto           add = [&](const memory_range & range, bool drop) {
+    // Of the first expert that is still mapped; another pool has copied pages that are not experts' alone.
+    mapping first;
+    if (std::none_of(experts.begin(), experts.end(), [&](const memory_range & its) {
+            return first_page(its) < its.end && mapping_at(first_page(its), first);
+        })) {
+        return true;
+    }
+    // What is left of one mapping: pools of several devices share it, and llama.cpp has unmapped what it copied from the
+    // ends of the file. By now that may be anybody's memory.
+    const auto base_of = [](const mapping & its) {
+        return (uintptr_t) its.range.begin - its.offset;
+    };
+    const auto left = mappings([&](const mapping & its) {
+        return its.inode == first.inode && its.major == first.major && its.minor == first.minor &&
+               base_of(its) == base_of(first);
+    });
+    const auto clip = [&](const memory_range & range, const mapping & within) {
         // A page that an expert shares with something else is kept.
-        const auto begin = (char *) (((uintptr_t) range.begin + page - 1) / page * page);
-        const auto end   = (char *) ((uintptr_t) range.end / page * page);
-        if (begin < end) {
-            stretches.push_back({ begin, end, drop });
-        }
+        const auto end = (char *) ((uintptr_t) range.end / page * page);
+        return memory_range{ std::max(first_page(range), within.range.begin), std::min(end, within.range.end) };
     };
-    for (const memory_range & each : experts) {
-        add(each, true);
-    }
-    // llama.cpp has unmapped what it copied from the ends of the file: by now that may be anybody's memory.
-    for (const memory_range & each : others) {
-        add({ std::max(each.begin, whole.range.begin), std::min(each.end, whole.range.end) }, false);
-    }
-    std::sort(stretches.begin(), stretches.end(), [](const auto & a, const auto & b) { return a.begin < b.begin; });
-    stretches.push_back({ whole.range.end, whole.range.end, false });
-
-    int64_t copied = 0;
-    char *  kept   = whole.range.begin; // where the part between two experts begins
-    for (const stretch & each : stretches) {
-        if (each.begin > kept && each.begin <= whole.range.end) {
-            if (!copy_in_place(kept, each.begin)) {
-                return no_room(whole.path, each.begin - kept);
+    for (const mapping & part : left) {
+        std::vector<memory_range> stays;
+        for (const auto & [ranges, noted] :
+             { std::make_pair(&experts, &shut_), std::make_pair(&others, &forgotten_) }) {
+            for (const memory_range & each : *ranges) {
+                const memory_range inside = clip(each, part);
+                if (inside.begin < inside.end) {
+                    noted->push_back(inside);
+                    stays.push_back(inside);
+                }
             }
-            copied += each.begin - kept;
         }
-        if (!each.drop && each.begin < each.end) {
-            madvise(each.begin, each.end - each.begin, MADV_DONTNEED); // out of memory until it is read again
-        } else if (each.drop) {
-            mmap(each.begin, each.end - each.begin, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
-                 -1, 0);
+        std::sort(stays.begin(), stays.end(), [](const auto & a, const auto & b) { return a.begin < b.begin; });
+        stays.push_back({ part.range.end, part.range.end });
+        char * kept = part.range.begin; // where the part between two experts begins
+        for (const memory_range & each : stays) {
+            if (each.begin > kept && !add_copy(part.path, kept, each.begin)) {
+                return false;
+            }
+            kept = std::max(kept, each.end);
         }
-        kept = std::max(kept, each.end);
     }
-    return copied;
+    return true;
 }
 
 // "model-00002-of-00003.gguf" -> "model-", if it is such a name
@@ -266,24 +272,41 @@ static bool shard_prefix(const std::string & path, std::string & prefix) {
     return true;
 }
 
-int64_t detach_siblings(const std::string & path, const std::vector<std::string> & with_experts) {
-    std::string prefix;
-    int64_t     copied = 0;
-    if (!shard_prefix(path, prefix)) {
-        return 0;
+bool mapping_takeover::add_siblings(const std::set<std::string> & paths, const std::set<std::string> & with_experts) {
+    std::set<std::string> prefixes;
+    std::string           prefix;
+    for (const std::string & path : paths) {
+        if (shard_prefix(path, prefix)) {
+            prefixes.insert(prefix);
+        }
     }
     const auto siblings = mappings([&](const mapping & its) {
-        std::string its_prefix;
-        return shard_prefix(its.path, its_prefix) && its_prefix == prefix &&
-               std::find(with_experts.begin(), with_experts.end(), its.path) == with_experts.end();
+        return shard_prefix(its.path, prefix) && prefixes.count(prefix) != 0 && with_experts.count(its.path) == 0;
     });
-    for (const mapping & each : siblings) {
-        if (!copy_in_place(each.range.begin, each.range.end)) {
-            return no_room(each.path, each.range.end - each.range.begin);
+    return std::all_of(siblings.begin(), siblings.end(),
+                       [&](const mapping & each) { return add_copy(each.path, each.range.begin, each.range.end); });
+}
+
+// mremap puts a copy in place at one stroke: a thread that reads there meanwhile sees the old page or the new one.
+bool mapping_takeover::commit() {
+    while (!copies_.empty()) {
+        const copy & last = copies_.back();
+        if (mremap(last.memory, last.size, last.size, MREMAP_MAYMOVE | MREMAP_FIXED, last.at) == MAP_FAILED) {
+            fail(ROTARY_ERR_MEMORY, format("memory: %s cannot take the place of a mapping, %s; raise vm.max_map_count",
+                                           mib(last.size).c_str(), strerror(errno)));
+            return false;
         }
-        copied += each.range.end - each.range.begin;
+        copies_.pop_back();
     }
-    return copied;
+    for (const memory_range & each : forgotten_) {
+        madvise(each.begin, each.end - each.begin, MADV_DONTNEED);
+    }
+    for (const memory_range & each : shut_) {
+        // Where this fails they stay mapped, and nobody reads them.
+        mmap(each.begin, each.end - each.begin, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
+             0);
+    }
+    return true;
 }
 
 } // namespace rotary

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 #include <sys/stat.h>
 #include <vector>
@@ -55,15 +56,42 @@ class weight_file {
     bool        is_direct_;
 };
 
-// Take the mapping around `experts` (all of one file mapping, in any order) over from the page cache: what lies between
-// them becomes anonymous memory with the same content at the same addresses, which neither memory pressure nor a change
-// of the file can take away; the experts' own pages become inaccessible; `others`, which somebody else pages or nobody
-// reads, stay mapped. Returns the bytes copied, or -1 with this thread's error (memory ran out; what has been copied so
-// far stays valid).
-int64_t detach_mapping(const std::vector<memory_range> & experts, const std::vector<memory_range> & others);
+// Takes mappings over from the page cache: what lies between experts becomes anonymous memory with the same content at
+// the same addresses, which neither memory pressure nor a change of the file can take away, and the experts' own pages
+// become inaccessible. In two steps, as memory may run out: what is added is only copied, and nothing has changed until
+// commit(). Copies that were not committed are given back.
+class mapping_takeover {
+  public:
+    mapping_takeover() = default;
+    ~mapping_takeover();
+    mapping_takeover(const mapping_takeover &)             = delete;
+    mapping_takeover & operator=(const mapping_takeover &) = delete;
 
-// The same for a whole mapped file that holds no experts, wherever it is mapped: every file of a split model but those
-// with experts. `path` is one of the files of the model. Returns as above; 0 if the model is not split.
-int64_t detach_siblings(const std::string & path, const std::vector<std::string> & with_experts);
+    // The mapping around `experts`, all of one file mapping, in any order. `others`, which somebody else pages or nobody
+    // reads, stay mapped. False with this thread's error.
+    bool add(const std::vector<memory_range> & experts, const std::vector<memory_range> & others);
+
+    // The other files of the split models that `paths` are of, wherever they are mapped, but those `with_experts`.
+    bool add_siblings(const std::set<std::string> & paths, const std::set<std::string> & with_experts);
+
+    // Put the copies in place, then shut the experts' pages. False with this thread's error: then these pages are as they
+    // were, and what has been put in place stays valid.
+    bool commit();
+
+    uint64_t bytes() const { return bytes_; } // copied
+
+  private:
+    struct copy {
+        char * memory;
+        char * at;
+        size_t size;
+    };
+    bool add_copy(const std::string & path, char * begin, char * end);
+
+    std::vector<copy>         copies_;
+    std::vector<memory_range> shut_;      // experts
+    std::vector<memory_range> forgotten_; // out of memory until they are read again
+    uint64_t                  bytes_ = 0;
+};
 
 } // namespace rotary
