@@ -27,9 +27,13 @@ std::string format(const char * fmt, ...) {
     return out;
 }
 
-int32_t fail(rotary_status status, const std::string & text) {
+void set_error(rotary_status status, const std::string & text) {
     last_error_status = status;
     last_error_text   = text;
+}
+
+int32_t fail(rotary_status status, const std::string & text) {
+    set_error(status, text);
     GGML_LOG_ERROR("rotary: %s\n", text.c_str());
     return status;
 }

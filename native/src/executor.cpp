@@ -17,6 +17,7 @@
 
 #include "device.hpp"
 #include "error.hpp"
+#include "fork.hpp"
 
 #include "ggml-impl.h"
 
@@ -44,6 +45,10 @@ executor::~executor() {
 // ---- graph
 
 ggml_status executor::compute(ggml_cgraph * graph) {
+    return lost_threads(inner_) ? on_new_thread([&] { return compute_here(graph); }) : compute_here(graph);
+}
+
+ggml_status executor::compute_here(ggml_cgraph * graph) {
     // One pool a graph: a second one is an adapter that was loaded while another model's pool was collecting.
     std::shared_ptr<rotary::pool> pool;
     for (int i = 0; i < graph->n_nodes; i++) {
@@ -96,6 +101,7 @@ ggml_status executor::compute(ggml_cgraph * graph) {
         pool->forget_slots();
     }
     pool->count_reads();
+    pool->announce_io();
     restore();
     lookup_ = {};
     if (pool->is_shared()) {

@@ -26,6 +26,7 @@ class executor {
     ggml_status compute(ggml_cgraph * graph);
 
   private:
+    ggml_status compute_here(ggml_cgraph * graph); // on this thread
     // direct: from host memory as it is; resident: every expert in its slot; slots: with rewritten ids; waves: in passes
     // on_device: in the slots that the inner device has resolved itself
     enum class mode { direct, resident, slots, waves, on_device };

@@ -5,6 +5,8 @@
 
 #include "memory.hpp"
 
+#include "fork.hpp"
+
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
@@ -98,7 +100,7 @@ host_memory host_memory_now() {
     return memory;
 }
 
-static std::mutex                           slots_mutex;
+static fork_mutex                           slots_mutex;
 static std::map<const void *, const void *> slots; // begin, end
 
 std::shared_ptr<void> host_memory_of_slots(const memory_range & range) {

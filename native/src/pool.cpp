@@ -16,12 +16,28 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <new>
 
 namespace rotary {
 
 pool::pool(ggml_backend_dev_t inner, pool_config chosen) :
     config(std::move(chosen)), inner_(inner),
-    inner_is_host_(ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(inner))) {}
+    inner_is_host_(ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(inner))),
+    // Not waited for: a graph may take long, and wait for a lock of Python's that the one who forks holds.
+    guard_([this] { locked_for_fork_ = mutex.try_lock(); },
+           [this](bool in_child) {
+               if (locked_for_fork_) {
+                   mutex.unlock();
+               } else if (in_child) {
+                   leave_incomplete();
+               }
+           }) {}
+
+void pool::leave_incomplete() {
+    new (&mutex) std::mutex; // who held it is not here
+    incomplete_ = true;
+    self_       = weak_from_this().lock();
+}
 
 pool::~pool() {
     release();
@@ -74,6 +90,9 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
 
 void pool::remove_owner(const void * owner) {
     const std::lock_guard<std::mutex> lock(mutex);
+    if (incomplete_) {
+        return;
+    }
     release();
     locked_.clear(); // and locked again for those that stay
     for (const auto & tensor : tensors_) {
@@ -174,6 +193,11 @@ std::vector<int32_t> pool::with_room_to_move(const std::vector<int32_t> & n_allo
 }
 
 int32_t pool::prepare() {
+    if (incomplete_) {
+        return fail(ROTARY_ERR_STATE, format("%s: this process was forked while its parent computed with the model; "
+                                             "what is here is incomplete; load the model in this process",
+                                             config.model.c_str()));
+    }
     if (prepared_ || tensors_.empty()) {
         if (status_ != ROTARY_OK) {
             return fail((rotary_status) status_, status_text_);
@@ -282,7 +306,7 @@ void pool::set_budget(const budget & wanted, const std::string & text) {
 }
 
 void pool::release() {
-    if (!prepared_) {
+    if (!prepared_ || incomplete_) {
         return;
     }
     for (ggml_backend_t user : users_) {
@@ -344,6 +368,9 @@ bool pool::use_from(ggml_backend_t backend) {
 
 void pool::forget(ggml_backend_t backend) {
     const std::lock_guard<std::mutex> lock(mutex);
+    if (incomplete_) {
+        return;
+    }
     users_.erase(std::remove(users_.begin(), users_.end(), backend), users_.end());
 }
 

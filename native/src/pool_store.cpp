@@ -114,9 +114,7 @@ void pool::choose_store() {
                       config.model.c_str(), mib(expert_bytes).c_str(), mib(memory.available).c_str(),
                       direct_->io() == ROTARY_IO_URING ? "io_uring" : "threads");
     }
-    if (direct_->io() == ROTARY_IO_THREADS && !threads_asked_for()) {
-        notice(format("%s: io_uring is not to be had here; reads go through threads", config.model.c_str()));
-    }
+    announce_io();
     if (!(*files.begin())->is_direct()) {
         notice(format("%s: its file system refuses direct reads; they go through the page cache",
                       (*files.begin())->path().c_str()));
@@ -145,7 +143,7 @@ bool pool::open_direct() {
         one_token = std::max(one_token, layer->expert_bytes * layer->n_expert_used);
     }
     auto store = std::make_unique<direct_store>(
-        reader_new(),
+        std::make_unique<reader>(),
         staging_bytes(config.staging_bytes, host_memory_now().available, largest, one_token, totals_.expert_bytes),
         [this](const paged_tensor & tensor, int32_t expert) { return place_for(tensor, expert); });
     if (!store->ok()) {
@@ -192,6 +190,17 @@ bool pool::open_direct() {
     totals_.io            = direct_->io();
     totals_.staging_bytes = direct_->staging_bytes();
     return true;
+}
+
+void pool::announce_io() {
+    if (!direct_) {
+        return;
+    }
+    for (const std::string & text : direct_->take_io_notices()) {
+        notice(format("%s: %s", config.model.c_str(), text.c_str()));
+    }
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.io = direct_->io();
 }
 
 // ---- bytes

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: MIT
+//
+// Fork. See fork.hpp.
+
+#include "fork.hpp"
+
+#include "error.hpp"
+#include "inner.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <new>
+#include <pthread.h>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace rotary {
+
+static std::atomic<uint32_t> generation{ 0 };
+
+uint32_t fork_generation() {
+    return generation.load(std::memory_order_relaxed);
+}
+
+// ---- guards
+
+class fork_list {
+  public:
+    static fork_list & get() {
+        static auto & list = *new fork_list; // never destroyed: models may outlive our statics
+        return list;
+    }
+
+    void add(fork_guard * guard) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        guards_.push_back(guard);
+    }
+
+    void remove(fork_guard * guard) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        guards_.erase(std::find(guards_.begin(), guards_.end(), guard));
+    }
+
+  private:
+    fork_list() {
+        pthread_atfork([] { get().before(); }, [] { get().after(false); }, [] { get().after(true); });
+    }
+
+    void before() {
+        mutex_.lock();
+        for (const fork_guard * each : guards_) {
+            each->before_();
+        }
+    }
+
+    void after(bool in_child) {
+        if (in_child) {
+            generation++;
+        }
+        for (auto each = guards_.rbegin(); each != guards_.rend(); ++each) {
+            (*each)->after_(in_child);
+        }
+        mutex_.unlock();
+    }
+
+    std::mutex                mutex_;
+    std::vector<fork_guard *> guards_;
+};
+
+fork_guard::fork_guard(std::function<void()> before, std::function<void(bool)> after) :
+    before_(std::move(before)), after_(std::move(after)) {
+    fork_list::get().add(this);
+}
+
+fork_guard::~fork_guard() {
+    fork_list::get().remove(this);
+}
+
+// Who holds one may wait for another that is held already, so none is waited for without end.
+static bool lock_soon(std::mutex & mutex) {
+    for (int ms = 0; ms < 100; ms++) {
+        if (mutex.try_lock()) {
+            return true;
+        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return false;
+}
+
+fork_mutex::fork_mutex() :
+    guard_([this] { held_ = lock_soon(*this); },
+           [this](bool in_child) {
+               if (held_) {
+                   unlock();
+               } else if (in_child) {
+                   new (static_cast<std::mutex *>(this)) std::mutex; // who held it is not here
+               }
+           }) {}
+
+// ---- computing
+
+bool lost_threads(ggml_backend_t inner) {
+    static thread_local uint32_t computed_in = 0; // generation + 1
+
+    const uint32_t now = fork_generation() + 1;
+    if (computed_in == 0) {
+        computed_in = now;
+    }
+    if (computed_in == now) {
+        return false;
+    }
+    ggml_backend_dev_t dev = ggml_backend_get_device(inner);
+    return ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU && !inner_starts_threads(dev);
+}
+
+ggml_status on_new_thread(const std::function<ggml_status()> & compute) {
+    ggml_status   status = GGML_STATUS_FAILED;
+    rotary_status error  = ROTARY_OK;
+    std::string   text;
+    try {
+        std::thread([&] {
+            status = compute();
+            error  = last_status();
+            text   = last_error();
+        }).join();
+    } catch (const std::system_error & refused) {
+        fail(ROTARY_ERR_STATE, format("rotary: this process was forked after it had computed, and no thread to compute "
+                                      "with can be started: %s; raise the limit of processes, or load the model here",
+                                      refused.code().message().c_str()));
+        return GGML_STATUS_FAILED;
+    }
+    if (error != ROTARY_OK) {
+        set_error(error, text);
+    }
+    return status;
+}
+
+} // namespace rotary
