@@ -129,6 +129,46 @@ def faulty_disk(folder: Path) -> dict[str, str]:
     return {"LD_PRELOAD": str(library)}
 
 
+def exhaustion(folder: Path, function: str) -> dict[str, str]:
+    """The environment of a process in which `function` obeys `Shortage`: exhaustion.c, compiled into `folder`."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("no C compiler for exhaustion.c")
+    library = folder / "exhaustion.so"
+    if not library.exists():
+        source = ROOT / "tests" / "exhaustion.c"
+        command = [compiler, "-shared", "-fPIC", "-O2", "-fexceptions", "-o", library, source, "-ldl"]
+        subprocess.run(command, check=True)
+    return {"LD_PRELOAD": str(library), "EXHAUST": function}
+
+
+class Shortage:
+    """The knobs of exhaustion.c in this process, by their names there: ``shortage.at = 3``."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "library", ctypes.CDLL(None))
+
+    def __getattr__(self, name: str) -> int:
+        return ctypes.c_long.in_dll(self.library, f"exhaust_{name}").value
+
+    def __setattr__(self, name: str, value: int) -> None:
+        ctypes.c_long.in_dll(self.library, f"exhaust_{name}").value = value
+
+    def begin(self, **knobs: int) -> None:
+        """Count anew, with these knobs."""
+        for name, value in {"at": 0, "n": 1, "site": 0, "calls": 0, "failed": 0, **knobs, "on": 1}.items():
+            setattr(self, name, value)
+
+    def end(self) -> int:
+        """No more failures; how many there were."""
+        self.on = 0
+        return self.failed
+
+    def place(self, site: int) -> int:
+        """Offset in the library of the code that asked."""
+        return (ctypes.c_long * 4097).in_dll(self.library, "exhaust_offset")[site]
+
+
 class Disk:
     """The knobs of faulty_disk.c in this process, by their names there: ``disk.delay_us = 500``."""
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Processes that fork: servers that load a model and then start workers, programs that fork beside a graph.
 
-The child ends well, whether it frees the model or not, can compute with it as far as the parent's was whole, and never
-disturbs the parent. A child that hangs is killed by its alarm.
+The child ends well, whether it frees the model or not, can compute with it unless the parent was computing
+when it forked, and never disturbs the parent. A child that hangs is killed by its alarm.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import sys
 import threading
 
 import pytest
+import test_link
 from paged import Disk, apart, assert_equal, faulty_disk, make
 from tracing import trace
 
 pytestmark = pytest.mark.model
 
 PROMPT = 40
-LONGEST = 15  # seconds; more is a hang
+LONGEST = 60  # seconds; more is a hang
 IN_BATCHES = {"n_ubatch": 32}
 TWO_THREADS = {"n_threads": 2, "n_threads_batch": 2}
 DIRECT = {"budget": "50%", "store": "direct"}
@@ -206,3 +207,17 @@ def test_forks_beside_a_graph(native, synthetic, stock_trace, tmp_path):
             assert_equal(text, stock)
         elif kind != "closed":
             assert "forked while" in text and "load the model" in text, (kind, text)
+
+
+def compute_on_a_gpu_in_a_child(model):
+    test_link.load_late()
+    llama = make(model, {"inner": "LATE0", "budget": "50%"}, n_gpu_layers=-1, **IN_BATCHES)
+    return trace(llama, PROMPT), in_child(lambda: trace(llama, PROMPT)), trace(llama, PROMPT)
+
+
+def test_a_gpu_is_not_for_children(native, synthetic, stock_trace, late):
+    model = synthetic(type="q4_0", layers=2)
+    before, (kind, text), after = apart(compute_on_a_gpu_in_a_child, model, environment=late)
+    assert "forked after the model was loaded" in text and text.count("; ") == 1, (kind, text)
+    for paged in (before, after):
+        assert_equal(paged, stock_trace(model, n_prompt=PROMPT, use_extra_bufts=False, **IN_BATCHES))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Reads where the kernel gives less than usual: no io_uring, an old one, one that it stops serving, no threads.
+"""Reads where the kernel gives less than usual: no io_uring, an old one, one that it stops, no threads.
 
-Each run is in a process of its own. It is exact, and what it had to do without is said with the kernel's reason.
+Each run is in a process of its own. It is exact, and what it had to do without is said with the reason.
 """
 
 from __future__ import annotations
@@ -236,12 +236,12 @@ def decode_beside_bad_experts(model, bad, budget, n_tokens):
 def test_a_bad_part_of_the_disk(native, synthetic, stock_trace, disk, io, budget):
     # Prefetches from there fail, and what they held of the staging area is wanted for what can be read.
     model = synthetic(type="q4_0", layers=6)
-    bad = [each for each in read_header(model).tensors if each.name.startswith("blk.4.") and "_exps" in each.name]
+    bad = [
+        each for each in read_header(model).tensors if each.name.startswith("blk.4.") and "_exps" in each.name
+    ]
     region = min(each.offset for each in bad), max(each.offset + each.n_bytes for each in bad)
     options = {"n_batch": 1, "n_ubatch": 1}
-    first, *ends, last = apart(
-        decode_beside_bad_experts, model, region, budget, 12, environment=disk[io]
-    )
+    first, *ends, last = apart(decode_beside_bad_experts, model, region, budget, 12, environment=disk[io])
     for paged in (first, last):
         assert_equal(paged, stock_trace(model, n_prompt=PROMPT, **options))
     refused = [end for end in ends if end != "read"]

@@ -17,7 +17,6 @@
 
 #include "device.hpp"
 #include "error.hpp"
-#include "fork.hpp"
 
 #include "ggml-impl.h"
 
@@ -45,6 +44,14 @@ executor::~executor() {
 // ---- graph
 
 ggml_status executor::compute(ggml_cgraph * graph) {
+    if (made_in_ != fork_generation() &&
+        ggml_backend_dev_type(ggml_backend_get_device(inner_)) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+        fail(ROTARY_ERR_STATE,
+             format("%s: cannot be used in this process, which was forked after the model was loaded; "
+                    "load the model in this process",
+                    ggml_backend_name(inner_)));
+        return GGML_STATUS_FAILED;
+    }
     return lost_threads(inner_) ? on_new_thread([&] { return compute_here(graph); }) : compute_here(graph);
 }
 

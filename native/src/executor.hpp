@@ -6,6 +6,7 @@
 
 #include "experience.hpp"
 #include "filler.hpp"
+#include "fork.hpp"
 #include "pool.hpp"
 #include "predictors/router.hpp"
 
@@ -108,6 +109,7 @@ class executor {
     };
 
     ggml_backend_t                   inner_;
+    const uint32_t                   made_in_ = fork_generation();
     ggml_backend_event_ptr           computed_; // the inner backend has come so far
     ggml_backend_event_ptr           paged_;    // the link has come so far
     ggml_backend_event_ptr           wave_[2];  // the inner backend has come so far, after every other wave

@@ -100,7 +100,7 @@ host_memory host_memory_now() {
     return memory;
 }
 
-static fork_mutex                           slots_mutex;
+static auto & slots_mutex = *new fork_mutex;       // never destroyed: models may outlive our statics
 static std::map<const void *, const void *> slots; // begin, end
 
 std::shared_ptr<void> host_memory_of_slots(const memory_range & range) {

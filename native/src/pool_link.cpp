@@ -132,8 +132,8 @@ void pool::open_link() {
     }
     if (ring() == nullptr) {
         copies_by_link_ = false;
-        notice(format("%s: the host copies experts to %s and waits for each layer: no memory can be page-locked, %s",
-                      config.model.c_str(), ggml_backend_dev_name(inner_), link_->why().c_str()));
+        notice(format("%s: the host copies experts to %s and waits for each layer: %s", config.model.c_str(),
+                      ggml_backend_dev_name(inner_), last_error()));
         return;
     }
     notice(format("%s: experts are not page-locked but pass through %s that is, which costs the host's time: %s",
@@ -144,9 +144,14 @@ staging_ring * pool::ring() {
     if (!ring_) {
         ring_ = std::make_unique<staging_ring>(link_, inner_);
         if (!ring_->ok()) {
+            const std::string why =
+                ring_->why().empty() ? "no memory can be page-locked, " + link_->why() : ring_->why();
             ring_.reset();
-            fail(ROTARY_ERR_MEMORY, format("%s: %s", ggml_backend_dev_name(inner_), link_->why().c_str()));
+            fail(ROTARY_ERR_MEMORY, format("%s: %s", ggml_backend_dev_name(inner_), why.c_str()));
             return nullptr;
+        }
+        if (!ring_->why().empty()) {
+            notice(format("%s: %s", config.model.c_str(), ring_->why().c_str()));
         }
         totals_.locked_bytes += staging_ring::block_bytes * staging_ring::n_blocks;
     }

@@ -8,12 +8,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 
 namespace rotary {
 
 staging_ring::staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner) :
     link_(std::move(side)), memory_(link_->host_memory(block_bytes * n_blocks)) {
-    if (!ok()) {
+    if (!memory_.memory) {
         return;
     }
     for (size_t i = 0; i < n_blocks; i++) {
@@ -23,8 +24,14 @@ staging_ring::staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner)
     }
     // More than what a mapping's page faults and one core's copying need, and no more than leaves the machine usable.
     const size_t n_threads = std::clamp<size_t>(std::thread::hardware_concurrency() / 2, 1, 4);
-    for (size_t i = 0; i < n_threads; i++) {
-        threads_.emplace_back([this] { work(); });
+    threads_.reserve(n_threads);
+    try {
+        while (threads_.size() < n_threads) {
+            threads_.emplace_back([this] { work(); });
+        }
+    } catch (const std::exception & refused) {
+        why_fewer_ = format("only %zu of %zu threads that copy could be started: %s", threads_.size(), n_threads,
+                            refused.what());
     }
 }
 

@@ -28,7 +28,9 @@ class staging_ring {
     staging_ring(const staging_ring &)             = delete;
     staging_ring & operator=(const staging_ring &) = delete;
 
-    bool ok() const { return memory_.memory != nullptr; } // page-locked memory was to be had
+    bool ok() const { return !threads_.empty(); }          // page-locked memory was to be had, and a thread
+
+    const std::string & why() const { return why_fewer_; } // threads; "" if there are as many as there should be
 
     struct piece {
         char *       to;    // on the device
@@ -51,6 +53,7 @@ class staging_ring {
     link::locked             memory_;
     std::vector<block>       blocks_;
     std::vector<std::thread> threads_;
+    std::string              why_fewer_;
     std::mutex               mutex_; // of all below, and of a block's turn
     std::condition_variable  changed_;
     std::vector<piece>       pieces_;
