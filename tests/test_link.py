@@ -267,7 +267,7 @@ def test_ways_of_locking(synthetic, stock_trace, late, budget):
         "asked": ({"pin": "off"}, 'pin is "off"'),
         "none": (
             {"environment": {"LATE_LOCK": "none"}},
-            "waits for each layer: no memory can be page-locked",
+            "waits for each layer: LATE0: no memory can be page-locked",
         ),
         "no link": ({"environment": {"ROTARY_LINK": "/nowhere/link.so"}}, "/nowhere/link.so"),
     }

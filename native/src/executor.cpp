@@ -33,7 +33,9 @@ executor::executor(ggml_backend_t inner) :
     filler_(inner), products_(inner) {}
 
 executor::~executor() {
-    ggml_backend_synchronize(inner_);
+    if (can_compute_here()) {
+        ggml_backend_synchronize(inner_);
+    }
     for (const std::weak_ptr<pool> & each : pools_) {
         if (const std::shared_ptr<pool> alive = each.lock()) {
             alive->forget(inner_);
@@ -43,13 +45,17 @@ executor::~executor() {
 
 // ---- graph
 
+// A forked child has its parent's handles of a GPU, and no way to it.
+bool executor::can_compute_here() const {
+    return made_in_ == fork_generation() ||
+           ggml_backend_dev_type(ggml_backend_get_device(inner_)) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
 ggml_status executor::compute(ggml_cgraph * graph) {
-    if (made_in_ != fork_generation() &&
-        ggml_backend_dev_type(ggml_backend_get_device(inner_)) != GGML_BACKEND_DEVICE_TYPE_CPU) {
-        fail(ROTARY_ERR_STATE,
-             format("%s: cannot be used in this process, which was forked after the model was loaded; "
-                    "load the model in this process",
-                    ggml_backend_name(inner_)));
+    if (!can_compute_here()) {
+        fail(ROTARY_ERR_STATE, format("%s: this process was forked after the model was loaded, so it cannot be used "
+                                      "here; load the model in this process",
+                                      ggml_backend_name(inner_)));
         return GGML_STATUS_FAILED;
     }
     return lost_threads(inner_) ? on_new_thread([&] { return compute_here(graph); }) : compute_here(graph);

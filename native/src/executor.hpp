@@ -27,6 +27,7 @@ class executor {
     ggml_status compute(ggml_cgraph * graph);
 
   private:
+    bool        can_compute_here() const;          // in this process
     ggml_status compute_here(ggml_cgraph * graph); // on this thread
     // direct: from host memory as it is; resident: every expert in its slot; slots: with rewritten ids; waves: in passes
     // on_device: in the slots that the inner device has resolved itself

@@ -26,17 +26,18 @@ pool::pool(ggml_backend_dev_t inner, pool_config chosen) :
     // Not waited for: a graph may take long, and wait for a lock of Python's that the one who forks holds.
     guard_([this] { locked_for_fork_ = mutex.try_lock(); },
            [this](bool in_child) {
-               if (locked_for_fork_) {
-                   mutex.unlock();
-               } else if (in_child) {
+               if (in_child && (!locked_for_fork_ || !inner_is_host_)) {
                    leave_incomplete();
+               } else if (locked_for_fork_) {
+                   mutex.unlock();
                }
            }) {}
 
 void pool::leave_incomplete() {
-    new (&mutex) std::mutex; // who held it is not here
+    new (&mutex) std::mutex; // who held it may not be here
     incomplete_ = true;
-    self_       = weak_from_this().lock();
+    (void) ring_.release();  // nor are its threads
+    self_ = weak_from_this().lock();
 }
 
 pool::~pool() {
@@ -194,9 +195,10 @@ std::vector<int32_t> pool::with_room_to_move(const std::vector<int32_t> & n_allo
 
 int32_t pool::prepare() {
     if (incomplete_) {
-        return fail(ROTARY_ERR_STATE, format("%s: this process was forked while its parent computed with the model; "
-                                             "what is here is incomplete; load the model in this process",
-                                             config.model.c_str()));
+        return fail(ROTARY_ERR_STATE,
+                    format("%s: this process was forked %s, so it cannot be used here; load the model in this process",
+                           config.model.c_str(),
+                           inner_is_host_ ? "while its parent computed with the model" : "after the model was loaded"));
     }
     if (prepared_ || tensors_.empty()) {
         if (status_ != ROTARY_OK) {
