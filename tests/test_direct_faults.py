@@ -9,6 +9,7 @@ real one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -102,7 +103,7 @@ WAYS = {  # the file system says how a direct read must be aligned, or does not,
     "direct": {},
     "page": {"no_statx": 1},
     "buffered": {"no_direct": 1},
-    "no io_uring": {"no_uring": 1},
+    "no io_uring": {"no_uring": errno.EPERM},
 }
 # Repacked slots are copied into; plain ones are read into, ahead of demand too where there are some to spare.
 WHERE_READ = [("q4_0", "min"), ("q8_0", "50%")]

@@ -19,7 +19,12 @@ from rotary_llamacpp import machine
 
 MIB = 1 << 20
 GIB = 1 << 30
-SOURCES = ("memory.cpp", "cgroup.cpp", "cpus.cpp")  # in native/src, what machine_host.cpp is compiled with
+SOURCES = (
+    "memory.cpp",
+    "cgroup.cpp",
+    "cpus.cpp",
+    "fork.cpp",
+)  # with machine_host.cpp
 V1_NO_LIMIT = 0x7FFFFFFFFFFFF000  # PAGE_COUNTER_MAX
 V1_NO_LIMIT_64K = 0x7FFFFFFFFFFF0000  # the same with pages of 64 KiB
 FREE = 50 * GIB

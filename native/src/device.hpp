@@ -65,7 +65,7 @@ class device {
 
     std::vector<ggml_backend_buffer_type_t> extra_bufts_;
 
-    mutable std::mutex             mutex_;
+    mutable fork_mutex             mutex_;
     std::shared_ptr<pool>          opened_; // by rotary_pool_open
     std::weak_ptr<pool>            from_environment_;
     pool_config                    environment_;

@@ -301,6 +301,9 @@ void direct_store::land(bool wait) {
             part & each = it->second;
             each.now    = result.error == 0 ? state::landed : state::failed;
             each.error  = result.error;
+            if (result.error != 0) {
+                each.block.reset(); // make_room() looks for what has landed
+            }
             (each.demanded ? demanded_bytes_ : prefetch_bytes_) -= key.first->expert_bytes;
         }
         in_flight_bytes_ -= its->second.bytes;

@@ -54,10 +54,11 @@ class direct_store {
 
     direct_store(std::unique_ptr<reader> reader, size_t staging_bytes, place_for place);
 
-    bool      ok() const { return area_.ok(); }
-    rotary_io io() const { return reader_->kind(); }
-    size_t    staging_bytes() const { return area_.size(); }
-    char *    staging() const { return area_.base(); }
+    bool                     ok() const { return area_.ok(); }
+    rotary_io                io() const { return reader_->kind(); }
+    std::vector<std::string> take_io_notices() { return reader_->take_notices(); } // see there
+    size_t                   staging_bytes() const { return area_.size(); }
+    char *                   staging() const { return area_.base(); }
 
     enum class found { absent, in_flight, landed };
 

@@ -30,13 +30,17 @@ std::string format(const char * fmt, ...) {
     return out;
 }
 
+void set_error(rotary_status status, const std::string & text) {
+    last_error_status = status;
+    last_error_text   = text;
+    last_error_static = nullptr;
+}
+
 // Logged first: who listens to the log may ask for something that fails.
 int32_t fail(rotary_status status, const std::string & text) {
     const std::string kept = text;
     GGML_LOG_ERROR("rotary: %s\n", kept.c_str());
-    last_error_status = status;
-    last_error_text   = kept;
-    last_error_static = nullptr;
+    set_error(status, kept);
     return status;
 }
 

@@ -16,6 +16,9 @@ __attribute__((format(printf, 1, 2))) std::string format(const char * fmt, ...);
 // Remember `text` as this thread's last error, log it, and hand `status` back.
 int32_t fail(rotary_status status, const std::string & text);
 
+// The same without a word in the log: the error of another thread, which has been logged there.
+void set_error(rotary_status status, const std::string & text);
+
 // That an exception came to where none may pass: memory ran out, or what it says. Needs no memory itself.
 int32_t fail_by_exception() noexcept; // call it in a handler
 

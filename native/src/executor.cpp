@@ -45,7 +45,9 @@ bool executor::make_events() {
 }
 
 executor::~executor() {
-    ggml_backend_synchronize(inner_);
+    if (can_compute_here()) {
+        ggml_backend_synchronize(inner_);
+    }
     for (const std::weak_ptr<pool> & each : pools_) {
         if (const std::shared_ptr<pool> alive = each.lock()) {
             alive->forget(inner_);
@@ -55,8 +57,26 @@ executor::~executor() {
 
 // ---- graph
 
+// A forked child has its parent's handles of a GPU, and no way to it.
+bool executor::can_compute_here() const {
+    return made_in_ == fork_generation() ||
+           ggml_backend_dev_type(ggml_backend_get_device(inner_)) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
 ggml_status executor::compute(ggml_cgraph * graph) {
-    return guarded(GGML_STATUS_ALLOC_FAILED, [&] { return compute_paged(graph); });
+    return guarded(GGML_STATUS_ALLOC_FAILED, [&] {
+        if (!can_compute_here()) {
+            fail(ROTARY_ERR_STATE,
+                 format("%s: this process was forked after the model was loaded, so it cannot be used here; load the "
+                        "model in this process",
+                        ggml_backend_name(inner_)));
+            return GGML_STATUS_FAILED;
+        }
+        if (!lost_threads(inner_)) {
+            return compute_paged(graph);
+        }
+        return on_new_thread([&] { return guarded(GGML_STATUS_ALLOC_FAILED, [&] { return compute_paged(graph); }); });
+    });
 }
 
 ggml_status executor::compute_paged(ggml_cgraph * graph) {
@@ -96,6 +116,7 @@ ggml_status executor::compute_paged(ggml_cgraph * graph) {
         pool->forget_slots();
     }
     pool->count_reads();
+    pool->announce_io();
     restore();
     lookup_ = {};
     if (pool->is_shared()) {

@@ -6,6 +6,8 @@
 
 #include "experience.hpp"
 #include "filler.hpp"
+#include "fork.hpp"
+#include "forked_compute.hpp"
 #include "pool.hpp"
 #include "predictors/router.hpp"
 
@@ -27,6 +29,7 @@ class executor {
     ggml_status compute(ggml_cgraph * graph);
 
   private:
+    bool can_compute_here() const; // in this process
     // direct: from host memory as it is; resident: every expert in its slot; slots: with rewritten ids; waves: in passes
     // on_device: in the slots that the inner device has resolved itself
     enum class mode { direct, resident, slots, waves, on_device };
@@ -118,6 +121,7 @@ class executor {
     };
 
     ggml_backend_t                   inner_;
+    const uint32_t                   made_in_ = fork_generation();
     ggml_backend_event_ptr           computed_; // the inner backend has come so far
     ggml_backend_event_ptr           paged_;    // the link has come so far
     ggml_backend_event_ptr           counted_;  // what the device has counted is with the host

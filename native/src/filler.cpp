@@ -5,6 +5,7 @@
 #include "filler.hpp"
 
 #include "clock.hpp"
+#include "forked_compute.hpp"
 
 #include "ggml-impl.h"
 
@@ -96,6 +97,9 @@ ggml_status slot_filler::copy_all(pool & pool) {
         return GGML_STATUS_SUCCESS;
     }
     next_ = 0;
+    if (lost_threads(inner_)) {
+        return on_new_thread([&] { return ggml_backend_graph_compute(inner_, graph_); });
+    }
     return ggml_backend_graph_compute(inner_, graph_);
 }
 

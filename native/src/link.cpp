@@ -5,6 +5,7 @@
 #include "link.hpp"
 
 #include "error.hpp"
+#include "fork.hpp"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
@@ -48,7 +49,7 @@ static const rotary_link_api * load_api(std::string & reason) {
 }
 
 std::shared_ptr<link> link::to(ggml_backend_dev_t inner, std::string & reason) {
-    static std::mutex                                        mutex;
+    static auto &                                            mutex = *new fork_mutex;
     static std::map<ggml_backend_dev_t, std::weak_ptr<link>> links;
 
     const std::string                 kind  = ggml_backend_reg_name(ggml_backend_dev_backend_reg(inner));

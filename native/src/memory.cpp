@@ -6,6 +6,7 @@
 #include "memory.hpp"
 
 #include "cgroup.hpp"
+#include "fork.hpp"
 
 #include <algorithm>
 #include <cinttypes>
@@ -88,8 +89,8 @@ host_memory host_memory_now(const std::string & root) {
     return memory;
 }
 
-static std::mutex slots_mutex;
-static auto & slots = *new std::map<const void *, const void *>; // begin, end; never destroyed: models may outlive it
+static auto & slots_mutex = *new fork_mutex; // never destroyed, nor are they: models may outlive our statics
+static auto & slots       = *new std::map<const void *, const void *>; // begin, end
 
 std::shared_ptr<void> host_memory_of_slots(const memory_range & range) {
     // Before the mutex is held: where there is no memory for it, the range is forgotten at once, which takes the mutex.

@@ -16,12 +16,30 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <new>
 
 namespace rotary {
 
 pool::pool(ggml_backend_dev_t inner, pool_config chosen) :
     config(std::move(chosen)), inner_(inner),
-    inner_is_host_(ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(inner))) {}
+    inner_is_host_(ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(inner))),
+    // Not waited for: a graph may take long, and wait for a lock of Python's that the one who forks holds.
+    guard_([this] { locked_for_fork_ = !held_here() && mutex.try_lock(); },
+           [this](bool in_child) {
+               if (in_child && (!locked_for_fork_ || !inner_is_host_)) {
+                   leave_incomplete();
+               } else if (locked_for_fork_) {
+                   mutex.unlock();
+               }
+           }) {}
+
+void pool::leave_incomplete() {
+    new (&mutex) std::mutex; // who held it may not be here
+    holder_     = std::thread::id();
+    incomplete_ = true;
+    (void) ring_.release(); // nor are its threads
+    self_ = weak_from_this().lock();
+}
 
 pool::~pool() {
     release();
@@ -80,6 +98,9 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
 
 void pool::remove_owner(const void * owner) {
     const hold lock(*this);
+    if (incomplete_) {
+        return;
+    }
     release();
     unlock_store(); // and locked again for those that stay
     const auto gone = std::stable_partition(tensors_.begin(), tensors_.end(),
@@ -190,6 +211,12 @@ int32_t pool::prepare() {
 }
 
 int32_t pool::size() {
+    if (incomplete_) {
+        return fail(ROTARY_ERR_STATE,
+                    format("%s: this process was forked %s, so it cannot be used here; load the model in this process",
+                           config.model.c_str(),
+                           inner_is_host_ ? "while its parent computed with the model" : "after the model was loaded"));
+    }
     if (prepared_ || tensors_.empty()) {
         if (status_ != ROTARY_OK) {
             return fail((rotary_status) status_, status_text_);
@@ -310,7 +337,7 @@ void pool::set_budget(const budget & wanted, const std::string & text) {
 }
 
 void pool::release() {
-    if (!prepared_) {
+    if (!prepared_ || incomplete_) {
         return;
     }
     for (ggml_backend_t user : users_) {
@@ -372,6 +399,9 @@ bool pool::use_from(ggml_backend_t backend) {
 
 void pool::forget(ggml_backend_t backend) {
     const hold lock(*this);
+    if (incomplete_) {
+        return;
+    }
     users_.erase(std::remove(users_.begin(), users_.end(), backend), users_.end());
 }
 

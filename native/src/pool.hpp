@@ -15,6 +15,7 @@
 #include "budget.hpp"
 #include "direct_store.hpp"
 #include "experience.hpp"
+#include "fork.hpp"
 #include "link.hpp"
 #include "predictors/predictor.hpp"
 #include "predictors/router.hpp"
@@ -150,7 +151,7 @@ struct pool_config {
 
 bool store_parse(const std::string & text, rotary_store & store); // "auto", "mmap", "direct"
 
-class pool {
+class pool : public std::enable_shared_from_this<pool> {
   public:
     pool(ggml_backend_dev_t inner, pool_config chosen);
     ~pool();
@@ -176,6 +177,8 @@ class pool {
     const char * fetch(const paged_tensor & tensor, int32_t expert);
     bool         fetchable(const paged_tensor & tensor, int32_t expert) const; // without waiting
     void         release(const paged_tensor & tensor, int32_t expert);
+
+    void announce_io(); // how the direct store reads, if that has changed
 
     // Make what has been read ahead into slots of a layer resident, and free what came in part only. What is still on
     // its way stays so; with `wait`, nothing is afterwards.
@@ -396,7 +399,7 @@ class pool {
     std::vector<ggml_backend_t>          users_;
     uint64_t                             generation_ = 0;
 
-    mutable std::mutex counter_mutex_;
+    mutable fork_mutex counter_mutex_;
     rotary_stats       totals_ = {}; // what layers do not count themselves
     std::atomic<bool>  tracing_{ false };
 
@@ -407,6 +410,13 @@ class pool {
     std::deque<std::string> notices_; // a deque: the texts handed out must not move
     size_t                  scratch_bytes_ = 0;
     bool                    reset_direct_  = false;
+
+    void leave_incomplete();
+
+    bool                  locked_for_fork_ = false;
+    bool                  incomplete_      = false; // a forked child's copy, made while a graph changed it
+    std::shared_ptr<pool> self_;                    // of such a one, which is never destroyed
+    fork_guard            guard_;                   // last
 };
 
 } // namespace rotary

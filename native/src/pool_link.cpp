@@ -159,6 +159,9 @@ staging_ring * pool::ring() {
             fail(ROTARY_ERR_MEMORY, format("%s: %s", ggml_backend_dev_name(inner_), reason.c_str()));
             return nullptr;
         }
+        if (!ring_->why().empty()) {
+            notice(format("%s: %s", config.model.c_str(), ring_->why().c_str()));
+        }
         const std::lock_guard<std::mutex> lock(counter_mutex_);
         totals_.locked_bytes += staging_ring::block_bytes * staging_ring::n_blocks;
     }

@@ -10,6 +10,7 @@
 #include "pool.hpp"
 
 #include "error.hpp"
+#include "fork.hpp"
 #include "memory.hpp"
 
 #include "ggml-impl.h"
@@ -29,8 +30,8 @@ struct known_experts {
     std::string path; // of their file, if they are in one
 };
 
-static std::mutex ranges_mutex;
-static auto &     ranges = *new std::map<const char *, known_experts>;
+static auto & ranges_mutex = *new fork_mutex;
+static auto & ranges       = *new std::map<const char *, known_experts>;
 
 void register_experts(const paged_tensor & tensor) {
     const std::lock_guard<std::mutex> lock(ranges_mutex);
@@ -57,9 +58,9 @@ static std::vector<memory_range> all_experts(std::set<std::string> & paths) {
 
 // Known to all pools too: a pool of the environment begins with its first expert, and what one device takes concerns what
 // another one's pool takes over.
-static std::mutex copied_mutex;
-static auto &     copied_now      = *new std::set<std::string>;
-static bool       copied_all_told = false; // experts have come: the next question is about another model
+static auto & copied_mutex    = *new fork_mutex;
+static auto & copied_now      = *new std::set<std::string>;
+static bool   copied_all_told = false; // experts have come: the next question is about another model
 
 void note_weight(const std::string & name, bool copied) {
     const std::lock_guard<std::mutex> lock(copied_mutex);
@@ -167,9 +168,7 @@ void pool::choose_store() {
                       config.model.c_str(), mib(in_files).c_str(), mib(memory.available).c_str(),
                       direct_->io() == ROTARY_IO_URING ? "io_uring" : "threads");
     }
-    if (direct_->io() == ROTARY_IO_THREADS && !threads_asked_for()) {
-        notice(format("%s: io_uring is not to be had here; reads go through threads", config.model.c_str()));
-    }
+    announce_io();
     if (!(*files.begin())->is_direct()) {
         notice(format("%s: its file system refuses direct reads; they go through the page cache",
                       (*files.begin())->path().c_str()));
@@ -199,7 +198,7 @@ bool pool::open_direct() {
     std::unique_ptr<direct_store> store;
     if (!direct_ || direct_->staging_bytes() < least) {
         store = std::make_unique<direct_store>(
-            reader_new(),
+            std::make_unique<reader>(),
             staging_bytes(config.staging_bytes, host_memory_now().available, least, one_token, totals_.expert_bytes),
             [this](const paged_tensor & tensor, int32_t expert) { return place_for(tensor, expert); });
         if (!store->ok()) {
@@ -254,6 +253,17 @@ bool pool::open_direct() {
     totals_.io            = direct_->io();
     totals_.staging_bytes = direct_->staging_bytes();
     return true;
+}
+
+void pool::announce_io() {
+    if (!direct_) {
+        return;
+    }
+    for (const std::string & text : direct_->take_io_notices()) {
+        notice(format("%s: %s", config.model.c_str(), text.c_str()));
+    }
+    const std::lock_guard<std::mutex> lock(counter_mutex_);
+    totals_.io = direct_->io();
 }
 
 // ---- bytes

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 
 namespace rotary {
 
@@ -29,8 +30,17 @@ staging_ring::staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner,
     }
     // More than what a mapping's page faults and one core's copying need, and no more than leaves the machine usable.
     const size_t n_threads = std::clamp<size_t>(cpu_count() / 2, 1, 4);
-    for (size_t i = 0; i < n_threads; i++) {
-        threads_.emplace_back([this] { work(); });
+    threads_.reserve(n_threads);
+    try {
+        while (threads_.size() < n_threads) {
+            threads_.emplace_back([this] { work(); });
+        }
+    } catch (const std::exception & refused) {
+        why_fewer_ = format("only %zu of %zu threads that copy could be started: %s", threads_.size(), n_threads,
+                            refused.what());
+        if (threads_.empty()) {
+            reason = why_fewer_;
+        }
     }
 }
 

@@ -30,6 +30,9 @@ class staging_ring {
 
     bool ok() const { return !threads_.empty(); } // else with the reason
 
+    // Why there are fewer threads than there should be; "" if there are as many.
+    const std::string & why() const { return why_fewer_; }
+
     struct piece {
         char *       to;    // on the device
         const char * from;
@@ -51,6 +54,7 @@ class staging_ring {
     link::locked             memory_;
     std::vector<block>       blocks_;
     std::vector<std::thread> threads_;
+    std::string              why_fewer_;
     std::mutex               mutex_; // of all below, and of a block's turn
     std::condition_variable  changed_;
     std::vector<piece>       pieces_;

@@ -5,6 +5,7 @@
 #include "weight_file.hpp"
 
 #include "error.hpp"
+#include "fork.hpp"
 #include "rotary.h"
 
 #include <algorithm>
@@ -66,7 +67,7 @@ static bool mapping_at(const char * address, mapping & found) {
 
 // ---- file
 
-static std::mutex files_mutex;
+static auto & files_mutex = *new fork_mutex;
 // By device and inode. Never destroyed: models may outlive our statics.
 static auto & files = *new std::map<std::pair<uint64_t, uint64_t>, std::weak_ptr<weight_file>>;
 
