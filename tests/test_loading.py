@@ -62,7 +62,7 @@ def test_built_for_another_cpu(native, tmp_path):
 
 
 def test_machine_is_that_of_the_process(native, monkeypatch):
-    # uname tells the kernel's, or a personality's (setarch, 32-bit containers): neither says what can be loaded.
+    # uname tells the kernel's, or that of a personality (setarch, 32-bit containers).
     here = platform.machine()
     monkeypatch.setattr(platform, "machine", lambda: {"x86_64": "i686"}.get(here, "armv8l"))
     machine.check_library_machine(native.path)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: MIT
+"""Emulated machines (`make machines`): the library under other processors and page sizes, without io_uring.
+
+    run.py LLAMA_CPP [MACHINE...]
+
+Builds the library and upstream's llama-simple for x86-64 and aarch64 in build/machines/<arch>, runs them
+under Debian's qemu-user, and prints one line per machine: greedy text of the committed model, its experts
+paged at the smallest budget, from the mapping and with direct reads, must equal that of stock llama.cpp
+on the same machine. qemu-user has no io_uring, so the direct store reads with threads there; on this
+machine, which comes first, it takes what there is. Exit status: 0 if all texts are equal, 1 if not, 2 if
+something that is needed is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BUILD = ROOT / "build" / "machines"
+MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
+
+ARGS = ["-m", str(MODEL), "-n", "24", "In the beginning"]
+LEAST_WORDS = 10  # of the text, that something is compared at all
+HANGS_S = 1800
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    arch: str
+    cpu: str | None  # qemu's name; None is no emulation
+    page_bytes: int = 4096
+
+
+# qemu 7.2 emulates AVX2 but not AVX-512, which it leaves out of the models that have it, and knows no
+# Neoverse V1 and V2: "max" with their vector lengths stands for them. The page size is the kernel's
+# choice: 16 KiB on the Raspberry Pi 5, 64 KiB on some distributions' servers.
+MACHINES = [
+    Machine("this-machine", platform.machine(), None),
+    Machine("qemu64", "x86_64", "qemu64"),
+    Machine("Nehalem", "x86_64", "Nehalem"),
+    Machine("SandyBridge", "x86_64", "SandyBridge"),
+    Machine("Haswell", "x86_64", "Haswell"),
+    Machine("Skylake-Server", "x86_64", "Skylake-Server"),
+    Machine("Icelake-Server", "x86_64", "Icelake-Server"),
+    Machine("EPYC-Rome", "x86_64", "EPYC-Rome"),
+    Machine("EPYC-Milan", "x86_64", "EPYC-Milan"),
+    Machine("x86-max", "x86_64", "max"),
+    Machine("Raspberry-Pi-4", "aarch64", "cortex-a72"),
+    Machine("Raspberry-Pi-5", "aarch64", "cortex-a76", 16384),
+    Machine("Graviton-2", "aarch64", "neoverse-n1"),
+    Machine("Graviton-2-64K", "aarch64", "neoverse-n1", 65536),
+    Machine("A64FX", "aarch64", "a64fx", 65536),
+    Machine("Graviton-3", "aarch64", "max,sve128=on,sve256=on,sve-default-vector-length=32"),
+    Machine("Graviton-4", "aarch64", "max,sve128=on,sve-default-vector-length=16"),
+]
+
+# The variants of llama.cpp's CPU backend that the machines above choose, and one for this machine's AVX-512.
+VARIANTS = {
+    "x86_64": ["x64", "sse42", "sandybridge", "haswell", "icelake"],
+    "aarch64": ["armv8.0_1", "armv8.2_2", "armv8.6_2"],
+}
+
+
+class Missing(Exception):
+    """Something that must be installed or made first; the text says what."""
+
+
+# ---- what is needed
+
+
+def check_tools(machines: list[Machine]) -> None:
+    """Raise Missing with all that is not there, and the Debian packages that bring it."""
+    wanted = {}  # program -> package
+    for each in machines:
+        if each.cpu is not None:
+            wanted[f"qemu-{each.arch}"] = "qemu-user"
+        if each.arch != platform.machine():
+            wanted[f"{each.arch}-linux-gnu-g++"] = f"g++-{each.arch.replace('_', '-')}-linux-gnu"
+    missing = {program: package for program, package in wanted.items() if not shutil.which(program)}
+    if missing:
+        raise Missing(
+            f"machines: {', '.join(missing)} not found; needed to emulate other processors; install them "
+            f"(Debian: apt-get install {' '.join(sorted(set(missing.values())))})"
+        )
+    if not MODEL.is_file():
+        raise Missing(f"{MODEL.relative_to(ROOT)}: not there; the committed model is run; check it out again")
+
+
+def libraries(arch: str) -> Path:
+    """Directory above the C library's `lib` of the cross compiler for `arch`, as qemu's -L wants it."""
+    command = [f"{arch}-linux-gnu-g++", "-print-file-name=libc.so.6"]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    if not Path(found).is_absolute():
+        raise Missing(
+            f"{arch}-linux-gnu-g++: it has no libc.so.6; the C library to link with; install it "
+            f"(Debian: apt-get install libc6-dev-{ {'aarch64': 'arm64', 'x86_64': 'amd64'}[arch] }-cross)"
+        )
+    return Path(found).resolve().parent.parent
+
+
+def build(arch: str, llama_cpp: Path) -> None:
+    tools = Path(sys.executable).parent  # cmake and ninja of the virtual environment
+    path = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
+    configure = ["cmake", "-S", str(ROOT / "tests" / "machines"), "-B", str(BUILD / arch), "-G", "Ninja"]
+    configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DROTARY_LLAMA_CPP_DIR={llama_cpp}"]
+    configure += [f"-DROTARY_CPU_VARIANTS={';'.join(VARIANTS[arch])}"]
+    if arch != platform.machine():
+        toolchain = ROOT / "tests" / "machines" / "toolchain.cmake"
+        configure += [f"-DCMAKE_TOOLCHAIN_FILE={toolchain}", f"-DROTARY_ARCH={arch}"]
+    progress = [sys.executable, str(ROOT / ".ci" / "progress.py")]
+    shell = ["sh", "-ec", '"$@"; exec cmake --build "$0"', str(BUILD / arch)]
+    command = [*progress, f"machines for {arch}", str(BUILD / f"{arch}.log"), *shell, *configure]
+    if subprocess.run(command, env=os.environ | {"PATH": path}, check=False).returncode != 0:
+        raise Missing(f"machines: not built for {arch}, see above; mend what the compiler names")
+
+
+# ---- runs
+
+
+def run(machine: Machine, program: str, *args: str, **environment: str) -> tuple[str, str]:
+    """Run a program of the build; what it wrote to stdout and to stderr.
+
+    Raises
+    ------
+    RuntimeError
+        It failed or hung; the text has its last line.
+    """
+    directory = BUILD / machine.arch / "bin"
+    command = [str(directory / program), *args]
+    if machine.cpu is not None:
+        qemu = [f"qemu-{machine.arch}", "-cpu", machine.cpu, "-p", str(machine.page_bytes)]
+        if machine.arch != platform.machine():
+            qemu += ["-L", str(libraries(machine.arch))]
+        command = qemu + command
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ROTARY_", "GGML_", "LLAMA_", "QEMU_"))}
+    # Two threads, which emulation has enough work with, and which do not spin for each other.
+    kept |= {"OMP_THREAD_LIMIT": "2", "OMP_WAIT_POLICY": "passive", "LD_LIBRARY_PATH": str(directory)}
+    try:
+        done = subprocess.run(
+            command,
+            env=kept | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=HANGS_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{program}: not done in {HANGS_S} s") from None
+    out, err = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
+    if done.returncode != 0:
+        last = (err.strip() or out.strip() or "nothing said").splitlines()[-1]
+        raise RuntimeError(f"{program}: exit status {done.returncode}: {last[:200]}")
+    return out, err
+
+
+def paged_like(machine: Machine, stock: str, store: str) -> str:
+    """Page with `store` and compare with the text of `stock`: "equal", or what is not as it should be."""
+    library = BUILD / machine.arch / "bin" / "libggml-rotary.so"
+    try:
+        text, log = run(
+            machine,
+            "llama-simple",
+            *ARGS,
+            GGML_BACKEND_PATH=str(library),
+            ROTARY_INNER="CPU",
+            ROTARY_BUDGET="min",
+            ROTARY_STORE=store,
+            ROTARY_STATS="1",
+        )
+    except RuntimeError as error:
+        return str(error)
+    count = {key: int(value) for key, value in re.findall(r"\b(\w+)=(\d+)\b", log)}
+    if text != stock:
+        return f"differs: {text!r}, stock {stock!r}"
+    if not (count.get("misses") and count.get("evictions")):
+        return "nothing was paged"
+    if (count.get("bytes_read", 0) > 0) != (store == "direct"):
+        return f"store {store}, but {count.get('bytes_read')} bytes read directly"
+    if store == "direct" and machine.cpu is not None and "reads go through threads" not in log:
+        return "equal (io_uring)"
+    return "equal"
+
+
+def try_machine(machine: Machine) -> list[str]:
+    """Cells of its row: name, processor, page size, what ggml sees, text by mmap, text by direct reads."""
+    cpu = "none" if machine.cpu is None else machine.cpu.split(",")[0]
+    try:
+        seen, log = run(machine, "processor")
+        variant = re.findall(r"libggml-cpu-([\w.]+)\.so", log)[-1]
+        features, page = seen.splitlines()
+        stock, _ = run(machine, "llama-simple", *ARGS)
+    except RuntimeError as error:
+        return [machine.name, cpu, "", "", str(error), ""]
+    if len(stock.split()) < LEAST_WORDS:
+        return [machine.name, cpu, page, variant, f"stock says only {stock!r}", ""]
+    texts = [paged_like(machine, stock, store) for store in ("mmap", "direct")]
+    left_out = {"LLAMAFILE", "OPENMP", "REPACK"}
+    flags = " ".join(flag for flag in features.split() if flag not in left_out)
+    return [machine.name, cpu, f"{int(page) // 1024} KiB", f"{variant}: {flags}", *texts]
+
+
+def main() -> int:
+    llama_cpp, names = Path(sys.argv[1]).resolve(), sys.argv[2:]
+    unknown = set(names) - {each.name for each in MACHINES}
+    if unknown:
+        known = ", ".join(each.name for each in MACHINES)
+        raise Missing(f"machines: {', '.join(sorted(unknown))}: no such machine; {known}; name some of these")
+    machines = [each for each in MACHINES if (not names or each.name in names) and each.arch in VARIANTS]
+    check_tools(machines)
+    for arch in sorted({each.arch for each in machines}):
+        build(arch, llama_cpp)
+    print("| machine | emulated CPU | page | ggml's variant and what it uses | mmap | direct | time |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    failed = 0
+    for machine in machines:
+        start = time.monotonic()
+        cells = try_machine(machine)
+        failed += not all(text.startswith("equal") for text in cells[-2:])
+        print(f"| {' | '.join(cells)} | {time.monotonic() - start:.0f} s |", flush=True)
+    print(f"{len(machines) - failed} of {len(machines)} machines write the text of stock llama.cpp")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Missing as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
