@@ -34,25 +34,6 @@ CPU_FEATURES = {
 }  # fmt: skip
 
 
-def _machine_of(header: bytes) -> str:
-    """Name of the machine that an ELF header is for."""
-    (number,) = struct.unpack_from("<H" if header[5] == 1 else ">H", header, 18)
-    return _ELF_MACHINES.get(number, f"machine {number}")
-
-
-def _this_machine() -> str:
-    """What this process runs as: that can be less than the kernel's machine, which is what uname tells."""
-    try:
-        with open("/proc/self/exe", "rb") as file:
-            header = file.read(64)
-        if header[:4] == b"\x7fELF" and len(header) >= 20:
-            return _machine_of(header)
-    except OSError:
-        pass
-    here = platform.machine().lower()
-    return _ALIASES.get(here, here)
-
-
 def check_library_machine(path: Path) -> None:
     """Refuse a shared library that this machine cannot load.
 
@@ -73,10 +54,13 @@ def check_library_machine(path: Path) -> None:
     if header[:4] != b"\x7fELF" or len(header) < 64:
         raise LibraryError(f"{path}: not an ELF shared library; expected libggml-rotary.so; build it again")
     order = "<" if header[5] == 1 else ">"
-    built, here = _machine_of(header), _this_machine()
+    (number,) = struct.unpack_from(order + "H", header, 18)
+    built = _ELF_MACHINES.get(number, f"machine {number}")
+    here = platform.machine().lower()
+    here = _ALIASES.get(here, here)
     if built != here:
         raise LibraryError(
-            f"{path}: built for {built}, this Python for {here}; a library runs on its own CPU only; "
+            f"{path}: built for {built}, this machine is {here}; a library runs on its own CPU only; "
             "build it here with `pip install .`"
         )
     if header[4] == 2:  # 64 bits: the section headers come last; dlopen of a truncated file may die of SIGBUS

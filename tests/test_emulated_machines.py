@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`make machines` itself: what it says where it cannot run. The machines are not run here, that takes minutes."""
+"""What `make machines` says where it cannot run. The machines are not run here: that takes minutes."""
 
 import re
 import subprocess
