@@ -7,8 +7,13 @@ Builds the library and upstream's llama-simple for x86-64 and aarch64 in build/m
 under Debian's qemu-user, and prints one line per machine: greedy text of the committed model, its experts
 paged from the mapping and with direct reads, must equal that of stock llama.cpp on the same machine.
 qemu-user has no io_uring, so the direct store reads with threads there; on this machine, which comes
-first, it takes what there is. Exit status: 0 if all texts are equal, 1 if not, 2 if something that is
-needed is missing.
+first, it takes what there is.
+
+The column "installed" is the package itself with the llama-cpp-python that was compiled on this machine, if
+it has been: it must run here, and elsewhere run or be refused, because it would die of an illegal
+instruction, by an error.
+
+Exit status: 0 if all is well, 1 if not, 2 if something that is needed is missing.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 
 ARGS = ["-m", str(MODEL), "-n", "64", "In the beginning"]
 BUDGETS = ["min", "25%"]
+NO_INSTRUCTIONS = {"LLAMAFILE", "OPENMP", "REPACK"}  # among the features that ggml tells
 LEAST_WORDS = 25  # of the text, that something is compared at all
 HANGS_S = 1800
 
@@ -69,6 +75,20 @@ VARIANTS = {
     "x86_64": ["x64", "sse42", "sandybridge", "haswell", "icelake"],
     "aarch64": ["armv8.0_1", "armv8.2_2", "armv8.6_2"],
 }
+
+
+# In this environment's Python.
+LOAD = """if True:
+    import numpy
+    print("no answer", flush=True)
+    from rotary_llamacpp import _native
+    from rotary_llamacpp.errors import LibraryError
+    try:
+        _native.load()
+        print("runs")
+    except LibraryError as error:
+        print("refused" if "illegal instruction" in str(error) else error)
+"""
 
 
 class Missing(Exception):
@@ -127,6 +147,18 @@ def build(arch: str, llama_cpp: Path) -> None:
 # ---- runs
 
 
+def emulator(machine: Machine) -> list[str]:
+    """What stands before a command to run it there."""
+    if machine.cpu is None:
+        return []
+    qemu = [f"qemu-{machine.arch}", "-cpu", machine.cpu, "-p", str(machine.page_bytes)]
+    return qemu if machine.arch == platform.machine() else [*qemu, "-L", str(libraries(machine.arch))]
+
+
+def last_line(text: str) -> str:
+    return (text.strip() or "nothing said").splitlines()[-1][:200]
+
+
 def run(machine: Machine, program: str, *args: str, **environment: str) -> tuple[str, str]:
     """Run a program of the build; what it wrote to stdout and to stderr.
 
@@ -136,12 +168,7 @@ def run(machine: Machine, program: str, *args: str, **environment: str) -> tuple
         It failed or hung; the text has its last line.
     """
     directory = BUILD / machine.arch / "bin"
-    command = [str(directory / program), *args]
-    if machine.cpu is not None:
-        qemu = [f"qemu-{machine.arch}", "-cpu", machine.cpu, "-p", str(machine.page_bytes)]
-        if machine.arch != platform.machine():
-            qemu += ["-L", str(libraries(machine.arch))]
-        command = qemu + command
+    command = [*emulator(machine), str(directory / program), *args]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("ROTARY_", "GGML_", "LLAMA_", "QEMU_"))}
     # Two threads, which emulation has enough work with, and which do not spin for each other.
     kept |= {"OMP_THREAD_LIMIT": "2", "OMP_WAIT_POLICY": "passive", "LD_LIBRARY_PATH": str(directory)}
@@ -158,8 +185,7 @@ def run(machine: Machine, program: str, *args: str, **environment: str) -> tuple
         raise RuntimeError(f"{program}: not done in {HANGS_S} s") from None
     out, err = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
     if done.returncode != 0:
-        last = (err.strip() or out.strip() or "nothing said").splitlines()[-1]
-        raise RuntimeError(f"{program}: exit status {done.returncode}: {last[:200]}")
+        raise RuntimeError(f"{program}: exit status {done.returncode}: {last_line(err or out)}")
     return out, err
 
 
@@ -191,22 +217,45 @@ def compare(machine: Machine, stock: str, store: str) -> str:
     return "equal, by threads" if "reads go through threads" in log else "equal, by io_uring"
 
 
-def try_machine(machine: Machine) -> list[str]:
-    """Cells of its row: name, processor, page size, what ggml sees, text by mmap, text by direct reads."""
+def installed(machine: Machine) -> str:
+    """Load the package with the llama-cpp-python compiled here: "runs", "refused", or what went wrong."""
+    if machine.arch != platform.machine() or not (ROOT / "rotary_llamacpp" / "lib").is_dir():
+        return "-"
+    done = subprocess.run(
+        [*emulator(machine), sys.executable, "-c", LOAD],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_S,
+        check=False,
+    )
+    said = done.stdout.splitlines()
+    if not said:
+        return "no numpy"  # which wants a processor of its own
+    return said[-1] if done.returncode == 0 else f"exit status {done.returncode}: {last_line(done.stderr)}"
+
+
+def try_machine(machine: Machine) -> tuple[list[str], bool]:
+    """The cells of its row, as in the table's head, and whether all is well."""
     cpu = "none" if machine.cpu is None else machine.cpu.split(",")[0]
+    row = [machine.name, cpu, f"{machine.page_bytes // 1024} KiB"]
     try:
         seen, log = run(machine, "processor")
         variant = re.findall(r"libggml-cpu-([\w.]+)\.so", log)[-1]
         features, page = seen.splitlines()
         stock, _ = run(machine, "llama-simple", *ARGS)
     except RuntimeError as error:
-        return [machine.name, cpu, "", "", str(error), ""]
+        return [*row, str(error), "", "", ""], False
+    row[-1] = f"{int(page) // 1024} KiB"
+    row.append(f"{variant}: {' '.join(flag for flag in features.split() if flag not in NO_INSTRUCTIONS)}")
     if len(stock.split()) < LEAST_WORDS:
-        return [machine.name, cpu, page, variant, f"stock says only {stock!r}", ""]
-    texts = [compare(machine, stock, store) for store in ("mmap", "direct")]
-    left_out = {"LLAMAFILE", "OPENMP", "REPACK"}
-    flags = " ".join(flag for flag in features.split() if flag not in left_out)
-    return [machine.name, cpu, f"{int(page) // 1024} KiB", f"{variant}: {flags}", *texts]
+        return [*row, f"stock says only {stock!r}", "", ""], False
+    row += [compare(machine, stock, store) for store in ("mmap", "direct")]
+    row.append(installed(machine))
+    well = all(text.startswith("equal") for text in row[-3:-1])
+    there = {"-", "runs"} if machine.cpu is None else {"-", "runs", "refused", "no numpy"}
+    return row, well and row[-1] in there
 
 
 def main() -> int:
@@ -219,15 +268,15 @@ def main() -> int:
     check_tools(machines)
     for arch in sorted({each.arch for each in machines}):
         build(arch, llama_cpp)
-    print("| machine | emulated CPU | page | ggml's variant and what it uses | mmap | direct | time |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    head = "machine | CPU | page | ggml's variant and what it uses | mmap | direct | installed | time"
+    print(f"| {head} |\n|{'---|' * len(head.split(' | '))}", flush=True)
     failed = 0
     for machine in machines:
         start = time.monotonic()
-        cells = try_machine(machine)
-        failed += not all(text.startswith("equal") for text in cells[-2:])
+        cells, well = try_machine(machine)
+        failed += not well
         print(f"| {' | '.join(cells)} | {time.monotonic() - start:.0f} s |", flush=True)
-    print(f"{len(machines) - failed} of {len(machines)} machines write the text of stock llama.cpp")
+    print(f"{len(machines) - failed} of {len(machines)} machines are well")
     return 1 if failed else 0
 
 
