@@ -248,7 +248,7 @@ def try_machine(machine: Machine) -> tuple[list[str], bool]:
     except RuntimeError as error:
         return [*row, str(error), "", "", ""], False
     row[-1] = f"{int(page) // 1024} KiB"
-    row.append(f"{variant}: {' '.join(flag for flag in features.split() if flag not in NO_INSTRUCTIONS)}")
+    row.append(" ".join([variant, *(each for each in features.split() if each not in NO_INSTRUCTIONS)]))
     if len(stock.split()) < LEAST_WORDS:
         return [*row, f"stock says only {stock!r}", "", ""], False
     row += [compare(machine, stock, store) for store in ("mmap", "direct")]
@@ -268,7 +268,7 @@ def main() -> int:
     check_tools(machines)
     for arch in sorted({each.arch for each in machines}):
         build(arch, llama_cpp)
-    head = "machine | CPU | page | ggml's variant and what it uses | mmap | direct | installed | time"
+    head = "machine | CPU | page | ggml's variant and its features | mmap | direct | installed | time"
     print(f"| {head} |\n|{'---|' * len(head.split(' | '))}", flush=True)
     failed = 0
     for machine in machines:
