@@ -3,6 +3,7 @@
 #   make run           generate text from the committed model with a quarter of its experts resident
 #   make test          all tests, upstream's conformance programs included
 #   make conformance   only those
+#   make machines      paged against stock on processors that Debian's qemu-user emulates, x86-64 and Arm
 #   make bench         paged against stock, in turn
 #   make lint          ruff, mypy, clang-format
 #   make clean         remove what was built, but for the downloaded llama-cpp-python and its wheel
@@ -33,7 +34,7 @@ NATIVE  := CMakeLists.txt $(shell find native -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: run test conformance bench lint clean setup programs
+.PHONY: run test conformance machines bench lint clean setup programs
 
 run: setup
 	$(VENV)/bin/rotary run $(MODEL) -p "$(PROMPT)" -n 64 --budget 25% --temp 0.8 --seed 1
@@ -44,6 +45,10 @@ test: setup programs
 conformance: setup programs
 	$(PY) -m pytest -m conformance
 
+# Builds llama.cpp twice: about twenty minutes of one core, then minutes. MACHINES names some of them.
+machines: $(VENV)/.made $(SDIST)/PKG-INFO
+	@$(PY) tests/machines/run.py $(SDIST)/vendor/llama.cpp $(MACHINES)
+
 bench: setup
 	$(PY) benchmarks/decode.py $(MODEL)
 
@@ -51,10 +56,14 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+<<<<<<< HEAD
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find native/src native/cuda tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
+=======
+	$(VENV)/bin/clang-format --dry-run -Werror native/src/*.* native/src/policies/* native/src/predictors/* native/cuda/* tests/conformance/*.c tests/machines/*.c tests/*.c tests/*.cpp
+>>>>>>> machines
 
 clean:
-	rm -rf $(VENV) build/native build/conformance build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include
+	rm -rf $(VENV) build/native build/conformance build/machines build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include
 	rm -rf *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find rotary_llamacpp models tests -name __pycache__ -prune -exec rm -rf {} +
 

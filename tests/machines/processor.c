@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: MIT
+//
+// What llama.cpp sees of the processor it runs on: one line with the features of the CPU backend it chose, and the
+// system's page size. The backend's own file is in ggml's log on stderr.
+#include "ggml-backend.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+int main(void) {
+    ggml_backend_load_all();
+    ggml_backend_reg_t reg = ggml_backend_reg_by_name("CPU");
+    if (reg == NULL) {
+        fprintf(stderr, "processor: no CPU backend suits this processor\n");
+        return 1;
+    }
+    ggml_backend_get_features_t get;
+    *(void **) &get = ggml_backend_reg_get_proc_address(reg, "ggml_backend_get_features");
+    for (struct ggml_backend_feature * its = get(reg); its->name != NULL; its++) {
+        printf(strcmp(its->value, "1") == 0 ? "%s " : "%s=%s ", its->name, its->value);
+    }
+    printf("\n%ld\n", sysconf(_SC_PAGESIZE));
+    return 0;
+}
