@@ -27,10 +27,18 @@ std::string format(const char * fmt, ...) {
     return out;
 }
 
+// Names, environment values and words of users may have line breaks and escape sequences in them.
+static std::string one_line(std::string text) {
+    for (char & c : text) {
+        c = (unsigned char) c < ' ' || c == 0x7f ? '?' : c;
+    }
+    return text;
+}
+
 int32_t fail(rotary_status status, const std::string & text) {
     last_error_status = status;
-    last_error_text   = text;
-    GGML_LOG_ERROR("rotary: %s\n", text.c_str());
+    last_error_text   = one_line(text);
+    GGML_LOG_ERROR("rotary: %s\n", last_error_text.c_str());
     return status;
 }
 
