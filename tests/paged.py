@@ -126,7 +126,7 @@ def faulty_disk(folder: Path) -> dict[str, str]:
     library = folder / "faulty_disk.so"
     source = ROOT / "tests" / "faulty_disk.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
-    return {"LD_PRELOAD": str(library)}
+    return {"LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()}  # a sanitizer's runtime first
 
 
 class Disk:
@@ -174,5 +174,6 @@ def pure_logic(folder: Path, host: str, *sources: str) -> ctypes.CDLL:
         f"-I{native}",
     ]
     files = [ROOT / "tests" / host, *(native / each for each in sources)]
+    flags += os.environ.get("ROTARY_TESTS_CXXFLAGS", "").split()  # tests/sanitize
     subprocess.run([compiler, *flags, *files, "-o", library], check=True)
     return ctypes.CDLL(str(library))

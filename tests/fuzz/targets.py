@@ -232,7 +232,6 @@ class Load(Gguf):
         if not paged:
             devices = self.library.devices_without_rotary()
             params.devices = ctypes.cast(devices, ctypes.c_void_p)
-        api.llama_log_set(api.llama_log_callback(lambda *_: None), None)
         api.llama_model_default_params = lambda: params
         try:
             llama = self.llama_cpp.Llama(
@@ -306,7 +305,7 @@ class Archives(Target):
         if name == "meta" and rng.random() < 0.9:
             try:
                 raw = spoiled_json(rng, json.loads(array.tobytes())).encode("utf-8", "replace")
-            except (ValueError, TypeError, IndexError):  # spoiled before
+            except (ValueError, TypeError, IndexError, RecursionError):  # spoiled before
                 return
             arrays[name] = np.frombuffer(raw, np.uint8)
             return
@@ -531,16 +530,19 @@ class Budgets(Target):
         super().__init__(folder)
         self.library = _native.load()
 
-    def divide(self, said: bytes, layers: list[tuple[int, int, int]]) -> int:
+    def divide(self, text: bytes, layers: list[tuple[int, int, int]]) -> int:
         """The library's status; its text is one line."""
         ffi, c = self.library.ffi, self.library.c
         slots, taken = ffi.new("int32_t[]", len(layers)), ffi.new("uint64_t *")
         sizes = ffi.new("rotary_layer_size[]", layers)
-        status = c.rotary_budget_divide(said, sizes, len(layers), rng_free(layers), slots, taken)
+        status = c.rotary_budget_divide(text, sizes, len(layers), rng_free(layers), slots, taken)
         if status < 0:
-            one_line(self.library.text(c.rotary_last_error()))
+            said = self.library.text(c.rotary_last_error())
+            if len(said.encode().splitlines()) != 1:
+                raise Fault(f"a refusal that is not one line of text: {said[:300]!r}")
+            one_line(str(RotaryError(said)))
         elif not all(used <= n <= all_ for n, (_, all_, used) in zip(slots, layers, strict=True)):
-            raise Fault(f"{said[:100]!r}: {list(slots)} slots of {layers}")
+            raise Fault(f"{text[:100]!r}: {list(slots)} slots of {layers}")
         return status
 
     def case(self, rng: Random) -> str:
