@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import json
@@ -50,10 +51,14 @@ from rotary_llamacpp.errors import RotaryError  # noqa: E402
 from rotary_llamacpp.gguf_header import read_header  # noqa: E402
 
 MIB = 1 << 20
-THREADS = {"n_threads": 1, "n_threads_batch": 1}
+# Quiet by QUIET: where stock is not verbose it turns the process's own stdout away meanwhile, one thread for all.
+OURS = {**OPTIONS, "n_threads": 1, "n_threads_batch": 1, "n_ubatch": 32, "verbose": True}
 QUIET = llama_api.llama_log_callback(lambda *_: None)
-# Memory that the end may have more than the first third: fragments of malloc's, of hundreds of models made.
-GROWTH_BYTES = 48 * MIB
+# Memory that the end may have more than the first third. Of one heap: with one for each thread, freed pieces in them
+# come and go by a hundred megabytes.
+GROWTH_BYTES = 24 * MIB
+ONE_HEAP = "MALLOC_ARENA_MAX"
+EVERY_SECONDS = float(os.environ.get("SOAK_EVERY", "30"))  # a line of progress
 STUCK_SECONDS = 300  # in one step: then where every thread is is printed, and it ends
 BUDGETS = ("min", "25%", "50%", "100%", "5 slots", "auto")
 SHORT, LONG = 6, 40
@@ -75,7 +80,7 @@ class Model:
         """In a process of its own, which never sees this package."""
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.npz"
-            options = {**THREADS, "n_prompt": n_prompt, "n_decode": N_DECODE, "n_ubatch": 32}
+            options = {"n_prompt": n_prompt, "n_decode": N_DECODE, "n_ubatch": 32}
             options["use_extra_bufts"] = self.repack
             if self.lora is not None:
                 options["lora_path"] = str(self.lora)
@@ -87,7 +92,7 @@ class Model:
         """Paged, as asked."""
         rotary = {"repack": self.repack, "verbose": False, **rotary}
         more = {"lora_path": str(self.lora)} if self.lora else {}
-        return Llama(str(path or self.path), rotary=rotary, **{**OPTIONS, **THREADS, "n_ubatch": 32, **more})
+        return Llama(str(path or self.path), rotary=rotary, **OURS, **more)
 
     def check(self, llama: Any, rng: Random) -> None:
         """Compute a prompt and an answer: every bit of every logit is stock's."""
@@ -323,7 +328,7 @@ def adapted_model(world: World, which: str) -> Model:
     with adapting:
         if which not in adapted:
             base = world.models[0].path
-            lora = adapter(base, world.folder / f"{which}.gguf", (which,), 1)
+            lora = adapter(base, world.folder / f"{which}.gguf", (f"{which}.weight",), 1)
             adapted[which] = Model(base, lora=lora)
         return adapted[which]
 
@@ -354,8 +359,6 @@ def late_adapters(world: World, rng: Random) -> None:
 
 def set_adapters(llama: Any, which: list[Any]) -> None:
     """Those that a context applies, of weight 1."""
-    import ctypes
-
     handles = (llama_api.llama_adapter_lora_p_ctypes * len(which))(*which)
     scales = (ctypes.c_float * len(which))(*[1.0] * len(which))
     if llama_api.llama_set_adapters_lora(llama._ctx.ctx, handles, len(which), scales) != 0:
@@ -366,7 +369,7 @@ def memory(world: World, rng: Random) -> None:
     """Another process takes half of what is available, and gives it back while a model runs."""
     from rotary_llamacpp.machine import available_memory
 
-    n_bytes = min(int(available_memory() * 0.5), 4 << 30)
+    n_bytes = min(available_memory() // 2, 2 << 30)
     eater = subprocess.Popen(
         [sys.executable, "-c", f"a = bytearray({n_bytes}); a[::4096] = b'x' * len(a[::4096]); print(1, flush=True);"
          "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -437,7 +440,7 @@ def forks(world: World, rng: Random) -> None:
                 if what == "exits":
                     llama.close()
             except BaseException:
-                traceback.print_exc()
+                print(f"wrong: child: {traceback.format_exc()}", flush=True)
             finally:
                 os._exit(status)
         model.check(llama, rng)
@@ -457,14 +460,14 @@ def dropped(world: World, rng: Random) -> None:
     with tempfile.NamedTemporaryFile(dir=world.folder, suffix=".gguf") as file:
         file.write(model.path.read_bytes()[: rng.randint(1, 4000)])
         file.flush()
-        refuses(lambda: Llama(file.name, rotary="min", verbose=False))
+        refuses(lambda: Llama(file.name, rotary="min"))
     refuses(lambda: model.load(budget="1"), "budget")
 
 
 def stock_beside(world: World, rng: Random) -> None:
     """Stock's class in the same process, beside a paged model."""
     with loaded(world, rng) as (model, llama):
-        plain = llama_cpp.Llama(str(world.models[0].path), **{**OPTIONS, **THREADS, "n_ubatch": 32})
+        plain = llama_cpp.Llama(str(world.models[0].path), **OURS)
         try:
             model.check(llama, rng)
             world.models[0].check(plain, rng)
@@ -538,6 +541,7 @@ def work(world: World, turns: Turns, names: list[str], seed: int, number: int) -
 def state() -> dict[str, int]:
     """What may leak."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what threads that are gone had freed in heaps of their own
     statm = Path("/proc/self/statm").read_text().split()
     shared = int(statm[2])
     return {
@@ -567,7 +571,8 @@ def leaks(before: dict[str, int], after: dict[str, int]) -> list[str]:
 def soak(names: list[str], minutes: float, seed: int, n_threads: int) -> int:
     """Run; the exit status."""
     logging.disable(logging.CRITICAL)  # fallbacks are announced, again and again
-    faulthandler.enable()
+    faulthandler.enable(file=sys.stdout)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # stock's words on its models
     llama_api.llama_log_set(QUIET, None)
     _native.load()
     with tempfile.TemporaryDirectory(prefix="rotary-soak-") as folder:
@@ -588,7 +593,7 @@ def soak(names: list[str], minutes: float, seed: int, n_threads: int) -> int:
             worker.join(STUCK_SECONDS)
         stuck = [name for name, _ in world.steps.values()]
         if stuck:
-            faulthandler.dump_traceback(all_threads=True)
+            faulthandler.dump_traceback(sys.stdout, all_threads=True)
             print(f"soak: {', '.join(stuck)} did not end within {STUCK_SECONDS} s", flush=True)
             os._exit(1)
         after = state()
@@ -609,14 +614,14 @@ def watch(world: World, turns: Turns, begin: float, seconds: float) -> dict[str,
         time.sleep(min(1.0, begin + seconds - now))
         for name, since in list(world.steps.values()):
             if now - since > STUCK_SECONDS:
-                faulthandler.dump_traceback(all_threads=True)
+                faulthandler.dump_traceback(sys.stdout, all_threads=True)
                 print(f"soak: {name} is stuck for {now - since:.0f} s", flush=True)
                 os._exit(1)
         if before is None and now > begin + seconds / 3:
             before = at_rest(turns)
-        if now > said + 30:
+        if now > said + EVERY_SECONDS:
             said = now
-            print(report(world, begin, state()), flush=True)
+            print(report(world, begin, at_rest(turns)), flush=True)
     return before or at_rest(turns)
 
 
@@ -641,6 +646,9 @@ def main() -> int:
     names = [name for name in given.only.split(",") if name not in given.without.split(",")]
     if unknown := sorted(set(names) - set(INGREDIENTS)):
         parser.error(f"no such ingredient: {', '.join(unknown)}; there are {', '.join(INGREDIENTS)}")
+    if ONE_HEAP not in os.environ:
+        os.environ[ONE_HEAP] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])  # read when a process begins
     return soak(names, given.minutes, given.seed, given.threads)
 
 
