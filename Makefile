@@ -6,6 +6,9 @@
 #   make machines      paged against stock on processors that Debian's qemu-user emulates, x86-64 and Arm
 #   make bench         paged against stock, in turn
 #   make lint          ruff, mypy, clang-format
+#   make fuzz          10,000 damaged inputs of each kind (FUZZ="--seed 2 --only gguf"); minutes
+#   make sanitize      the native tests with ASan and UBSan, then with TSan (SANITIZE=address); builds llama.cpp again
+#   make soak          everything at once for SOAK_MINUTES=20, logits compared with stock's (SOAK="--only forks")
 #   make clean         remove what was built, but for the downloaded llama-cpp-python and its wheel
 #
 # Each sets up what it needs first, in .venv and build/. Wanted of the machine: Python 3.11 with venv, a C and C++
@@ -20,6 +23,7 @@ SHELL       := /bin/bash
 PYTHON ?= python3
 MODEL  ?= models/tiny-moe-q8_0.gguf
 PROMPT ?= In the beginning
+SOAK_MINUTES ?= 20
 
 VENV    := .venv
 PY      := $(VENV)/bin/python
@@ -34,7 +38,7 @@ NATIVE  := CMakeLists.txt $(shell find native -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: run test conformance machines bench lint clean setup programs
+.PHONY: run test conformance machines bench lint fuzz sanitize soak clean setup programs
 
 run: setup
 	$(VENV)/bin/rotary run $(MODEL) -p "$(PROMPT)" -n 64 --budget 25% --temp 0.8 --seed 1
@@ -56,14 +60,19 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-<<<<<<< HEAD
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find native/src native/cuda tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
-=======
-	$(VENV)/bin/clang-format --dry-run -Werror native/src/*.* native/src/policies/* native/src/predictors/* native/cuda/* tests/conformance/*.c tests/machines/*.c tests/*.c tests/*.cpp
->>>>>>> machines
+
+fuzz: setup
+	$(PY) tests/fuzz/run.py $(FUZZ)
+
+sanitize: setup programs
+	$(PY) tests/sanitize/run.py $(SANITIZE)
+
+soak: setup
+	$(PY) tests/soak/run.py --minutes $(SOAK_MINUTES) $(SOAK)
 
 clean:
-	rm -rf $(VENV) build/native build/conformance build/machines build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include
+	rm -rf $(VENV) build/native build/sanitize build/conformance build/machines build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include
 	rm -rf *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find rotary_llamacpp models tests -name __pycache__ -prune -exec rm -rf {} +
 

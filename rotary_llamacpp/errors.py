@@ -10,6 +10,15 @@ written for stock keeps catching them.
 class RotaryError(Exception):
     """Root of the package's errors."""
 
+    def __str__(self) -> str:
+        # Names, metadata and words of users may have line breaks and escape sequences in them.
+        text = super().__str__()
+        return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(letter: str) -> str:
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+
 
 class ModelError(RotaryError, ValueError):
     """The model file is missing, damaged or not a GGUF."""

@@ -43,6 +43,20 @@ def size(path: Path) -> int:
         return 0
 
 
+def _check(names: object, stages: object, layout: object, done: object) -> None:
+    """A ValueError for what no journal says."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("files")
+    if not isinstance(stages, dict) or not isinstance(layout, str):
+        raise ValueError("stages")
+    if (
+        not isinstance(done, list)
+        or len(done) != 2
+        or not all(type(n) is int and 0 <= n < 1 << 63 for n in done)
+    ):
+        raise ValueError("done")
+
+
 class Journal:
     """``OUT.part.json``: what is being made out of what, and how many bytes of it are durable.
 
@@ -98,14 +112,15 @@ class Journal:
         self.stale = True
         try:
             found = json.loads(raw)
-            files = {name for name in found["files"] if name.endswith(".part") and Path(name).name == name}
-            stages, layout, (file, n_bytes) = dict(found["stages"]), found["layout"], found["done"]
-        except (ValueError, KeyError, TypeError):
+            names, stages, layout, done = (found[key] for key in ("files", "stages", "layout", "done"))
+            _check(names, stages, layout, done)
+        except (ValueError, KeyError, TypeError, RecursionError):
             self._cut_off = True
             return
+        files = {name for name in names if name.endswith(".part") and Path(name).name == name}
         if found["subject"] == self.subject:
             self.stale, self._files = False, files
-            self._stages, self._layout, self.done = stages, layout, [int(file), int(n_bytes)]
+            self._stages, self._layout, self.done = stages, layout, done
         else:
             self._remove(files)
 
@@ -152,7 +167,7 @@ class Journal:
         for output in layout.outputs:
             digest.update(os.fsencode(f"{output.path.name}\n{output.n_bytes}\n") + output.header)
         there = (size(part(output.path)) == output.n_bytes for output in layout.outputs)
-        n_needed = self.done[0] + (self.done[1] > 0)
+        n_needed = min(self.done[0] + (self.done[1] > 0), len(layout.outputs))
         if self._layout != digest.hexdigest() or not all(itertools.islice(there, n_needed)):
             self.done = [0, 0]
         self._layout = digest.hexdigest()

@@ -26,6 +26,7 @@ from .gguf_header import check_regular, read_header
 from .traces import DAMAGED, Trace, writing
 
 FORMAT = 1
+_MOST_PAIRS = 1 << 27  # a gibibyte while they are counted
 KEY = "rotary.profile"  # of the model's metadata: array of bytes, the archive
 
 
@@ -74,6 +75,11 @@ def learn(traces: Sequence[Trace]) -> Profile:
         They are of different models.
     """
     layers, n_expert = traces[0].layers, traces[0].n_expert
+    if len(layers) * n_expert**2 > _MOST_PAIRS:
+        raise RotaryError(
+            f"traces: {len(layers)} layers of {n_expert} experts have {len(layers) * n_expert**2} pairs of "
+            f"experts; {_MOST_PAIRS} at most; check that they are of a model"
+        )
     uses = np.zeros((len(layers), n_expert))
     pairs = np.zeros((max(len(layers) - 1, 0), n_expert, n_expert))
     tokens = np.zeros(len(layers))
@@ -138,11 +144,17 @@ def _read(file: str | os.PathLike[str] | io.BytesIO, name: object) -> Profile:
         n_layers, n_expert = popularity.shape
         if meta["format"] != FORMAT or len(meta["layers"]) != n_layers:
             raise ValueError(f"format {meta['format']}, {n_layers} layers")
-        if pairs.shape != (n_layers - 1, n_expert, n_expert) or popularity.dtype.kind != "f":
+        if pairs.shape != (n_layers - 1, n_expert, n_expert):
             raise ValueError("arrays of different shapes")
+        if not (_are_shares(popularity) and _are_shares(pairs)):
+            raise ValueError("shares that are none")
         popularity = np.ascontiguousarray(popularity, np.float32)  # the library reads it so
         layers = [int(layer) for layer in meta["layers"]]
-        return Profile(layers, popularity, pairs, int(meta["n_tokens"]), dict(meta["about"]))
+        if len({*layers}) < n_layers or not all(0 <= layer < 1 << 31 for layer in layers):
+            raise ValueError(f"layers {layers}")
+        if not 0 <= (n_tokens := int(meta["n_tokens"])) < 1 << 63:
+            raise ValueError(f"{n_tokens} tokens")
+        return Profile(layers, popularity, pairs, n_tokens, dict(meta["about"]))
     except OSError as error:
         raise RotaryError(
             f"{name}: cannot be read, {error.strerror or error}; a profile of `rotary profile`; check it"
@@ -151,3 +163,8 @@ def _read(file: str | os.PathLike[str] | io.BytesIO, name: object) -> Profile:
         raise RotaryError(
             f"{name}: not a profile, or damaged; an archive of `rotary profile` is expected; make it anew"
         ) from error
+
+
+def _are_shares(array: NDArray[Any]) -> bool:
+    """Not quite at most 1: rounded, and of a router that names an expert twice, they may be more."""
+    return array.dtype.kind == "f" and bool(((array >= 0) & (array <= 1024)).all())

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from .errors import RotaryError
 from .gguf_header import check_regular
+from .info import MOST_EXPERTS
 
 PREFILL, DECODE = 0, 1
 FORMAT = 1
@@ -218,9 +219,14 @@ def _read_archive(path: Path) -> Trace:
     if arrays["weights"].shape != shape or len(arrays["resident"]) != (n + 7) // 8:
         raise ValueError("arrays of different shapes")
     arrays["resident"] = np.unpackbits(arrays["resident"])[:n].reshape(shape).astype(bool)
+    if arrays["weights"].dtype.kind != "f" or not isinstance(meta["about"], dict):
+        raise ValueError(f"weights of {arrays['weights'].dtype}")
+    whole = {name: _whole(array) for name, array in arrays.items() if name not in ("weights", "resident")}
     return _checked(
         Trace(
-            **{name: _wide(array) for name, array in arrays.items()},
+            **whole,
+            weights=arrays["weights"].astype(np.float32),
+            resident=arrays["resident"],
             n_expert=int(meta["n_expert"]),
             expert_bytes={int(layer): int(size) for layer, size in meta["expert_bytes"].items()},
             about=meta["about"],
@@ -228,8 +234,14 @@ def _read_archive(path: Path) -> Trace:
     )
 
 
-def _wide(array: NDArray[Any]) -> NDArray[Any]:
-    return array.astype(np.int32) if array.dtype.kind == "i" else array
+def _whole(array: NDArray[Any]) -> NDArray[np.int32]:
+    """Whole numbers, written as such or, in CSV, as floats."""
+    if array.dtype.kind not in "iuf" or not (np.abs(array.astype(np.float64)) < 1 << 31).all():
+        raise ValueError(f"{array.dtype}, or numbers of over 32 bits")
+    whole = array.astype(np.int32)
+    if not (whole == array).all():
+        raise ValueError("numbers that are not whole")
+    return whole
 
 
 def _read_csv(path: Path) -> Trace:
@@ -251,18 +263,21 @@ def _read_csv(path: Path) -> Trace:
     table = np.array(rows, np.float64).reshape(len(rows), 9)
     if len(table) == 0:
         raise ValueError("no rows")
-    keys = table[:, :4].astype(np.int32)
+    keys = _whole(table[:, :4])
+    if not (np.abs(table[:, 8]) < 1 << 63).all():
+        raise ValueError("a size that is none")
     new = np.ones(len(keys), bool)
     new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
-    row, slot = np.cumsum(new) - 1, table[:, 4].astype(np.int32)
+    row, slot = np.cumsum(new) - 1, _whole(table[:, 4])
     n_used = int(slot.max()) + 1
     if slot.min() < 0 or n_used > 1024:
         raise ValueError(f"slot {slot.min()} to {slot.max()}")
     experts = np.full((row[-1] + 1, n_used), -1, np.int32)
     weights = np.full(experts.shape, np.nan, np.float32)
     resident = np.zeros(experts.shape, bool)
-    experts[row, slot] = table[:, 5]
-    weights[row, slot] = table[:, 6]
+    experts[row, slot] = _whole(table[:, 5])
+    with np.errstate(over="ignore"):
+        weights[row, slot] = table[:, 6]
     resident[row, slot] = table[:, 7] > 0
     for layer in np.unique(keys[:, 3]).tolist():
         expert_bytes.setdefault(layer, int(table[keys[:, 3] == layer, 8].max()))
@@ -282,6 +297,10 @@ def _checked(trace: Trace) -> Trace:
         raise ValueError(f"{len(experts)} rows")
     if experts.min() < -1 or experts.max() >= trace.n_expert or (experts[:, 0] < 0).any():
         raise ValueError(f"experts {experts.min()} to {experts.max()} of {trace.n_expert}")
+    if not experts.shape[1] <= trace.n_expert <= MOST_EXPERTS or trace.layer.min() < 0:
+        raise ValueError(f"{experts.shape[1]} experts used of {trace.n_expert}")
+    if not all(0 <= layer < 1 << 31 and 0 <= size < 1 << 63 for layer, size in trace.expert_bytes.items()):
+        raise ValueError("sizes that are none")
     if not set(np.unique(trace.layer).tolist()) <= trace.expert_bytes.keys():
         raise ValueError("a layer without its size")
     if not np.isin(trace.phase, (PREFILL, DECODE)).all():

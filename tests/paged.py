@@ -164,7 +164,9 @@ def preload(folder: Path, source: Path) -> dict[str, str]:
     if not library.exists():
         command = [compiler, "-shared", "-fPIC", "-O2", "-fexceptions", "-o", library, source, "-ldl"]
         subprocess.run(command, check=True)
-    return {"LD_PRELOAD": str(library)}
+    return {
+        "LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()
+    }  # a sanitizer's runtime first
 
 
 def faulty_disk(folder: Path) -> dict[str, str]:
@@ -258,5 +260,6 @@ def pure_logic(folder: Path, host: str, *sources: str) -> ctypes.CDLL:
         f"-I{native}",
     ]
     files = [ROOT / "tests" / host, *(native / each for each in sources)]
+    flags += os.environ.get("ROTARY_TESTS_CXXFLAGS", "").split()  # tests/sanitize
     subprocess.run([compiler, *flags, *files, "-o", library], check=True)
     return ctypes.CDLL(str(library))

@@ -22,7 +22,7 @@ from rotary_llamacpp import copying, quantising
 from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.info import read_shards
-from rotary_llamacpp.journal import note_path, part
+from rotary_llamacpp.journal import Journal, note_path, part
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -112,6 +112,31 @@ def test_what_is_left_is_not_trusted_blindly(tiny_model, tmp_path, monkeypatch, 
     convert(tiny_model, out)
     assert tensor_bytes([read_header(out)]) == tensor_bytes([read_header(tiny_model)])
     assert_nothing_else(tmp_path, out)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": [1]}, {"files": "x.part"}, {"files": None}, {"stages": [[1, 2]]}, {"stages": 1}, {"layout": 7},
+        {"done": ["x", 0]}, {"done": [0, 2**70]}, {"done": [-1, 0]}, {"done": [0.5, 1]}, {"done": 3},
+        {"done": [2**63, 1]},
+    ],
+)  # fmt: skip
+def test_a_journal_of_other_values(tiny_model, tmp_path, changes):
+    # As of one that was cut off, only that it was a journal is believed.
+    out = tmp_path / "out.gguf"
+    journal = Journal(out, {"a": 1})
+    journal.note(0, 4096)
+    journal.close(remove=False)
+    found = json.loads(note_path(out).read_text())
+    note_path(out).write_text(json.dumps(found | changes))
+    again = Journal(out, {"a": 1})
+    assert again.stale and not again.resumable
+    again.claim([part(out)])
+    again.close(remove=True)
+    note_path(out).write_text('{"subject": ' + "[" * 100000)
+    Journal(out, {"a": 1}).close(remove=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_quantised_is_kept_when_the_copy_is_interrupted(tiny_model, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 from rotary_llamacpp import errors
 
@@ -12,6 +13,13 @@ def test_one_root():
     kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
     assert len(kinds) == 7
     assert all(issubclass(kind, errors.RotaryError) for kind in kinds)
+
+
+def test_messages_are_one_line():
+    # Whatever a file's name, a header's text or a user's word has in it.
+    error = errors.ModelError("a\nb\x1b[31m\u2028\x85: tab\there, caf\u00e9; limit; advice")
+    assert str(error) == "a\\nb\\x1b[31m\\u2028\\x85: tab\\there, caf\u00e9; limit; advice"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_stock_callers_keep_catching():

@@ -41,6 +41,35 @@ def test_learnt_by_hand():
         profiles.learn([first, made([[[1, 2]]])])
 
 
+def test_no_room_for_pairs():
+    with pytest.raises(RotaryError, match=r"traces: .* pairs of experts"):
+        profiles.learn([made([[[1], [2]]], n_expert=1 << 16)])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda profile: {"pairs": profile.pairs.astype(complex)},
+        lambda profile: {"pairs": profile.pairs.astype("M8[s]")},
+        lambda profile: {"pairs": profile.pairs.astype(np.float32) + np.nan},
+        lambda profile: {"popularity": profile.popularity - np.inf},
+        lambda profile: {"popularity": profile.popularity.astype(np.float64) * 1e300},
+        lambda profile: {"layers": [0, 0]},
+        lambda profile: {"layers": [0, 2**40]},
+        lambda profile: {"n_tokens": 2**70},
+    ],
+)
+def test_archives_of_something_else(tmp_path, spoil):
+    path, good = tmp_path / "bad.profile", numbered(n_layers=2)
+    changes = spoil(good)
+    for name, value in changes.items():
+        setattr(good, name, value)
+    good.save(path)
+    with pytest.raises(RotaryError, match="not a profile"):
+        profiles.load(path)
+
+
 def test_written_and_read(tmp_path):
     path = profiles.beside(tmp_path / "model.gguf")
     assert path.name == "model.gguf.profile"

@@ -262,9 +262,44 @@ def test_damaged_files(recorded, tmp_path):
             assert found.experts.max() < found.n_expert
 
 
+def wrong_arrays():
+    """What changes an archive's arrays so that it is none any more, by what is wrong."""
+    yield "complex experts", lambda arrays: arrays.update(experts=arrays["experts"].astype(complex))
+    yield "dates", lambda arrays: arrays.update(sequence=arrays["sequence"].astype("M8[s]"))
+    yield "layers in rows", lambda arrays: arrays.update(layer=arrays["layer"][:, None])
+    yield "a number too large", lambda arrays: arrays.update(step=arrays["step"].astype(np.int64) + 2**32)
+    yield "weights that are integers", lambda arrays: arrays.update(weights=arrays["weights"].astype(int))
+    yield "resident bits that are floats", lambda arrays: arrays.update(resident=arrays["resident"] / 1)
+    yield "two experts used of one", lambda arrays: change_meta(arrays, n_expert=1)
+    yield "more experts than there are", lambda arrays: change_meta(arrays, n_expert=2**40)
+    yield "a list about it", lambda arrays: change_meta(arrays, about=[1])
+    yield "sizes below nothing", lambda arrays: change_meta(arrays, expert_bytes={"0": -1})
+
+
+def change_meta(arrays, **changes):
+    found = json.loads(arrays["meta"].tobytes()) | changes
+    arrays["meta"] = np.frombuffer(json.dumps(found).encode(), np.uint8)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("what", "spoil"), [pytest.param(*each, id=each[0]) for each in wrong_arrays()])
+def test_archives_of_something_else(tmp_path, what, spoil):
+    arrays = made([[[0, 0]]])._archive()
+    spoil(arrays)
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(RotaryError, match="not a routing trace"):
+        traces.load(tmp_path / "bad.npz")
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    "text", ["", "a,b,c\n", "0,0,0,0,0,5,x,0,1\n", "0,0,0,0,-1,5,0.5,0,1\n", "0,2,0,0,0,5,0.5,0,1\n"]
-)
+    "text",
+    [
+        "", "a,b,c\n", "0,0,0,0,0,5,x,0,1\n", "0,0,0,0,-1,5,0.5,0,1\n", "0,2,0,0,0,5,0.5,0,1\n",
+        "nan,0,0,0,0,5,0.5,0,1\n", "0,0,0,0,inf,5,0.5,0,1\n", "0,0,0,0,0,1e300,0.5,0,1\n",
+        "0,0,0,0,0,5,0.5,0,1e30\n", "0,0,0,0.5,0,5,0.5,0,1\n", "# n_expert=1e9\n0,0,0,0,0,5,0.5,0,1\n",
+    ],
+)  # fmt: skip
 def test_no_trace(tmp_path, text):
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(RotaryError, match="not a routing trace"):

@@ -30,6 +30,14 @@ std::string format(const char * fmt, ...) {
     return out;
 }
 
+// Names, environment values and words of users may have line breaks and escape sequences in them.
+static std::string one_line(std::string text) {
+    for (char & c : text) {
+        c = (unsigned char) c < ' ' || c == 0x7f ? '?' : c;
+    }
+    return text;
+}
+
 void set_error(rotary_status status, const std::string & text) {
     last_error_status = status;
     last_error_text   = text;
@@ -38,7 +46,7 @@ void set_error(rotary_status status, const std::string & text) {
 
 // Logged first: who listens to the log may ask for something that fails.
 int32_t fail(rotary_status status, const std::string & text) {
-    const std::string kept = text;
+    const std::string kept = one_line(text);
     GGML_LOG_ERROR("rotary: %s\n", kept.c_str());
     set_error(status, kept);
     return status;

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""Runs the native library's tests with sanitizers in it: ASan and UBSan, or TSan.
+
+    python tests/sanitize/run.py [address|thread ...] [--only tests,archs] [-k EXPRESSION]
+
+Builds the library into build/sanitize/<kind>/native. Under ASan everything else is as it is elsewhere. Under
+TSan llama.cpp is built too, with TSan in it and without OpenMP, whose barriers TSan does not know: minutes,
+once. Whatever a sanitizer says ends its process, so that the test that ran it fails. What is suppressed is
+others' code, with a reason each, in the .supp files here. Exit status: 0 clean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from rotary_llamacpp import pinned  # noqa: E402
+
+KINDS = ("address", "thread")
+RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
+# What runs native code; not what reads files, prints plans or needs terminals.
+TESTS = (
+    "test_direct_faults.py", "test_direct.py", "test_exactness.py", "test_native_budget.py",
+    "test_native_fallbacks.py", "test_native_sharing.py", "test_llama.py", "test_link.py",
+    "test_slots.py", "test_split.py", "test_page_table.py", "test_experience.py", "test_policies.py",
+    "test_predictors.py", "test_profiles.py", "test_traces.py", "test_loading.py",
+)  # fmt: skip
+# A sanitizer's own memory is most of what such a process has, and lies where it pleases: tests that measure memory or
+# limit its addresses say nothing there.
+NOT_THESE = (
+    "auto_budget_shrinks", "a_stated_budget_is_not_lowered", "no_address_space", "nobody_elses_memory",
+)  # fmt: skip
+# Of test-llama-archs, which goes through all architectures.
+STORES = ({"DIRECT": "0"}, {"DIRECT": "1"}, {"STORE": "direct"})
+
+
+def llama_cpp() -> Path:
+    """The source of the pinned llama.cpp."""
+    there = ROOT / "build" / "sdist" / f"llama_cpp_python-{pinned.LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
+    return Path(os.environ.get("ROTARY_LLAMA_CPP_DIR", there)).resolve()
+
+
+def tool(name: str) -> str:
+    """cmake and ninja are beside the Python that runs this, or the system's."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name) or name
+
+
+def cmake(source: Path, build: Path, *options: str, targets: tuple[str, ...] = ()) -> None:
+    """Configure and build."""
+    build.mkdir(parents=True, exist_ok=True)
+    common = (f"-DROTARY_LLAMA_CPP_DIR={llama_cpp()}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
+    command = [tool("cmake"), "-S", str(source), "-B", str(build), "-G", "Ninja", *common, *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    wanted = [word for target in targets for word in ("--target", target)]
+    subprocess.run([tool("cmake"), "--build", str(build), *wanted], check=True, stdout=subprocess.DEVNULL)
+
+
+def build(kind: str) -> tuple[Path, Path]:
+    """The library, and the folder of upstream's programs and libraries."""
+    place = ROOT / "build" / "sanitize" / kind
+    cmake(ROOT, place / "native", f"-DROTARY_SANITIZE={kind}", "-DROTARY_CUDA=OFF")
+    programs = ROOT / "build" / "conformance" / "bin"
+    if kind == "thread":
+        flags = "-fsanitize=thread -g1 -fno-omit-frame-pointer"
+        options = (f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_CXX_FLAGS={flags}", "-DGGML_OPENMP=OFF")
+        cmake(
+            ROOT / "tests" / "conformance", place / "upstream", "-DCMAKE_BUILD_TYPE=Release", *options,
+            targets=("preload", "test-llama-archs"),
+        )  # fmt: skip
+        programs = place / "upstream" / "bin"
+    return place / "native" / "libggml-rotary.so", programs
+
+
+def runtime(kind: str) -> str:
+    """The sanitizer's shared library, which comes before everything else."""
+    compiler = os.environ.get("CC", "cc")
+    name = RUNTIMES[kind]
+    said = subprocess.run(
+        [compiler, f"-print-file-name={name}"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return str(Path(said.stdout.strip()).resolve())
+
+
+def environment(kind: str, library: Path, programs: Path) -> dict[str, str]:
+    """Of a process that has the sanitizer in it."""
+    found = {key: value for key, value in os.environ.items() if not key.startswith("ROTARY_")}
+    found |= {
+        "ROTARY_LIBRARY": str(library),
+        "ROTARY_TESTS_CXXFLAGS": f"-fsanitize={kind} -g",
+        "LD_PRELOAD": runtime(kind),
+        "OMP_WAIT_POLICY": "passive",
+        # Python and llama.cpp keep what they have to the end: leaks are for `archs` alone.
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1:strict_init_order=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "TSAN_OPTIONS": f"halt_on_error=1:second_deadlock_stack=1:history_size=4:suppressions={HERE}/thread.supp",
+        "LSAN_OPTIONS": f"suppressions={HERE}/leak.supp:print_suppressions=0",
+    }
+    if kind == "thread":
+        found["LLAMA_CPP_LIB_PATH"] = str(programs)
+    return found
+
+
+def tests(kind: str, library: Path, programs: Path, expression: str | None) -> bool:
+    """The native tests and the fault tests, in Python."""
+    which = [str(ROOT / "tests" / name) for name in TESTS]
+    wanted = (
+        f"({expression}) and not ({' or '.join(NOT_THESE)})"
+        if expression
+        else f"not ({' or '.join(NOT_THESE)})"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which, "-k", wanted]
+    env = environment(kind, library, programs)
+    return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode == 0
+
+
+def archs(kind: str, library: Path, programs: Path) -> bool:
+    """Upstream's test of all architectures, on ROTARY0 with two slots for eight experts."""
+    clean = True
+    for store in STORES:
+        env = environment(kind, library, programs)
+        env |= {f"ROTARY_{key}": value for key, value in {"BUDGET": "min", "INNER": "CPU", **store}.items()}
+        env["GGML_BACKEND_PATH"] = str(library)
+        env["LD_PRELOAD"] += f" {programs / 'libpreload.so'}"
+        env["ASAN_OPTIONS"] = env["ASAN_OPTIONS"].replace("detect_leaks=0", "detect_leaks=1")
+        command = [str(programs / "test-llama-archs"), "-b", "ROTARY0", "-s", "1"]
+        ran = subprocess.run(command, env=env, check=False, capture_output=True)
+        said = (ran.stdout + ran.stderr).decode(errors="replace")
+        good = ran.returncode == 0
+        print(
+            f"{kind}: test-llama-archs, {store}: {'clean' if good else f'exit status {ran.returncode}'}",
+            flush=True,
+        )
+        if not good:
+            print(said[-12000:])
+            clean = False
+    return clean
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("kinds", nargs="*", default=[], help="address, thread; both by default")
+    parser.add_argument("--only", default="tests,archs")
+    parser.add_argument("-k", dest="expression", help="of tests, as pytest has it")
+    given = parser.parse_args()
+    clean = True
+    for kind in given.kinds or KINDS:
+        library, programs = build(kind)
+        if "tests" in given.only:
+            clean = tests(kind, library, programs, given.expression) and clean
+        if "archs" in given.only:
+            clean = archs(kind, library, programs) and clean
+    return 0 if clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,658 @@
+# SPDX-License-Identifier: MIT
+"""Runs everything that may go wrong beside everything else, for long, and compares logits with stock's throughout.
+
+    python tests/soak/run.py [--minutes 20] [--seed 1] [--only generate,budgets,forks] [--without forks]
+
+Ingredients are functions here, each drawn again and again by threads of one process that share its models:
+`Model` is one that is paged, with the logits that stock computes for it in a process of its own. What is
+exact must be so every time; what must fail must fail with the package's own error of one line. A line of
+progress every half minute. At the end, memory is compared with that after the first third; so are threads,
+descriptors and files. Exit status: 0 nothing was wrong, 1 something was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import llama_cpp  # noqa: E402
+import llama_cpp.llama_cpp as llama_api  # noqa: E402
+import numpy as np  # noqa: E402
+from gguf import GGUFWriter  # noqa: E402
+from tracing import OPTIONS, trace  # noqa: E402
+
+from models.synth import synthesize  # noqa: E402
+from rotary_llamacpp import Llama, _native, policies  # noqa: E402
+from rotary_llamacpp.errors import RotaryError  # noqa: E402
+from rotary_llamacpp.gguf_header import read_header  # noqa: E402
+
+MIB = 1 << 20
+# Quiet by QUIET: where stock is not verbose it turns the process's own stdout away meanwhile, one thread for all.
+OURS = {**OPTIONS, "n_threads": 1, "n_threads_batch": 1, "n_ubatch": 32, "verbose": True}
+QUIET = llama_api.llama_log_callback(lambda *_: None)
+# Memory that the end may have more than the first third. Of one heap: with one for each thread, freed pieces in them
+# come and go by a hundred megabytes.
+GROWTH_BYTES = 24 * MIB
+ONE_HEAP = "MALLOC_ARENA_MAX"
+EVERY_SECONDS = float(os.environ.get("SOAK_EVERY", "30"))  # a line of progress
+STUCK_SECONDS = 300  # in one step: then where every thread is is printed, and it ends
+BUDGETS = ("min", "25%", "50%", "100%", "5 slots", "auto")
+SHORT, LONG = 6, 40
+N_DECODE = 4
+
+
+class Wrong(Exception):
+    """Something that must not be."""
+
+
+class Model:
+    """A model file and what stock computes with it, by the number of tokens of its prompt."""
+
+    def __init__(self, path: Path, repack: bool = True, lora: Path | None = None) -> None:
+        self.path, self.repack, self.lora = path, repack, lora
+        self.stock = {n: self._stock(n) for n in (SHORT, LONG)}
+
+    def _stock(self, n_prompt: int) -> dict[str, np.ndarray]:
+        """In a process of its own, which never sees this package."""
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out.npz"
+            options = {"n_prompt": n_prompt, "n_decode": N_DECODE, "n_ubatch": 32}
+            options["use_extra_bufts"] = self.repack
+            if self.lora is not None:
+                options["lora_path"] = str(self.lora)
+            command = [sys.executable, ROOT / "tests" / "tracing.py", self.path, out, json.dumps(options)]
+            subprocess.run([str(word) for word in command], check=True, stderr=subprocess.DEVNULL)
+            return dict(np.load(out))
+
+    def load(self, path: Path | None = None, **rotary: Any) -> Llama:
+        """Paged, as asked."""
+        rotary = {"repack": self.repack, "verbose": False, **rotary}
+        more = {"lora_path": str(self.lora)} if self.lora else {}
+        return Llama(str(path or self.path), rotary=rotary, **OURS, **more)
+
+    def check(self, llama: Any, rng: Random) -> None:
+        """Compute a prompt and an answer: every bit of every logit is stock's."""
+        n_prompt = rng.choice((SHORT, LONG))
+        found, stock = trace(llama, n_prompt, N_DECODE), self.stock[n_prompt]
+        if not np.array_equal(found["logits"], stock["logits"]):
+            rows = np.flatnonzero((found["logits"] != stock["logits"]).any(axis=1))
+            raise Wrong(
+                f"{self.path.name}: logits of {n_prompt} tokens differ from stock's at {rows.tolist()}"
+            )
+
+
+class World:
+    """What threads share: models, and what has happened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.models = [
+            Model(synthesize(folder / "q4.gguf", "test", type="q4_0", layers=3)),
+            Model(synthesize(folder / "q8.gguf", "test", type="q8_0", layers=2), repack=False),
+            Model(synthesize(folder / "oss.gguf", "test-gpt-oss", type="mxfp4", layers=2)),
+            Model(ROOT / "models" / "tiny-moe-q8_0.gguf"),
+            Model(synthesize(folder / "split", "test", type="q4_k", layers=2, shards=2)),
+        ]
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.lock = threading.Lock()
+        self.ending = threading.Event()
+        self.steps: dict[int, tuple[str, float]] = {}  # what each thread does, and since when
+
+    def model(self, rng: Random) -> Model:
+        return rng.choice(self.models)
+
+
+def some_rotary(rng: Random) -> dict[str, Any]:
+    """How a model is paged."""
+    return {
+        "budget": rng.choice(BUDGETS),
+        "store": rng.choice(("mmap", "direct", "direct", "auto")),
+        "prefetch": rng.choice((True, True, False, "popular", "transition", "mixed", "similar", "previous")),
+        "policy": rng.choice(("auto", *policies.NATIVE)),
+        "split": rng.choice(("adaptive", "even")),
+        "direct": rng.random() < 0.7,
+    }
+
+
+@contextlib.contextmanager
+def loaded(
+    world: World, rng: Random, model: Model | None = None, **rotary: Any
+) -> Iterator[tuple[Model, Any]]:
+    """A paged model, closed at the end."""
+    model = model or world.model(rng)
+    llama = model.load(**{**some_rotary(rng), **rotary})
+    try:
+        yield model, llama
+    finally:
+        llama.close()
+
+
+def refuses(call: Callable[[], Any], *parts: str) -> None:
+    """It fails with the package's own error, which is one line and has these words in it."""
+    try:
+        call()
+    except RotaryError as error:
+        said = str(error)
+        if len(said.splitlines()) != 1 or not all(part in said for part in parts):
+            raise Wrong(f"an error of other words: {said!r}, {parts} wanted") from None
+        return
+    raise Wrong(f"no error, {parts} wanted")
+
+
+# ---- ingredients -------------------------------------------------------------------------------------
+
+
+def generate(world: World, rng: Random) -> None:
+    """Load, compute a few times, close."""
+    with loaded(world, rng) as (model, llama):
+        for _ in range(rng.randint(1, 4)):
+            model.check(llama, rng)
+        llama.rotary_stats()
+
+
+def budgets(world: World, rng: Random) -> None:
+    """Change the budget between prompts, also to what cannot be."""
+    with loaded(world, rng) as (model, llama):
+        for _ in range(rng.randint(1, 4)):
+            model.check(llama, rng)
+            llama.rotary_set_budget(rng.choice(BUDGETS))
+            if rng.random() < 0.3:
+                refuses(lambda: llama.rotary_set_budget(rng.choice(("1", "0.01%", "lots", "101%"))), "budget")
+        model.check(llama, rng)
+
+
+def contexts(world: World, rng: Random) -> None:
+    """Two models, and a second context of one of them, in turns."""
+    from test_native_sharing import logits, second_context
+
+    with loaded(world, rng) as (model, llama), loaded(world, rng) as (other, beside):
+        tokens = [int(token) for token in np.random.default_rng(LONG).integers(3, llama.n_vocab(), LONG)]
+        context, run = second_context(llama)
+        try:
+            expected = model.stock[LONG]["logits"][:LONG]
+            for _ in range(2):
+                other.check(beside, rng)
+                for found in (run(tokens), logits(llama, tokens)):
+                    if found.shape == expected.shape and not np.array_equal(found, expected):
+                        raise Wrong(f"{model.path.name}: two contexts, and other logits")
+        finally:
+            context.close()
+        model.check(llama, rng)
+
+
+def figures(world: World, rng: Random) -> None:
+    """Another thread asks for figures all the while, resets them and changes budgets."""
+    with loaded(world, rng) as (model, llama):
+        done = threading.Event()
+        failed: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                while not done.is_set():
+                    stats = llama.rotary_stats()
+                    if stats["hits"] > stats["requests"]:
+                        raise Wrong(f"{stats['hits']} hits of {stats['requests']} requests")
+                    if rng.random() < 0.1:
+                        llama.rotary_reset_stats()
+                    done.wait(0.002)
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        try:
+            for _ in range(3):
+                model.check(llama, rng)
+        finally:
+            done.set()
+            thread.join()
+        if failed:
+            raise failed[0]
+
+
+def changes(world: World, rng: Random) -> None:
+    """Files that are replaced, removed, cut or written over, each a copy of its own."""
+    model = rng.choice([each for each in world.models if "-00001-" not in each.path.name])
+    with tempfile.TemporaryDirectory(dir=world.folder) as folder:
+        copy = Path(shutil.copy(model.path, folder))
+        llama = model.load(copy, **some_rotary(rng) | {"budget": "min", "direct": True})
+        try:
+            model.check(llama, rng)
+            how = rng.choice(("replace", "unlink", "truncate", "overwrite"))
+            if how == "replace":
+                shutil.copy(rng.choice(world.models).path, f"{copy}.new")
+                os.replace(f"{copy}.new", copy)
+            elif how == "unlink":
+                copy.unlink()
+            elif how == "truncate":
+                os.truncate(copy, copy.stat().st_size * rng.choice((0, 50, 99)) // 100)
+            else:
+                with open(copy, "r+b") as file:
+                    file.seek(copy.stat().st_size // 2)
+                    file.write(os.urandom(MIB // 8))
+            for _ in range(2):
+                if how in ("replace", "unlink"):  # what was loaded is still there for who has it open
+                    model.check(llama, rng)
+                else:
+                    refuses(lambda: model.check(llama, rng), "was changed", "load the model again")
+        finally:
+            llama.close()
+
+
+class Raises(policies.Lru):
+    """Raises once, after a while."""
+
+    left = 0
+
+    def choose(self, candidates: Any) -> int:
+        Raises.left -= 1
+        if Raises.left == 0:
+            raise ZeroDivisionError("of the policy")
+        return super().choose(candidates)
+
+
+raising = threading.Lock()
+
+
+def policies_that_raise(world: World, rng: Random) -> None:
+    """A policy in Python that raises in mid-run: the call raises that, and the next is right."""
+    with raising, loaded(world, rng, budget="min", policy=Raises, direct=False) as (model, llama):
+        Raises.left = rng.randint(1, 40)
+        with contextlib.suppress(ZeroDivisionError):
+            model.check(llama, rng)
+        Raises.left = 0
+        model.check(llama, rng)
+
+
+def own_policies(world: World, rng: Random) -> None:
+    """A policy and a predictor in Python that do not raise."""
+    from rotary_llamacpp import predictors
+
+    own: dict[str, Any] = {"policy": rng.choice(list(policies.REFERENCES.values())), "budget": "min"}
+    if rng.random() < 0.5:
+        own["prefetch"] = rng.choice([getattr(predictors, name) for name in ("Previous", "Similar")])
+    with loaded(world, rng, **own) as (model, llama):
+        model.check(llama, rng)
+        model.check(llama, rng)
+
+
+def adapter(model: Path, path: Path, names: tuple[str, ...], seed: int) -> Path:
+    """A random LoRA adapter of rank 4."""
+    writer = GGUFWriter(path, "qwen3moe")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    rng = np.random.default_rng(seed)
+    for tensor in read_header(model).tensors:
+        if any(name in tensor.name for name in names):
+            n_in, n_out, *experts = tensor.shape
+            for half, shape in (("a", (*experts, 4, n_in)), ("b", (*experts, n_out, 4))):
+                values = rng.normal(scale=0.05, size=shape).astype(np.float32)
+                writer.add_tensor(f"{tensor.name}.lora_{half}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+adapted: dict[str, Model] = {}
+adapting = threading.Lock()
+
+
+def adapted_model(world: World, which: str) -> Model:
+    """The first model with an adapter of its attention or of its experts, made once."""
+    with adapting:
+        if which not in adapted:
+            base = world.models[0].path
+            lora = adapter(base, world.folder / f"{which}.gguf", (f"{which}.weight",), 1)
+            adapted[which] = Model(base, lora=lora)
+        return adapted[which]
+
+
+def adapters(world: World, rng: Random) -> None:
+    """LoRA adapters, loaded with a model and freed with it."""
+    model = adapted_model(world, rng.choice(("attn_q", "ffn_up_exps")))
+    with loaded(world, rng, model) as (_, llama):
+        model.check(llama, rng)
+
+
+def late_adapters(world: World, rng: Random) -> None:
+    """LoRA adapters loaded after slots were sized and the store was opened, and freed in mid-life."""
+    model, with_it = world.models[0], adapted_model(world, rng.choice(("attn_q", "ffn_up_exps")))
+    with loaded(world, rng, model) as (_, llama):
+        model.check(llama, rng)
+        for _ in range(rng.randint(1, 2)):
+            loaded_one = llama_api.llama_adapter_lora_init(llama._model.model, str(with_it.lora).encode())
+            if not loaded_one:
+                raise Wrong("an adapter was not loaded")
+            set_adapters(llama, [loaded_one])
+            with_it.check(llama, rng)
+            set_adapters(llama, [])
+            model.check(llama, rng)
+            llama_api.llama_adapter_lora_free(loaded_one)
+            model.check(llama, rng)
+
+
+def set_adapters(llama: Any, which: list[Any]) -> None:
+    """Those that a context applies, of weight 1."""
+    handles = (llama_api.llama_adapter_lora_p_ctypes * len(which))(*which)
+    scales = (ctypes.c_float * len(which))(*[1.0] * len(which))
+    if llama_api.llama_set_adapters_lora(llama._ctx.ctx, handles, len(which), scales) != 0:
+        raise Wrong("adapters were not set")
+
+
+def memory(world: World, rng: Random) -> None:
+    """Another process takes half of what is available, and gives it back while a model runs."""
+    from rotary_llamacpp.machine import available_memory
+
+    n_bytes = min(available_memory() // 2, 2 << 30)
+    eater = subprocess.Popen(
+        [sys.executable, "-c", f"a = bytearray({n_bytes}); a[::4096] = b'x' * len(a[::4096]); print(1, flush=True);"
+         "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        with loaded(world, rng, budget=rng.choice(("auto", "100%"))) as (model, llama):
+            assert eater.stdout is not None
+            eater.stdout.readline()
+            model.check(llama, rng)
+            llama.rotary_set_budget("auto")
+            model.check(llama, rng)
+            eater.kill()
+            eater.wait()
+            llama.rotary_set_budget("auto")
+            model.check(llama, rng)
+    finally:
+        eater.kill()
+        eater.wait()
+        for stream in (eater.stdin, eater.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def threads(world: World, rng: Random) -> None:
+    """Several models loaded, run and closed at once by threads of their own, and one model handed on."""
+    failed: list[BaseException] = []
+    seeds = [rng.getrandbits(32) for _ in range(3)]
+
+    def one(seed: int) -> None:
+        try:
+            generate(world, Random(seed))
+        except BaseException as error:
+            failed.append(error)
+
+    workers = [threading.Thread(target=one, args=(seed,)) for seed in seeds]
+    with loaded(world, rng) as (model, llama):
+        for worker in workers:
+            worker.start()
+        model.check(llama, rng)
+        handed = threading.Thread(target=lambda: model.check(llama, Random(1)))
+        handed.start()
+        handed.join()
+        for worker in workers:
+            worker.join()
+    if failed:
+        raise failed[0]
+
+
+def forks(world: World, rng: Random) -> None:
+    """A child is forked while a model is loaded: it loads its own, or ends; the parent's goes on."""
+    with loaded(world, rng) as (model, llama):
+        model.check(llama, rng)
+        what = rng.choice(("ends", "exits", "own", "executes"))
+        child = os.fork()
+        if child == 0:
+            status = 3
+            try:
+                signal.alarm(120)
+                if what == "executes":
+                    os.execv("/bin/true", ["true"])
+                if what == "own":
+                    other = Model.__new__(Model)
+                    other.__dict__.update(world.model(rng).__dict__)
+                    mine = other.load(**some_rotary(rng))
+                    other.check(mine, rng)
+                    mine.close()
+                status = 0
+                if what == "exits":
+                    llama.close()
+            except BaseException:
+                print(f"wrong: child: {traceback.format_exc()}", flush=True)
+            finally:
+                os._exit(status)
+        model.check(llama, rng)
+        _, status = os.waitpid(child, 0)
+        if status != 0:
+            raise Wrong(f"a forked child that {what}: status {os.waitstatus_to_exitcode(status)}")
+        model.check(llama, rng)
+
+
+def dropped(world: World, rng: Random) -> None:
+    """A model that nobody closes, and models that cannot be loaded."""
+    model = world.model(rng)
+    llama = model.load(**some_rotary(rng))
+    model.check(llama, rng)
+    del llama
+    refuses(lambda: Llama("no-such-model.gguf", rotary="min"), "no such file")
+    with tempfile.NamedTemporaryFile(dir=world.folder, suffix=".gguf") as file:
+        file.write(model.path.read_bytes()[: rng.randint(1, 4000)])
+        file.flush()
+        refuses(lambda: Llama(file.name, rotary="min"))
+    refuses(lambda: model.load(budget="1"), "budget")
+
+
+def stock_beside(world: World, rng: Random) -> None:
+    """Stock's class in the same process, beside a paged model."""
+    with loaded(world, rng) as (model, llama):
+        plain = llama_cpp.Llama(str(world.models[0].path), **OURS)
+        try:
+            model.check(llama, rng)
+            world.models[0].check(plain, rng)
+        finally:
+            plain.close()
+
+
+INGREDIENTS: dict[str, Callable[[World, Random], None]] = {
+    each.__name__: each
+    for each in (
+        generate, budgets, contexts, figures, changes, policies_that_raise, own_policies, adapters,
+        late_adapters, memory, threads, forks, dropped, stock_beside,
+    )
+}  # fmt: skip
+# What must have the process for itself: a child of fork() has no other threads, whatever they held.
+ALONE = ("forks",)
+
+
+# ---- the run -----------------------------------------------------------------------------------------
+
+
+class Turns:
+    """Threads that work at the same time, but for one that wants to be alone."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._working, self._waiting = 0, 0
+
+    @contextlib.contextmanager
+    def turn(self, alone: bool) -> Iterator[None]:
+        with self._condition:
+            if alone:
+                self._waiting += 1
+                self._condition.wait_for(lambda: self._working == 0)
+                self._waiting -= 1
+            else:
+                self._condition.wait_for(lambda: self._waiting == 0 and self._working >= 0)
+            self._working = -1 if alone else self._working + 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._working = 0 if alone else self._working - 1
+                self._condition.notify_all()
+
+
+def work(world: World, turns: Turns, names: list[str], seed: int, number: int) -> None:
+    """One thread: draws ingredients until the end."""
+    n_done = 0
+    while not world.ending.is_set():
+        n_done += 1
+        step = f"{seed}/{number}/{n_done}"
+        rng = Random(step)
+        name = rng.choice(names)
+        with turns.turn(name in ALONE):
+            world.steps[number] = (name, time.monotonic())
+            try:
+                INGREDIENTS[name](world, rng)
+                outcome = name
+            except BaseException as error:
+                outcome = "wrong"
+                said = error if isinstance(error, Wrong) else traceback.format_exc()
+                with world.lock:
+                    world.wrong.append(f"{name}, step {step}: {said}")
+                    print(f"wrong: {world.wrong[-1]}", flush=True)
+            world.steps.pop(number, None)
+        with world.lock:
+            world.counts[outcome] += 1
+
+
+def state() -> dict[str, int]:
+    """What may leak."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what threads that are gone had freed in heaps of their own
+    statm = Path("/proc/self/statm").read_text().split()
+    shared = int(statm[2])
+    return {
+        "bytes": (int(statm[1]) - shared) * resource.getpagesize(),
+        "threads": len(os.listdir("/proc/self/task")),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "mappings": Path("/proc/self/maps").read_text().count("\n"),
+    }
+
+
+def at_rest(turns: Turns) -> dict[str, int]:
+    """The same while no model is loaded."""
+    with turns.turn(True):
+        return state()
+
+
+def leaks(before: dict[str, int], after: dict[str, int]) -> list[str]:
+    """What there is more of than may be."""
+    allowed = {"bytes": GROWTH_BYTES, "threads": 0, "descriptors": 0, "mappings": 200}
+    return [
+        f"{name}: {before[name]} after the first third, {after[name]} at the end, {most} more at most"
+        for name, most in allowed.items()
+        if after[name] > before[name] + most
+    ]
+
+
+def soak(names: list[str], minutes: float, seed: int, n_threads: int) -> int:
+    """Run; the exit status."""
+    logging.disable(logging.CRITICAL)  # fallbacks are announced, again and again
+    faulthandler.enable(file=sys.stdout)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # stock's words on its models
+    llama_api.llama_log_set(QUIET, None)
+    _native.load()
+    with tempfile.TemporaryDirectory(prefix="rotary-soak-") as folder:
+        print(f"soak: seed {seed}, {minutes:g} minutes, {n_threads} threads: {', '.join(names)}", flush=True)
+        world, turns = World(Path(folder)), Turns()
+        for which in ("attn_q", "ffn_up_exps") if any("adapters" in name for name in names) else ():
+            adapted_model(world, which)
+        begin = time.monotonic()
+        workers = [
+            threading.Thread(target=work, args=(world, turns, names, seed, number), daemon=True)
+            for number in range(n_threads)
+        ]
+        for worker in workers:
+            worker.start()
+        before = watch(world, turns, begin, 60 * minutes)
+        world.ending.set()
+        for worker in workers:
+            worker.join(STUCK_SECONDS)
+        stuck = [name for name, _ in world.steps.values()]
+        if stuck:
+            faulthandler.dump_traceback(sys.stdout, all_threads=True)
+            print(f"soak: {', '.join(stuck)} did not end within {STUCK_SECONDS} s", flush=True)
+            os._exit(1)
+        after = state()
+        left = [path.name for path in Path(folder).iterdir() if path.is_dir()]
+        more = [*leaks(before, after), *(f"left behind: {name}" for name in left)]
+        for what in more:
+            print(f"wrong: {what}")
+        print(report(world, begin, after))
+        print(f"soak: {'clean' if not more and not world.wrong else f'{len(more) + len(world.wrong)} wrong'}")
+        return 1 if more or world.wrong else 0
+
+
+def watch(world: World, turns: Turns, begin: float, seconds: float) -> dict[str, int]:
+    """A line every half minute; the state after the first third."""
+    before: dict[str, int] | None = None
+    said = begin
+    while (now := time.monotonic()) < begin + seconds:
+        time.sleep(min(1.0, begin + seconds - now))
+        for name, since in list(world.steps.values()):
+            if now - since > STUCK_SECONDS:
+                faulthandler.dump_traceback(sys.stdout, all_threads=True)
+                print(f"soak: {name} is stuck for {now - since:.0f} s", flush=True)
+                os._exit(1)
+        if before is None and now > begin + seconds / 3:
+            before = at_rest(turns)
+        if now > said + EVERY_SECONDS:
+            said = now
+            print(report(world, begin, at_rest(turns)), flush=True)
+    return before or at_rest(turns)
+
+
+def report(world: World, begin: float, now: dict[str, int]) -> str:
+    """One line."""
+    with world.lock:
+        counts = ", ".join(f"{n} {name}" for name, n in sorted(world.counts.items()))
+    return (
+        f"{time.monotonic() - begin:5.0f} s: {now['bytes'] / MIB:.0f} MiB, {now['threads']} threads, "
+        f"{now['descriptors']} descriptors: {counts}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=float(os.environ.get("SOAK_MINUTES", "20")))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default=",".join(INGREDIENTS))
+    parser.add_argument("--without", default="")
+    given = parser.parse_args()
+    names = [name for name in given.only.split(",") if name not in given.without.split(",")]
+    if unknown := sorted(set(names) - set(INGREDIENTS)):
+        parser.error(f"no such ingredient: {', '.join(unknown)}; there are {', '.join(INGREDIENTS)}")
+    if ONE_HEAP not in os.environ:
+        os.environ[ONE_HEAP] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])  # read when a process begins
+    return soak(names, given.minutes, given.seed, given.threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
