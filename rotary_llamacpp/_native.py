@@ -149,6 +149,13 @@ def native_log_muted() -> Iterator[None]:
         muted.depth -= 1
 
 
+# As ggml calls them in ggml_cpu_has_<name>(); only for the text of an error.
+_CPU_FEATURES = [
+    "sse3", "ssse3", "avx", "avx_vnni", "avx2", "f16c", "fma", "bmi2", "avx512", "avx512_vbmi",
+    "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "fp16_va", "dotprod", "matmul_int8", "sve", "sme",
+]  # fmt: skip
+
+
 class Library:
     """The loaded library and its devices."""
 
@@ -208,11 +215,13 @@ class Library:
 
     def _check_processor(self) -> None:
         if not self.c.rotary_cpu_runs():
-            self.llama.llama_print_system_info.restype = ctypes.c_char_p
-            built_for = self.llama.llama_print_system_info().decode().strip(" |")
+            # Constants of the build; llama_print_system_info() would run the CPU backend.
+            answers = {name: getattr(self.llama, f"ggml_cpu_has_{name}", None) for name in _CPU_FEATURES}
+            built_for = " ".join(name for name, has in answers.items() if has is not None and has())
             raise LibraryError(
                 "llama-cpp-python: a trial run dies of an illegal instruction on this processor; "
-                f"it was compiled for [{built_for}]; build it here with `{pinned.REBUILD_LLAMA_CPP}`"
+                f"it was compiled for {built_for or 'another'}; "
+                f"build it here with `{pinned.REBUILD_LLAMA_CPP}`"
             )
 
     def _register(self) -> None:

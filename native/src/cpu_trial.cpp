@@ -4,6 +4,8 @@
 // a forked child. What a build was compiled for and what a processor has go by different names in compilers, kernels and
 // ggml, so neither is asked: the processor answers. Only a child that dies of an illegal instruction counts as a no.
 //
+// Already the first look at ggml's devices runs the CPU backend's code, so the parent takes none: the child does it all.
+//
 // Threading: any thread. The child calls nothing but ggml and ends by _exit().
 
 #include "rotary.h"
@@ -14,6 +16,7 @@
 
 #include <cerrno>
 #include <csignal>
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <initializer_list>
 #include <poll.h>
@@ -22,6 +25,13 @@
 #include <unistd.h>
 
 namespace rotary {
+
+// The CPU backend's device. Where llama.cpp is linked with it, without the registry, which would open the GPUs too.
+static ggml_backend_dev_t cpu_device() {
+    const auto         linked = (ggml_backend_reg_t (*)()) dlsym(RTLD_DEFAULT, "ggml_backend_cpu_reg");
+    ggml_backend_reg_t reg    = linked != nullptr ? linked() : ggml_backend_reg_by_name("CPU");
+    return reg != nullptr && ggml_backend_reg_dev_count(reg) > 0 ? ggml_backend_reg_dev_get(reg, 0) : nullptr;
+}
 
 // Kernels of the common types, one row at a time and several, and what stands between them in a layer.
 static void compute_a_little(ggml_backend_dev_t cpu) {
@@ -52,16 +62,18 @@ static void compute_a_little(ggml_backend_dev_t cpu) {
     ggml_backend_graph_compute(backend.get(), graph);
 }
 
-[[noreturn]] static void be_the_child(ggml_backend_dev_t cpu) {
+[[noreturn]] static void be_the_child() {
     // An application may have handlers that print, and core dumps on.
     signal(SIGILL, SIG_DFL);
     const rlimit none = { 0, 0 };
     setrlimit(RLIMIT_CORE, &none);
-    compute_a_little(cpu);
+    if (ggml_backend_dev_t cpu = cpu_device()) {
+        compute_a_little(cpu);
+    }
     _exit(0);
 }
 
-static bool dies_of_sigill(ggml_backend_dev_t cpu) {
+static bool dies_of_sigill() {
     // The child's end of the pipe closes when it ends. One that hangs, on a lock that another thread held at the fork,
     // proves nothing.
     static constexpr int patience_ms = 30000;
@@ -72,7 +84,7 @@ static bool dies_of_sigill(ggml_backend_dev_t cpu) {
     }
     const pid_t child = fork();
     if (child == 0) {
-        be_the_child(cpu);
+        be_the_child();
     }
     close(ends[1]);
     int status = 0;
@@ -98,6 +110,5 @@ static bool dies_of_sigill(ggml_backend_dev_t cpu) {
 } // namespace rotary
 
 int32_t rotary_cpu_runs(void) {
-    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    return cpu == nullptr || !rotary::dies_of_sigill(cpu) ? 1 : 0;
+    return rotary::dies_of_sigill() ? 0 : 1;
 }
