@@ -18,6 +18,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -33,6 +34,7 @@ long disk_fail_at   = 0;   // number of the first read that fails; 0: none
 long disk_n_fail    = 0;   // and how many do
 long disk_error     = EIO; // with this; 0: end of file. io_uring always says EBADF
 long disk_no_direct = 0;   // open() refuses O_DIRECT
+long disk_no_reads  = 0;   // a file that it opened for direct reads refuses them
 long disk_no_statx  = 0;   // statx() does not tell how direct reads must be aligned
 long disk_no_uring  = 0;   // the kernel refuses io_uring, with this
 long disk_old_uring = 0;   // it is that of Linux 5.5: without plain reads
@@ -248,6 +250,15 @@ int open(const char * path, int flags, ...) {
         return -1;
     }
     return (int) syscall(SYS_openat, AT_FDCWD, path, flags, mode);
+}
+
+// With which the first direct read of a file is tried.
+ssize_t preadv(int fd, const struct iovec * parts, int n, off_t offset) {
+    if (disk_no_reads && (fcntl(fd, F_GETFL) & O_DIRECT) != 0) {
+        errno = EINVAL;
+        return -1;
+    }
+    return syscall(SYS_preadv, fd, parts, n, offset, 0);
 }
 
 int statx(int fd, const char * path, int flags, unsigned mask, struct statx * about) {

@@ -12,7 +12,9 @@ import ctypes
 import mmap
 import os
 import shutil
+import tempfile
 import threading
+from pathlib import Path
 
 import llama_cpp.llama_cpp as llama_api
 import numpy as np
@@ -21,6 +23,7 @@ from conftest import HANG_S
 from paged import Apart, apart, assert_equal, make, notices, paged_trace, reads_directly
 from tracing import trace
 
+from rotary_llamacpp import file_systems
 from rotary_llamacpp.gguf_header import read_header
 
 pytestmark = pytest.mark.model
@@ -381,3 +384,27 @@ def test_nothing_is_left_in_the_page_cache(native, synthetic, tmp_path):
     assert (during[1], after[1]) == (1, 0), "the file is open as long as it is read"
     during, _ = apart(run_and_look, model, {"budget": "min", "store": "mmap"})
     assert during[0] > 0.5, "the control: a mapping fills the page cache"
+
+
+# ---- where there is no disk
+
+
+def test_a_file_that_lies_in_memory_is_mapped(native, synthetic, tmp_path):
+    """Reading a tmpfs past the page cache would copy memory to memory, and save none."""
+    model = synthetic(type="q8_0", layers=2)
+    if file_systems.in_memory(model):
+        pytest.skip(f"{model}: lies in memory itself")
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or file_systems.in_memory(shm) != "tmpfs" or not os.access(shm, os.W_OK):
+        pytest.skip("/dev/shm: no tmpfs that can be written")
+    no_room = {"budget": "50%", "margin": "1000TiB"}  # so that no model fits
+    assert apart(store_of, model, no_room) == "direct"
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
+        assert apart(store_of, Path(shutil.copy(model, folder)), no_room) == "mmap"
+
+
+def store_of(model, rotary):
+    """Which one was chosen."""
+    llama = make(model, rotary)
+    llama.eval([1, 2, 3])
+    return llama.rotary_stats()["store"]

@@ -103,6 +103,7 @@ WAYS = {  # the file system says how a direct read must be aligned, or does not,
     "direct": {},
     "page": {"no_statx": 1},
     "buffered": {"no_direct": 1},
+    "refused": {"no_reads": 1},
     "no io_uring": {"no_uring": errno.EPERM},
 }
 # Repacked slots are copied into; plain ones are read into, ahead of demand too where there are some to spare.
@@ -117,11 +118,13 @@ SHORT = {
         ("page", {"withheld": 5001}),
         ("buffered", {"withheld": 1}),
         ("buffered", {"most": 1999}),
+        ("refused", {"withheld": 1}),
     ],
     "io_uring": [
         ("direct", {"withheld": 1 << 15}),
         ("page", {"most": 8192}),
         ("buffered", {"most": 4096}),
+        ("refused", {"most": 4096}),
     ],
 }
 
@@ -131,7 +134,7 @@ def run_short(model, cases):
     disk = Disk()
     found = []
     for way, knobs in cases:
-        disk.set(no_statx=0, no_direct=0, no_uring=0)
+        disk.set(no_statx=0, no_direct=0, no_reads=0, no_uring=0)
         disk.set(**WAYS[way])
         llama = make(model, {**MIN, "staging": 1}, **IN_BATCHES)
         n_short, n_odd = disk.short, disk.odd
@@ -156,7 +159,7 @@ def test_reads_that_come_short(native, synthetic, stock_trace, disk, io):
         assert stats["store"] == "direct" and stats["bytes_read"] > 0
         assert stats["io"] == {"threads": "threads", "io_uring": "uring"}[io] or io == "io_uring"
         said = any("refuses direct reads" in notice for notice in stats["notices"])
-        assert said == (way == "buffered" or not reads_directly(model))
+        assert said == (way in ("buffered", "refused") or not reads_directly(model))
 
 
 def test_io_uring_refused(native, synthetic, stock_trace, disk):

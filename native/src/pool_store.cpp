@@ -107,13 +107,15 @@ bool store_parse(const std::string & text, rotary_store & store) {
 void pool::choose_store() {
     uint64_t                      in_files = 0, in_memory = 0, file_bytes = 0;
     std::set<const weight_file *> files;
-    const paged_tensor *          kept  = nullptr; // the first that lies in no file
-    bool                          fresh = false;   // some are in files and not read directly
-    bool                          lost  = false;   // some are in files that cannot be opened again
+    const paged_tensor *          kept    = nullptr; // the first that lies in no file
+    bool                          fresh   = false;   // some are in files and not read directly
+    bool                          lost    = false;   // some are in files that cannot be opened again
+    bool                          no_disk = true;    // all are in memory, or in files that are: a mapping takes no more
     for (const auto & tensor : tensors_) {
         const uint64_t bytes = tensor->expert_bytes * tensor->ne[2];
         if (tensor->file && files.insert(tensor->file.get()).second) {
             file_bytes += tensor->file->size();
+            no_disk = no_disk && tensor->file->in_memory();
         }
         fresh = fresh || (tensor->file && !tensor->direct);
         lost  = lost || (tensor->is_mapped && !tensor->file);
@@ -134,7 +136,7 @@ void pool::choose_store() {
     const uint64_t    dense  = file_bytes > in_files && inner_is_host_ ? file_bytes - in_files : 0;
     const uint64_t    margin = inner_is_host_ ? margin_bytes(memory.total) : host_margin(memory.total);
     const uint64_t    wanted = in_files + dense + margin;
-    const bool        fits   = wanted <= memory.available;
+    const bool        fits   = no_disk || wanted <= memory.available;
     if (config.store == ROTARY_STORE_AUTO && !direct_ && (fits || !mapped)) {
         return;
     }

@@ -12,14 +12,18 @@
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
 #include <fstream>
+#include <linux/magic.h>
 #include <map>
 #include <mutex>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <sys/uio.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 namespace rotary {
@@ -85,6 +89,25 @@ static size_t direct_alignment(int fd) {
     return 4096;
 }
 
+// Some file systems open a file for direct reads and refuse each of them.
+static bool reads_directly(int fd) {
+    const size_t page   = sysconf(_SC_PAGESIZE);
+    void *       memory = nullptr;
+    if (posix_memalign(&memory, page, page) != 0) {
+        return true;
+    }
+    const iovec   whole   = { memory, page };
+    const ssize_t n       = preadv(fd, &whole, 1, 0);
+    const bool    refuses = n < 0 && (errno == EINVAL || errno == EOPNOTSUPP);
+    free(memory);
+    return !refuses;
+}
+
+static bool lies_in_memory(int fd) {
+    struct statfs system;
+    return fstatfs(fd, &system) == 0 && (system.f_type == TMPFS_MAGIC || (uint32_t) system.f_type == RAMFS_MAGIC);
+}
+
 std::shared_ptr<weight_file> weight_file::at(const void * address, uint64_t & offset, std::string & reason) {
     mapping here;
     if (!mapping_at((const char *) address, here)) {
@@ -105,7 +128,10 @@ std::shared_ptr<weight_file> weight_file::at(const void * address, uint64_t & of
     file->path_      = here.path;
     file->is_direct_ = true;
     file->fd_        = open(here.path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
-    if (file->fd_ < 0 && errno == EINVAL) {
+    if (file->fd_ < 0 ? errno == EINVAL : !reads_directly(file->fd_)) {
+        if (file->fd_ >= 0) {
+            close(file->fd_);
+        }
         file->is_direct_ = false; // tmpfs before 6.6, some network file systems
         file->fd_        = open(here.path.c_str(), O_RDONLY | O_CLOEXEC);
     }
@@ -119,6 +145,7 @@ std::shared_ptr<weight_file> weight_file::at(const void * address, uint64_t & of
         reason = format("%s is another file by now than the one that was loaded", here.path.c_str());
         return nullptr;
     }
+    file->in_memory_ = lies_in_memory(file->fd_);
     file->size_      = about.st_size;
     file->changed_   = about.st_mtim;
     file->alignment_ = file->is_direct_ ? direct_alignment(file->fd_) : 1;

@@ -33,6 +33,7 @@ class weight_file {
     uint64_t            size() const { return size_; }
     size_t              alignment() const { return alignment_; } // of offsets, lengths and memory of a direct read
     bool                is_direct() const { return is_direct_; } // false: the file system refuses O_DIRECT
+    bool                in_memory() const { return in_memory_; } // on a tmpfs: there is no disk to read it from
 
     // Whether the file is still what was opened: same size and time of change. Else the reason is this thread's error.
     bool unchanged() const;
@@ -54,6 +55,7 @@ class weight_file {
     timespec    changed_;
     size_t      alignment_;
     bool        is_direct_;
+    bool        in_memory_;
 };
 
 // Takes mappings over from the page cache: what lies between experts becomes anonymous memory with the same content at
