@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -55,6 +56,32 @@ def run_short_of_memory(model, budget, room_bytes):
 def repacked_model(synthetic):
     """About 200 MiB of experts whose slots are allocated even if all fit, since the CPU repacks them."""
     return synthetic(type="q4_0", embd=1024, ff=1024, layers=8, experts=16)
+
+
+RESERVED = """
+import ctypes, mmap, sys
+from rotary_llamacpp import Llama
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+if libc.mmap(None, 1 << 44, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) in (None, 2**64 - 1):
+    print("refused")
+else:
+    llama = Llama(sys.argv[1], rotary="auto", n_ctx=64, verbose=False)
+    print(llama.rotary_stats()["active"])
+"""
+
+
+def test_reserved_addresses_are_no_promise(native, tiny_model):
+    # Sanitizers, garbage collectors and JITs reserve terabytes, which are never taken.
+    ran = subprocess.run(
+        [sys.executable, "-c", RESERVED, tiny_model],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    if ran.stdout.strip() == "refused":
+        pytest.skip("no address space can be reserved here")
+    assert ran.stdout.strip() == "True", ran.stderr
 
 
 def test_auto_budget_shrinks_and_says_so(native, repacked_model):

@@ -583,7 +583,10 @@ def rng_free(layers: list[tuple[int, int, int]]) -> int:
 
 
 class Environment(Target):
-    """Values of the environment at registration, each in a process of its own; those taken are run with."""
+    """Values of the environment at registration, two on average, each time in a process of its own; some of
+    those taken are run with."""
+
+    share = 0.5
 
     VALUES = {
         "ROTARY_BUDGET": ("25%", "auto", "min", "off", "3 slots", "1MiB", "100%"),

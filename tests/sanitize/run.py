@@ -3,9 +3,9 @@
 
     python tests/sanitize/run.py [address|thread ...] [--only tests,archs] [-k EXPRESSION]
 
-Builds the library into build/sanitize/<kind>/native. Under ASan everything else is as it is elsewhere. Under
-TSan llama.cpp is built too, with TSan in it and without OpenMP, whose barriers TSan does not know: minutes,
-once. Whatever a sanitizer says ends its process, so that the test that ran it fails. What is suppressed is
+Builds the library into build/sanitize/<kind>/native; in the tests everything else is as it is elsewhere. For
+upstream's program under TSan llama.cpp is built too, with TSan in it and without OpenMP, whose barriers TSan does
+not know: minutes, once. Whatever a sanitizer says ends its process, so that the test that ran it fails. What is suppressed is
 others' code, with a reason each, in the .supp files here. Exit status: 0 clean.
 """
 
@@ -88,7 +88,7 @@ def runtime(kind: str) -> str:
     return str(Path(said.stdout.strip()).resolve())
 
 
-def environment(kind: str, library: Path, programs: Path) -> dict[str, str]:
+def environment(kind: str, library: Path) -> dict[str, str]:
     """Of a process that has the sanitizer in it."""
     found = {key: value for key, value in os.environ.items() if not key.startswith("ROTARY_")}
     found |= {
@@ -102,17 +102,15 @@ def environment(kind: str, library: Path, programs: Path) -> dict[str, str]:
         "TSAN_OPTIONS": f"halt_on_error=1:second_deadlock_stack=1:history_size=4:suppressions={HERE}/thread.supp",
         "LSAN_OPTIONS": f"suppressions={HERE}/leak.supp:print_suppressions=0",
     }
-    if kind == "thread":
-        found["LLAMA_CPP_LIB_PATH"] = str(programs)
     return found
 
 
-def tests(kind: str, library: Path, programs: Path, expression: str | None) -> bool:
+def tests(kind: str, library: Path, expression: str | None) -> bool:
     """The native tests and the fault tests, in Python."""
     which = [str(ROOT / "tests" / name) for name in TESTS]
     wanted = f"({expression}) and not ({' or '.join(NOT_THESE)})" if expression else f"not ({' or '.join(NOT_THESE)})"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which, "-k", wanted]
-    env = environment(kind, library, programs)
+    env = environment(kind, library)
     return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode == 0
 
 
@@ -120,7 +118,7 @@ def archs(kind: str, library: Path, programs: Path) -> bool:
     """Upstream's test of all architectures, on ROTARY0 with two slots for eight experts."""
     clean = True
     for store in STORES:
-        env = environment(kind, library, programs)
+        env = environment(kind, library)
         env |= {f"ROTARY_{key}": value for key, value in {"BUDGET": "min", "INNER": "CPU", **store}.items()}
         env["GGML_BACKEND_PATH"] = str(library)
         env["LD_PRELOAD"] += f" {programs / 'libpreload.so'}"
@@ -146,7 +144,7 @@ def main() -> int:
     for kind in given.kinds or KINDS:
         library, programs = build(kind)
         if "tests" in given.only:
-            clean = tests(kind, library, programs, given.expression) and clean
+            clean = tests(kind, library, given.expression) and clean
         if "archs" in given.only:
             clean = archs(kind, library, programs) and clean
     return 0 if clean else 1
