@@ -37,6 +37,7 @@ TESTS = (
 # limit its addresses say nothing there.
 NOT_THESE = (
     "auto_budget_shrinks", "a_stated_budget_is_not_lowered", "no_address_space", "nobody_elses_memory",
+    "a_tier_that_the_system_refuses",
 )  # fmt: skip
 # Of test-llama-archs, which goes through all architectures.
 STORES = ({"DIRECT": "0"}, {"DIRECT": "1"}, {"STORE": "direct"})
