@@ -49,7 +49,11 @@ def _check(names: object, stages: object, layout: object, done: object) -> None:
         raise ValueError("files")
     if not isinstance(stages, dict) or not isinstance(layout, str):
         raise ValueError("stages")
-    if not isinstance(done, list) or len(done) != 2 or not all(type(n) is int and 0 <= n < 1 << 63 for n in done):
+    if (
+        not isinstance(done, list)
+        or len(done) != 2
+        or not all(type(n) is int and 0 <= n < 1 << 63 for n in done)
+    ):
         raise ValueError("done")
 
 

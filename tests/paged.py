@@ -126,7 +126,9 @@ def faulty_disk(folder: Path) -> dict[str, str]:
     library = folder / "faulty_disk.so"
     source = ROOT / "tests" / "faulty_disk.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
-    return {"LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()}  # a sanitizer's runtime first
+    return {
+        "LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()
+    }  # a sanitizer's runtime first
 
 
 class Disk:

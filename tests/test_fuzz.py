@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A small sample of `make fuzz`: the first damaged inputs of one seed, of each kind, end in one line or are read."""
+"""A small sample of `make fuzz`: the first damaged inputs of one seed end in one line, or are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ CASES = {
 def test_sample(native, name):
     command = [sys.executable, ROOT / "tests" / "fuzz" / "run.py", "--only", name, "--jobs", "1"]
     ran = subprocess.run(
-        [*map(str, command), "--cases", str(CASES[name])], capture_output=True, text=True, timeout=300, check=False
+        [*map(str, command), "--cases", str(CASES[name])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert ran.returncode == 0, f"{ran.stdout[-2000:]}{ran.stderr[-2000:]}"
     assert " cases in " in ran.stdout

@@ -20,8 +20,8 @@ TEXTS = (
     "", " ", "\n", "\r", "\t", "\x00", "\x1b[31m", "\u2028", "\x85", "\u0663", "\u00b2", "\u212a", "\ufffd",
     "%", "%s", "%n", "%%", "-", "+", ".", ",", ";", "=", ":", "/", "..", "'", '"', "\\", "{}", "[", "0", "00",
     "1", "0x10", "1e5", "1e400", "9" * 20, "9" * 400, "9" * 5000, "0." + "0" * 300 + "1", "nan", "inf",
-    "auto", "min", "off", "none", "b", "B", "K", "KiB", "mib", "GiB", "TB", "GB/s", "slots", " slot", "pcie4x16",
-    "true", "null", "blk.0.", "x" * 1000,
+    "auto", "min", "off", "none", "b", "B", "K", "KiB", "mib", "GiB", "TB", "GB/s", "slots", " slot",
+    "pcie4x16", "true", "null", "blk.0.", "x" * 1000,
 )  # fmt: skip
 
 
@@ -89,7 +89,8 @@ class Header:
         self.fields = list(raw_fields(header).items())
         start = min((tensor.offset for tensor in header.tensors), default=0)
         self.tensors = [
-            (tensor.name, tensor.shape, tensor.type_number, tensor.offset - start) for tensor in header.tensors
+            (tensor.name, tensor.shape, tensor.type_number, tensor.offset - start)
+            for tensor in header.tensors
         ]
         self.alignment = header.alignment
         self.data_bytes = header.n_bytes - start
@@ -105,7 +106,10 @@ class Header:
             if rng.random() < 0.05:
                 n_fields, n_tensors = rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1))
         raw = b"GGUF" + struct.pack(
-            "<IQQ", rng.choice((3, 3, 3, 3, 2)), max(0, len(tensors) + n_tensors), max(0, len(fields) + n_fields)
+            "<IQQ",
+            rng.choice((3, 3, 3, 3, 2)),
+            max(0, len(tensors) + n_tensors),
+            max(0, len(fields) + n_fields),
         )
         raw += b"".join(field for _, field in fields)
         for name, shape, kind, offset in tensors:

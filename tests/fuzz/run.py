@@ -64,7 +64,9 @@ def work(name: str, seed: int, first: int, end: int, folder: Path) -> None:
             outcome: Any = target.case(rng_of(seed, name, number))
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)
-            ours = [f"{Path(at.filename).name}:{at.lineno}" for at in where if "rotary_llamacpp" in at.filename]
+            ours = [
+                f"{Path(at.filename).name}:{at.lineno}" for at in where if "rotary_llamacpp" in at.filename
+            ]
             outcome = ["fault", type(error).__name__, " ".join(str(error).split())[:300], " ".join(ours[-3:])]
         print(json.dumps(["end", number, outcome]), file=say)
     print(json.dumps(["done"]), file=say)

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from click.testing import CliRunner
@@ -38,7 +38,16 @@ from rotary_llamacpp.predictors import NAMES as PREDICTORS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ACCEPTED, REFUSED, UPSTREAM = "accepted", "refused", "upstream's"
-SMALL = {"layers": 2, "embd": 96, "heads": 2, "heads_kv": 1, "head_dim": 32, "ff": 32, "experts": 8, "used": 2}
+SMALL = {
+    "layers": 2,
+    "embd": 96,
+    "heads": 2,
+    "heads_kv": 1,
+    "head_dim": 32,
+    "ff": 32,
+    "experts": 8,
+    "used": 2,
+}
 NO_PAGING = {"store": "mmap", "prefetch": False}
 
 
@@ -235,7 +244,13 @@ class Load(Gguf):
         api.llama_model_default_params = lambda: params
         try:
             llama = self.llama_cpp.Llama(
-                str(path), n_ctx=64, n_batch=16, n_threads=1, n_threads_batch=1, n_gpu_layers=-1, verbose=False
+                str(path),
+                n_ctx=64,
+                n_batch=16,
+                n_threads=1,
+                n_threads_batch=1,
+                n_gpu_layers=-1,
+                verbose=False,
             )
         except (ValueError, RuntimeError):
             return REFUSED
@@ -363,7 +378,11 @@ def spoiled_json(rng: Random, found: Any) -> str:
         else:
             inside[key] = wrong_json(rng)
     whole = json.dumps(found)
-    return whole if rng.random() < 0.95 else rng.choice((f"[{whole}]", whole * 2, "[" * 100000, '{"a":' * 100000))
+    return (
+        whole
+        if rng.random() < 0.95
+        else rng.choice((f"[{whole}]", whole * 2, "[" * 100000, '{"a":' * 100000))
+    )
 
 
 class Traces(Archives):
@@ -388,7 +407,9 @@ class Traces(Archives):
             how = rng.random()
             if how < 0.6:
                 cells = lines[at].split(",")
-                cells[rng.randrange(len(cells))] = rng.choice((str(number(rng)), f"-{number(rng)}", text(rng)))
+                cells[rng.randrange(len(cells))] = rng.choice(
+                    (str(number(rng)), f"-{number(rng)}", text(rng))
+                )
                 lines[at] = ",".join(cells)
             elif how < 0.8:
                 lines[at] = spoiled_text(rng, lines[at])
@@ -550,7 +571,9 @@ class Budgets(Target):
         said = spoiled_text(rng, good) if rng.random() < 0.6 else text(rng, WORDS)
         value: Any = said
         if rng.random() < 0.2:
-            value = rng.choice((number(rng), -number(rng), rng.choice(FLOATS), rng.random(), None, [], True, b""))
+            value = rng.choice(
+                (number(rng), -number(rng), rng.choice(FLOATS), rng.random(), None, [], True, b"")
+            )
         layers = []
         for _ in range(rng.randint(1, 6)):
             n = rng.choice((1, 2, 8, 128, rng.randint(1, 65536)))
@@ -567,10 +590,14 @@ class Budgets(Target):
             pass
         else:
             if self.divide(budget.text.encode(), layers) not in (0, -4):
-                raise Fault(f"{value!r} is {budget.text!r} to Python, and to the library {self.library.last_error()!r}")
+                raise Fault(
+                    f"{value!r} is {budget.text!r} to Python; the library: {self.library.last_error()!r}"
+                )
         self.divide(said.replace("\x00", "").encode("utf-8", "replace"), layers)
         if rng.random() < 0.1:
-            which = rng.choice(("vram", "ram", "link", "disk", "ram-rate", "vram-rate", "budget", "store", "type"))
+            which = rng.choice(
+                ("vram", "ram", "link", "disk", "ram-rate", "vram-rate", "budget", "store", "type")
+            )
             there = {"vram": "8GiB", "ram": "64GiB"} | {which: said.replace("\x00", "")}
             options = [f"--{name}={its}" for name, its in there.items()]
             outcomes.append(command("plan", "mixtral-8x7b", *options))
@@ -588,7 +615,7 @@ class Environment(Target):
 
     share = 0.5
 
-    VALUES = {
+    VALUES: ClassVar = {
         "ROTARY_BUDGET": ("25%", "auto", "min", "off", "3 slots", "1MiB", "100%"),
         "ROTARY_MARGIN": ("512MiB", "1"),
         "ROTARY_STAGING": ("1MiB", "64MiB", "1"),

@@ -3,10 +3,10 @@
 
     python tests/sanitize/run.py [address|thread ...] [--only tests,archs] [-k EXPRESSION]
 
-Builds the library into build/sanitize/<kind>/native; in the tests everything else is as it is elsewhere. For
-upstream's program under TSan llama.cpp is built too, with TSan in it and without OpenMP, whose barriers TSan does
-not know: minutes, once. Whatever a sanitizer says ends its process, so that the test that ran it fails. What is suppressed is
-others' code, with a reason each, in the .supp files here. Exit status: 0 clean.
+Builds the library into build/sanitize/<kind>/native; in the tests everything else is as it is
+elsewhere. For upstream's program under TSan llama.cpp is built too, with TSan in it and without OpenMP, whose
+barriers TSan does not know: minutes, once. Whatever a sanitizer says ends its process, so that the test that
+ran it fails. What is suppressed is others' code, with a reason each, in the .supp files here. Exit status: 0 clean.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ TESTS = (
     "test_slots.py", "test_split.py", "test_page_table.py", "test_experience.py", "test_policies.py",
     "test_predictors.py", "test_profiles.py", "test_traces.py", "test_loading.py",
 )  # fmt: skip
-# A sanitizer's own memory is most of what such a process has, and lies where it pleases: tests that measure memory or
-# limit its addresses say nothing there.
+# A sanitizer's own memory is most of what such a process has, and lies where it pleases: tests that measure
+# memory or limit its addresses say nothing there.
 NOT_THESE = (
     "auto_budget_shrinks", "a_stated_budget_is_not_lowered", "no_address_space", "nobody_elses_memory",
     "a_tier_that_the_system_refuses",
@@ -85,7 +85,9 @@ def runtime(kind: str) -> str:
     """The sanitizer's shared library, which comes before everything else."""
     compiler = os.environ.get("CC", "cc")
     name = RUNTIMES[kind]
-    said = subprocess.run([compiler, f"-print-file-name={name}"], check=True, stdout=subprocess.PIPE, text=True)
+    said = subprocess.run(
+        [compiler, f"-print-file-name={name}"], check=True, stdout=subprocess.PIPE, text=True
+    )
     return str(Path(said.stdout.strip()).resolve())
 
 
@@ -98,9 +100,9 @@ def environment(kind: str, library: Path) -> dict[str, str]:
         "LD_PRELOAD": runtime(kind),
         "OMP_WAIT_POLICY": "passive",
         # Python and llama.cpp keep what they have to the end: leaks are for `archs` alone.
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1:strict_init_order=1",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        "TSAN_OPTIONS": f"halt_on_error=1:second_deadlock_stack=1:history_size=4:suppressions={HERE}/thread.supp",
+        "TSAN_OPTIONS": f"halt_on_error=1:history_size=4:suppressions={HERE}/thread.supp",
         "LSAN_OPTIONS": f"suppressions={HERE}/leak.supp:print_suppressions=0",
     }
     return found
@@ -109,7 +111,11 @@ def environment(kind: str, library: Path) -> dict[str, str]:
 def tests(kind: str, library: Path, expression: str | None) -> bool:
     """The native tests and the fault tests, in Python."""
     which = [str(ROOT / "tests" / name) for name in TESTS]
-    wanted = f"({expression}) and not ({' or '.join(NOT_THESE)})" if expression else f"not ({' or '.join(NOT_THESE)})"
+    wanted = (
+        f"({expression}) and not ({' or '.join(NOT_THESE)})"
+        if expression
+        else f"not ({' or '.join(NOT_THESE)})"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which, "-k", wanted]
     env = environment(kind, library)
     return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode == 0
@@ -128,7 +134,10 @@ def archs(kind: str, library: Path, programs: Path) -> bool:
         ran = subprocess.run(command, env=env, check=False, capture_output=True)
         said = (ran.stdout + ran.stderr).decode(errors="replace")
         good = ran.returncode == 0
-        print(f"{kind}: test-llama-archs, {store}: {'clean' if good else f'exit status {ran.returncode}'}", flush=True)
+        print(
+            f"{kind}: test-llama-archs, {store}: {'clean' if good else f'exit status {ran.returncode}'}",
+            flush=True,
+        )
         if not good:
             print(said[-12000:])
             clean = False
