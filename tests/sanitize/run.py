@@ -6,7 +6,8 @@
 Builds the library into build/sanitize/<kind>/native; in the tests everything else is as it is
 elsewhere. For upstream's program under TSan llama.cpp is built too, with TSan in it and without OpenMP, whose
 barriers TSan does not know: minutes, once. Whatever a sanitizer says ends its process, so that the test that
-ran it fails. What is suppressed is others' code, with a reason each, in the .supp files here. Exit status: 0 clean.
+ran it fails. What is suppressed is others' code, with a reason each, in the .supp files here.
+Exit status: 0 clean.
 """
 
 from __future__ import annotations
