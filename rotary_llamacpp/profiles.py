@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 from .errors import RotaryError
 from .gguf_fields import array_bytes, raw_fields
 from .gguf_header import check_regular, read_header
-from .traces import DAMAGED, Trace, writing
+from .traces import DAMAGED, MOST_PAIRS, Trace, writing
 
 FORMAT = 1
-_MOST_PAIRS = 1 << 27  # a gibibyte while they are counted
 KEY = "rotary.profile"  # of the model's metadata: array of bytes, the archive
 
 
@@ -75,10 +74,10 @@ def learn(traces: Sequence[Trace]) -> Profile:
         They are of different models.
     """
     layers, n_expert = traces[0].layers, traces[0].n_expert
-    if len(layers) * n_expert**2 > _MOST_PAIRS:
+    if len(layers) * n_expert**2 > MOST_PAIRS:
         raise RotaryError(
             f"traces: {len(layers)} layers of {n_expert} experts have {len(layers) * n_expert**2} pairs of "
-            f"experts; {_MOST_PAIRS} at most; check that they are of a model"
+            f"experts; {MOST_PAIRS} at most; check that they are of a model"
         )
     uses = np.zeros((len(layers), n_expert))
     pairs = np.zeros((max(len(layers) - 1, 0), n_expert, n_expert))

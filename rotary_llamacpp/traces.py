@@ -33,6 +33,7 @@ PREFILL, DECODE = 0, 1
 FORMAT = 1
 _CSV_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
 _MOST_ROWS = 1 << 28  # of one archive: what a header may ask for
+MOST_PAIRS = 1 << 27  # of experts in layers: predictors have tables of them
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -299,6 +300,8 @@ def _checked(trace: Trace) -> Trace:
         raise ValueError(f"experts {experts.min()} to {experts.max()} of {trace.n_expert}")
     if not experts.shape[1] <= trace.n_expert <= MOST_EXPERTS or trace.layer.min() < 0:
         raise ValueError(f"{experts.shape[1]} experts used of {trace.n_expert}")
+    if len(trace.expert_bytes) * trace.n_expert**2 > MOST_PAIRS:
+        raise ValueError(f"{len(trace.expert_bytes)} layers of {trace.n_expert} experts")
     if not all(0 <= layer < 1 << 31 and 0 <= size < 1 << 63 for layer, size in trace.expert_bytes.items()):
         raise ValueError("sizes that are none")
     if not set(np.unique(trace.layer).tolist()) <= trace.expert_bytes.keys():

@@ -164,9 +164,8 @@ def preload(folder: Path, source: Path) -> dict[str, str]:
     if not library.exists():
         command = [compiler, "-shared", "-fPIC", "-O2", "-fexceptions", "-o", library, source, "-ldl"]
         subprocess.run(command, check=True)
-    return {
-        "LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()
-    }  # a sanitizer's runtime first
+    before = os.environ.get("LD_PRELOAD", "")  # a sanitizer's runtime, which must be first
+    return {"LD_PRELOAD": f"{before} {library}".strip()}
 
 
 def faulty_disk(folder: Path) -> dict[str, str]:

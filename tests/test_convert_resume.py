@@ -117,7 +117,8 @@ def test_what_is_left_is_not_trusted_blindly(tiny_model, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"files": [1]}, {"files": "x.part"}, {"files": None}, {"stages": [[1, 2]]}, {"stages": 1}, {"layout": 7},
+        {"files": [1]}, {"files": "x.part"}, {"files": None}, {"stages": [[1, 2]]}, {"stages": 1},
+        {"layout": 7},
         {"done": ["x", 0]}, {"done": [0, 2**70]}, {"done": [-1, 0]}, {"done": [0.5, 1]}, {"done": 3},
         {"done": [2**63, 1]},
     ],

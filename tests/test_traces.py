@@ -272,6 +272,7 @@ def wrong_arrays():
     yield "resident bits that are floats", lambda arrays: arrays.update(resident=arrays["resident"] / 1)
     yield "two experts used of one", lambda arrays: change_meta(arrays, n_expert=1)
     yield "more experts than there are", lambda arrays: change_meta(arrays, n_expert=2**40)
+    yield "tables of pairs of terabytes", lambda arrays: change_meta(arrays, n_expert=60000)
     yield "a list about it", lambda arrays: change_meta(arrays, about=[1])
     yield "sizes below nothing", lambda arrays: change_meta(arrays, expert_bytes={"0": -1})
 

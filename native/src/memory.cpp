@@ -108,7 +108,7 @@ uint64_t host_memory_promised() {
 
     std::ifstream smaps("/proc/self/smaps");
     std::string   line;
-    uint64_t      begin = 0, end = 0, kib = 0, promised = 0;
+    uint64_t      begin = 0, end = 0, kib = 0, untouched = 0, promised = 0;
     bool          counts = false;
 
     const std::lock_guard<std::mutex> lock(slots_mutex);
@@ -122,7 +122,10 @@ uint64_t host_memory_promised() {
             counts = flags[1] == 'w' && flags[3] == 'p' && inode == 0 && (end - begin) / 1024 > stack_kib + 4 &&
                      std::none_of(slots.begin(), slots.end(), inside);
         } else if (counts && sscanf(line.c_str(), "Rss: %" SCNu64, &kib) == 1) {
-            promised += end - begin > kib * 1024 ? end - begin - kib * 1024 : 0;
+            untouched = end - begin > kib * 1024 ? end - begin - kib * 1024 : 0;
+            promised += untouched;
+        } else if (counts && line.compare(0, 8, "VmFlags:") == 0 && line.find(" nr") != std::string::npos) {
+            promised -= untouched; // reserved addresses, of sanitizers and JITs: terabytes that are never taken
         }
     }
     return promised;

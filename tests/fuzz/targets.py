@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from click.testing import CliRunner
@@ -591,7 +591,7 @@ class Budgets(Target):
         else:
             if self.divide(budget.text.encode(), layers) not in (0, -4):
                 raise Fault(
-                    f"{value!r} is {budget.text!r} to Python, and to the library {self.library.last_error()!r}"
+                    f"{value!r} is {budget.text!r} to Python; the library: {self.library.last_error()!r}"
                 )
         self.divide(said.replace("\x00", "").encode("utf-8", "replace"), layers)
         if rng.random() < 0.1:
@@ -610,9 +610,12 @@ def rng_free(layers: list[tuple[int, int, int]]) -> int:
 
 
 class Environment(Target):
-    """Values of the environment at registration, each in a process of its own; those taken are run with."""
+    """Values of the environment at registration, two on average, each time in a process of its own; some of
+    those taken are run with."""
 
-    VALUES = {
+    share = 0.5
+
+    VALUES: ClassVar = {
         "ROTARY_BUDGET": ("25%", "auto", "min", "off", "3 slots", "1MiB", "100%"),
         "ROTARY_MARGIN": ("512MiB", "1"),
         "ROTARY_STAGING": ("1MiB", "64MiB", "1"),
