@@ -27,7 +27,7 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[_letter] = _UNITS[_letter + "ib"] = 1024**_power
     _UNITS[_letter + "b"] = 1000**_power
 # ASCII alone: the Kelvin sign in small letters is a k, and the library does not read other scripts' digits.
-_AMOUNT = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(%|slots?|[kmgt]?i?b?)", re.ASCII)
+_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(%|slots?|[kmgt]?i?b?)", re.ASCII)
 _ACCEPTED = (
     "accepted are auto, min, a share (25% or 0.25), a size (8GiB), bytes or slots per layer (16 slots)"
 )

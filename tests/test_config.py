@@ -180,3 +180,8 @@ def test_check_against_a_model(tiny_model):
         with pytest.raises(BudgetError, match=words):
             Budget.parse(budget).check(info, budget)
     Budget.parse("3MiB").check(info, "3MiB")  # what the message names is enough
+
+
+def test_a_number_without_end_is_refused_at_once():
+    with pytest.raises(RotaryError):
+        Budget.parse("9" * 200_000 + "!")  # hours, where each digit may be of two parts of a pattern

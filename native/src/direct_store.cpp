@@ -247,6 +247,7 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
     read &               its   = reads_[tag];
     its.block                  = block;
     its.bytes                  = end - start;
+    its.file                   = first.file;
     char * data                = memory + (start - from);
     for (size_t i = 0; i < n; i++) {
         part & each = parts_[queue[i]];

@@ -133,6 +133,8 @@ class direct_store {
         std::vector<part_key> parts;
         std::shared_ptr<char> block; // here as well: a part may be dropped while the kernel still writes; NULL in place
         size_t                bytes;
+
+        std::shared_ptr<weight_file> file; // stays open, whatever becomes of the tensor meanwhile
     };
 
     bool start(std::deque<part_key> & queue, bool demanded);
