@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -28,7 +29,6 @@ for folder in (ROOT, ROOT / "tests"):
 
 from models.synth import SHAPES, add_metadata, synthesize  # noqa: E402
 from rotary_llamacpp import _native, pinned, traces  # noqa: E402
-from rotary_llamacpp.gguf_header import read_header  # noqa: E402
 
 # Of what the user has set, these are for tests.
 FOR_TESTS = ("ROTARY_TESTS_ALLOW_NO_NATIVE", "ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY")
@@ -107,28 +107,10 @@ def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lora_adapter(tmp_path: Path) -> Callable[[Path, tuple[str, ...]], Path]:
-    """Makes a random LoRA adapter of rank 4 for the qwen3moe tensors whose names contain one of `names`."""
+    """Makes a random LoRA adapter for the tensors of a model whose names contain one of some."""
+    from paged import write_adapter  # which imports this module
 
-    def make(model: Path, names: tuple[str, ...]) -> Path:
-        path = tmp_path / "adapter.gguf"
-        writer = GGUFWriter(path, "qwen3moe")
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", 8.0)
-        rng = np.random.default_rng(0)
-        for tensor in read_header(model).tensors:
-            if any(name in tensor.name for name in names):
-                n_in, n_out, *experts = tensor.shape
-                for half, shape in (("a", (*experts, 4, n_in)), ("b", (*experts, n_out, 4))):
-                    values = rng.normal(scale=0.05, size=shape).astype(np.float32)
-                    writer.add_tensor(f"{tensor.name}.lora_{half}", values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return make
+    return functools.partial(write_adapter, tmp_path / "adapter.gguf")
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import HANG_S, ROOT
+from gguf import GGUFWriter
 from tracing import OPTIONS, trace
 
 from rotary_llamacpp import Llama
+from rotary_llamacpp.gguf_header import read_header
 
 IN_A_PROCESS = """
 import importlib, pickle, sys
@@ -178,22 +180,34 @@ def exhaustion(folder: Path, function: str) -> dict[str, str]:
     return {**preload(folder, ROOT / "tests" / "exhaustion.c"), "EXHAUST": function}
 
 
-class Shortage:
-    """The knobs of exhaustion.c in this process, by their names there: ``shortage.at = 3``."""
+class Knobs:
+    """Variables of a preloaded library in this process, by their names there after `prefix`."""
+
+    prefix: str
 
     def __init__(self) -> None:
         object.__setattr__(self, "library", ctypes.CDLL(None))
 
     def __getattr__(self, name: str) -> int:
-        return ctypes.c_long.in_dll(self.library, f"exhaust_{name}").value
+        return ctypes.c_long.in_dll(self.library, f"{self.prefix}_{name}").value
 
     def __setattr__(self, name: str, value: int) -> None:
-        ctypes.c_long.in_dll(self.library, f"exhaust_{name}").value = value
+        ctypes.c_long.in_dll(self.library, f"{self.prefix}_{name}").value = value
+
+    def set(self, **knobs: int) -> None:
+        """Turn several."""
+        for name, value in knobs.items():
+            setattr(self, name, value)
+
+
+class Shortage(Knobs):
+    """The knobs of exhaustion.c: ``shortage.at = 3``."""
+
+    prefix = "exhaust"
 
     def begin(self, **knobs: int) -> None:
         """Count anew, with these knobs."""
-        for name, value in {"at": 0, "n": 1, "site": 0, "calls": 0, "failed": 0, **knobs, "on": 1}.items():
-            setattr(self, name, value)
+        self.set(**{"at": 0, "n": 1, "site": 0, "calls": 0, "failed": 0, **knobs, "on": 1})
 
     def end(self) -> int:
         """No more failures; how many there were."""
@@ -205,22 +219,10 @@ class Shortage:
         return (ctypes.c_long * 4097).in_dll(self.library, "exhaust_offset")[site]
 
 
-class Disk:
-    """The knobs of faulty_disk.c in this process, by their names there: ``disk.delay_us = 500``."""
+class Disk(Knobs):
+    """The knobs of faulty_disk.c: ``disk.delay_us = 500``."""
 
-    def __init__(self) -> None:
-        object.__setattr__(self, "library", ctypes.CDLL(None))
-
-    def __getattr__(self, name: str) -> int:
-        return ctypes.c_long.in_dll(self.library, f"disk_{name}").value
-
-    def __setattr__(self, name: str, value: int) -> None:
-        ctypes.c_long.in_dll(self.library, f"disk_{name}").value = value
-
-    def set(self, **knobs: int) -> None:
-        """Turn several."""
-        for name, value in knobs.items():
-            setattr(self, name, value)
+    prefix = "disk"
 
     def fail_next(self, n: int, after: int = 0) -> None:
         """Let `n` reads fail, beginning when `after` more have been made."""
@@ -238,6 +240,26 @@ class Disk:
     def mend(self) -> None:
         """No more failures, and full speed."""
         self.set(fail_at=0, delay_us=0, hold_at=0, withheld=0, most=0)
+
+
+def write_adapter(path: Path, model: Path, names: tuple[str, ...], seed: int = 0) -> Path:
+    """A random LoRA adapter of rank 4 for the qwen3moe tensors whose names contain one of `names`."""
+    writer = GGUFWriter(path, "qwen3moe")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    rng = np.random.default_rng(seed)
+    for tensor in read_header(model).tensors:
+        if any(name in tensor.name for name in names):
+            n_in, n_out, *experts = tensor.shape
+            for half, shape in (("a", (*experts, 4, n_in)), ("b", (*experts, n_out, 4))):
+                values = rng.normal(scale=0.05, size=shape).astype(np.float32)
+                writer.add_tensor(f"{tensor.name}.lora_{half}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def pure_logic(folder: Path, host: str, *sources: str) -> ctypes.CDLL:

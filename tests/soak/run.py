@@ -42,13 +42,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import llama_cpp  # noqa: E402
 import llama_cpp.llama_cpp as llama_api  # noqa: E402
 import numpy as np  # noqa: E402
-from gguf import GGUFWriter  # noqa: E402
+from paged import write_adapter  # noqa: E402
 from tracing import OPTIONS, trace  # noqa: E402
 
 from models.synth import synthesize  # noqa: E402
 from rotary_llamacpp import Llama, _native, policies  # noqa: E402
 from rotary_llamacpp.errors import DeviceError, RotaryError  # noqa: E402
-from rotary_llamacpp.gguf_header import read_header  # noqa: E402
 
 MIB = 1 << 20
 # Quiet by QUIET: where stock is not verbose it turns the process's stdout away meanwhile, for all threads.
@@ -301,26 +300,6 @@ def own_policies(world: World, rng: Random) -> None:
         model.check(llama, rng)
 
 
-def adapter(model: Path, path: Path, names: tuple[str, ...], seed: int) -> Path:
-    """A random LoRA adapter of rank 4."""
-    writer = GGUFWriter(path, "qwen3moe")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 8.0)
-    rng = np.random.default_rng(seed)
-    for tensor in read_header(model).tensors:
-        if any(name in tensor.name for name in names):
-            n_in, n_out, *experts = tensor.shape
-            for half, shape in (("a", (*experts, 4, n_in)), ("b", (*experts, n_out, 4))):
-                values = rng.normal(scale=0.05, size=shape).astype(np.float32)
-                writer.add_tensor(f"{tensor.name}.lora_{half}", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 adapted: dict[str, Model] = {}
 adapting = threading.Lock()
 
@@ -330,7 +309,7 @@ def adapted_model(world: World, which: str) -> Model:
     with adapting:
         if which not in adapted:
             base = world.models[0].path
-            lora = adapter(base, world.folder / f"{which}.gguf", (f"{which}.weight",), 1)
+            lora = write_adapter(world.folder / f"{which}.gguf", base, (f"{which}.weight",), 1)
             adapted[which] = Model(base, lora=lora)
         return adapted[which]
 
