@@ -283,7 +283,7 @@ def test_library_for_another_cpu(native, tiny_model, tmp_path, refusal):
     data = bytearray(native.path.read_bytes())
     data[18:20] = {"x86_64": 183}.get(platform.machine(), 62).to_bytes(2, "little")
     other.write_bytes(data)
-    assert "this machine is" in refusal("run", tiny_model, "-p", "x", ROTARY_LIBRARY=str(other))
+    assert "this Python is" in refusal("run", tiny_model, "-p", "x", ROTARY_LIBRARY=str(other))
 
 
 def test_missing_library(tiny_model, refusal):
