@@ -402,11 +402,15 @@ class Pool:
         return self._fields("rotary_stats", self.lib.c.rotary_pool_stats)
 
     def layer_stats(self) -> list[dict[str, Any]]:
-        """The fields of struct rotary_layer_stats for each paged layer."""
-        n_layers = self.stats()["n_layers"]
-        return [
-            self._fields("rotary_layer_stats", self.lib.c.rotary_pool_layer_stats, i) for i in range(n_layers)
-        ]
+        """The fields of struct rotary_layer_stats for each paged layer.
+
+        Of fewer while another thread's loading, as of an adapter, makes this pool form its layers anew.
+        """
+        layers: list[dict[str, Any]] = []
+        with native_log_muted(), contextlib.suppress(RotaryError):
+            for i in range(self.stats()["n_layers"]):
+                layers.append(self._fields("rotary_layer_stats", self.lib.c.rotary_pool_layer_stats, i))
+        return layers
 
     def _fields(self, struct: str, function: Any, *args: int) -> dict[str, Any]:
         ffi = self.lib.ffi
@@ -420,7 +424,7 @@ class Pool:
 
     def trace(self, on: bool) -> None:
         """Record routings from now on, or stop."""
-        self.lib.c.rotary_pool_trace(self._pool, on)
+        self.lib.check(self.lib.c.rotary_pool_trace(self._pool, on))
 
     def read_trace(self) -> tuple[list[int], int]:
         """Take what has been recorded, as numbers (rotary.h), and how many lookups were dropped so far."""

@@ -58,6 +58,11 @@ def native() -> _native.Library:
     return _native.load()
 
 
+# A shell lets what it runs in the background ignore this, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def heed_hang_ups() -> None:
     """Of a process that begins: under nohup it would have inherited that SIGHUP is ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -40,6 +40,7 @@ long disk_no_uring  = 0;   // the kernel refuses io_uring, with this
 long disk_old_uring = 0;   // it is that of Linux 5.5: without plain reads
 long disk_bad_from  = 0;   // where reads fail: from this offset
 long disk_bad_to    = 0;   // up to this one
+long disk_cancel    = 0;   // the kernel cancels reads of io_uring; from Linux 6.10 on
 long disk_hold      = 0;   // reads of io_uring that the kernel accepts and does not end until disk_let_go()
 
 long disk_enter_error  = 0;  // what io_uring_enter() fails with
@@ -174,6 +175,12 @@ static void spoil(unsigned n) {
         }
         if (fails(next_number(), (off_t) sqe->off, sqe->len)) {
             sqe->fd = -1;
+            continue;
+        }
+        if (disk_cancel) {
+            sqe->opcode   = IORING_OP_NOP;
+            sqe->rw_flags = 1; // IORING_NOP_INJECT_RESULT
+            sqe->len      = (unsigned) -ECANCELED;
             continue;
         }
         sqe->len = (unsigned) given(sqe->len, LEAST);

@@ -150,3 +150,13 @@ def test_calls_are_muted_in_their_thread_alone(native, capfd):
         assert capfd.readouterr().err == "heard;"
     finally:
         logger.setLevel(before)
+
+
+def test_figures_while_a_pool_forms_its_layers_anew(native, tiny_model, monkeypatch):
+    """Their number is asked for before them, and may have changed meanwhile."""
+    llama = Llama(str(tiny_model), rotary="25%", n_ctx=64, verbose=False)
+    pool = llama._rotary.pools._pools[0]
+    figures = pool.stats()
+    monkeypatch.setattr(pool, "stats", lambda: {**figures, "n_layers": figures["n_layers"] + 1})
+    assert len(llama.rotary_stats()["layers"]) == figures["n_layers"] == 6
+    llama.close()

@@ -191,7 +191,10 @@ def change_from_within(model):
     class Changes(policies.Lru):
         def note(self, ids, weights):
             if not found:
-                for change in (lambda: llama.rotary_set_budget("50%"), lambda: llama._rotary.pools.prepare()):
+                pools = llama._rotary.pools
+                for change in (
+                    lambda: llama.rotary_set_budget("50%"), pools.prepare, lambda: pools.trace(True)
+                ):  # fmt: skip
                     try:
                         change()
                         found.append("nothing")
@@ -208,7 +211,7 @@ def change_from_within(model):
 
 def test_changes_from_within_are_refused(native, tiny_model):
     found, n_slots = apart(change_from_within, tiny_model)
-    assert len(found) == 2 and all("between runs" in text for text in found) and n_slots == 16
+    assert len(found) == 3 and all("between runs" in text for text in found) and n_slots == 16
 
 
 def listen(model):

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import platform
+import re
 import struct
 import threading
 
@@ -135,6 +136,30 @@ def test_io_uring_that_stops(io_uring, synthetic, stock_trace, disk, kind, knobs
     assert (stats["io"], len(said)) == (("threads", 1) if ends else ("uring", 0)), stats["notices"]
     if ends:
         assert f"io_uring_enter: {os.strerror(knobs['enter_error'])}" in said[0]
+
+
+def run_cancelled(model):
+    """A run, one in which the kernel cancels all reads, and one after it."""
+    disk = Disk()
+    llama = make(model, DIRECT, **IN_BATCHES)
+    found = []
+    for cancel in (0, 1, 0):
+        disk.cancel = cancel
+        found.append(attempt(llama))
+    return found, llama.rotary_stats()
+
+
+def test_io_uring_that_cancels_all_reads(io_uring, synthetic, stock_trace, disk):
+    """As where it can start no thread of its own, at a limit of processes."""
+    if tuple(map(int, re.findall(r"[0-9]+", os.uname().release)[:2])) < (6, 10):
+        pytest.skip("the kernel gives no results that are asked for")
+    model = synthetic(type="q4_0", layers=3)
+    found, stats = apart(run_cancelled, model, environment=disk["io_uring"])
+    for paged in found:
+        assert isinstance(paged, dict), paged
+        assert_equal(paged, stock_trace(model, n_prompt=PROMPT, **IN_BATCHES))
+    assert stats["io"] == "threads"
+    assert any(os.strerror(errno.ECANCELED) in notice for notice in stats["notices"]), stats["notices"]
 
 
 # ---- a sandbox: a real one

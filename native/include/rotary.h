@@ -285,7 +285,7 @@ void rotary_pool_predictor(rotary_pool * pool, char * text, size_t n);
 const char * rotary_pool_policy(rotary_pool * pool);
 
 // Record routings from now on. While it is on, the host learns each, also where a GPU would resolve it itself.
-void rotary_pool_trace(rotary_pool * pool, int32_t on);
+int32_t rotary_pool_trace(rotary_pool * pool, int32_t on);
 
 // Take what has been recorded: for each lookup layer number, n_tokens, n_used, whether weights are known; ids[n_tokens]
 // [n_used]; the bits of as many floats, the router's weights; as many 0 or 1, whether the expert was there. Returns how

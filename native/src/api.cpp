@@ -184,12 +184,14 @@ static bool is_amid(rotary_pool * handle) {
     return false;
 }
 
-int32_t rotary_pool_prepare(rotary_pool * handle) {
+int32_t rotary_pool_prepare(rotary_pool * handle) try {
     if (is_amid(handle)) {
         return ROTARY_ERR_STATE;
     }
     const pool::hold lock(*handle->shared);
     return handle->shared->prepare();
+} catch (...) {
+    return fail_by_exception();
 }
 
 int32_t rotary_pool_set_budget(rotary_pool * handle, const char * text) try {
@@ -214,11 +216,13 @@ int32_t rotary_pool_stats(rotary_pool * handle, rotary_stats * stats) try {
     return fail_by_exception();
 }
 
-int32_t rotary_pool_layer_stats(rotary_pool * handle, int32_t index, rotary_layer_stats * stats) {
+int32_t rotary_pool_layer_stats(rotary_pool * handle, int32_t index, rotary_layer_stats * stats) try {
     if (!handle->shared->layer_stats(index, *stats)) {
         return fail(ROTARY_ERR_ARG, format("layer %d: not one of the pool's paged layers", index));
     }
     return ROTARY_OK;
+} catch (...) {
+    return fail_by_exception();
 }
 
 void rotary_pool_reset_counters(rotary_pool * handle) {
@@ -261,12 +265,15 @@ const char * rotary_pool_policy(rotary_pool * handle) {
     return handle->shared->policy_name();
 }
 
-void rotary_pool_trace(rotary_pool * handle, int32_t on) {
+int32_t rotary_pool_trace(rotary_pool * handle, int32_t on) try {
     if (is_amid(handle)) {
-        return;
+        return ROTARY_ERR_STATE;
     }
     const pool::hold lock(*handle->shared); // a graph is recorded as a whole
     handle->shared->trace(on != 0);
+    return ROTARY_OK;
+} catch (...) {
+    return fail_by_exception();
 }
 
 int64_t rotary_pool_trace_read(rotary_pool * handle, int32_t * records, int64_t n, uint64_t * n_untraced) {

@@ -194,7 +194,7 @@ std::string budget_too_small(const std::string & model, const std::string & text
 // C API
 
 int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * layers, int32_t n_layers,
-                             uint64_t free_bytes, int32_t * n_slots, uint64_t * bytes) {
+                             uint64_t free_bytes, int32_t * n_slots, uint64_t * bytes) try {
     using namespace rotary;
     for (int32_t i = 0; i < n_layers; i++) {
         if (layers[i].n_expert_used < 1 || layers[i].n_expert_used > layers[i].n_expert) {
@@ -218,4 +218,6 @@ int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * laye
     }
     std::copy(slots.begin(), slots.end(), n_slots);
     return ROTARY_OK;
+} catch (...) {
+    return rotary::fail_by_exception();
 }

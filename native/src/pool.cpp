@@ -99,14 +99,15 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
 void pool::remove_owner(const void * owner) {
     const hold lock(*this);
     if (incomplete_) {
+        forget_experts_of(owner);
         return;
     }
     release();
     unlock_store(); // and locked again for those that stay
     const auto gone = std::stable_partition(tensors_.begin(), tensors_.end(),
                                             [owner](const auto & tensor) { return tensor->owner != owner; });
+    forget_experts_of(owner);
     std::for_each(gone, tensors_.end(), [&](const auto & tensor) {
-        forget_experts(*tensor);
         const std::lock_guard<std::mutex> counters(counter_mutex_);
         totals_.expert_bytes -= tensor->expert_bytes * tensor->ne[2];
     });

@@ -120,7 +120,7 @@ int32_t layer_number(const std::string & name);
 
 // Known to all pools, so that none takes another's experts for dense weights.
 void register_experts(const paged_tensor & tensor);
-void forget_experts(const paged_tensor & tensor);
+void forget_experts_of(const void * owner);
 
 // A dense weight of the model that is being loaded, and whether it is copied out of the mapping. The loader asks for all of
 // them before any pool has an expert of the model, and for several devices in turn.

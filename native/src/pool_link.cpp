@@ -61,15 +61,16 @@ bool pool::lock_store(std::string & reason) {
         return false;
     }
     std::sort(ranges.begin(), ranges.end(), [](const auto & a, const auto & b) { return a.begin < b.begin; });
+    std::vector<locked_range> locked;
     for (const memory_range & next : ranges) {
-        if (!locked_.empty() && next.begin < locked_.back().end) {
+        if (!locked.empty() && next.begin < locked.back().end) {
             // Shares a page with the one before, which cannot be locked twice.
-            locked_.back().end = std::max(locked_.back().end, next.end);
+            locked.back().end = std::max(locked.back().end, next.end);
         } else {
-            locked_.push_back({ next.begin, next.end, {} });
+            locked.push_back({ next.begin, next.end, {} });
         }
     }
-    for (locked_range & range : locked_) {
+    for (locked_range & range : locked) {
         const size_t size = range.end - range.begin;
         range.lock        = link_->lock(range.begin, size, true, reason);
         if (!range.lock.memory && config.pin == pin_policy::on) {
@@ -80,10 +81,10 @@ bool pool::lock_store(std::string & reason) {
             }
         }
         if (!range.lock.memory) {
-            locked_.clear();
             return false;
         }
     }
+    locked_ = std::move(locked);
     return true;
 }
 
@@ -115,10 +116,14 @@ void pool::open_link() {
             staging_lock_ = link_->lock(direct_->staging(), direct_->staging_bytes(), false, reason);
         }
         locked = staging_lock_.memory != nullptr;
+        if (locked && std::any_of(tensors_.begin(), tensors_.end(), [](const auto & each) { return !each->direct; })) {
+            locked = false;
+            reason = "some of them lie in no file";
+        }
     } else {
         locked = lock_store(reason);
     }
-    uint64_t locked_bytes = direct_ && locked ? direct_->staging_bytes() : 0;
+    uint64_t locked_bytes = direct_ && staging_lock_.memory ? direct_->staging_bytes() : 0;
     locked_bytes += ring_ ? staging_ring::block_bytes * staging_ring::n_blocks : 0;
     for (const locked_range & range : locked_) {
         locked_bytes += range.end - range.begin;

@@ -26,8 +26,9 @@ namespace rotary {
 // Experts of all pools, by where they begin: pools of several devices share one mapping. Never destroyed, as models may
 // outlive our statics.
 struct known_experts {
-    size_t      bytes;
-    std::string path; // of their file, if they are in one
+    size_t       bytes;
+    std::string  path;  // of their file, if they are in one
+    const void * owner; // the paged buffer
 };
 
 static auto & ranges_mutex = *new fork_mutex;
@@ -35,12 +36,14 @@ static auto & ranges       = *new std::map<const char *, known_experts>;
 
 void register_experts(const paged_tensor & tensor) {
     const std::lock_guard<std::mutex> lock(ranges_mutex);
-    ranges[tensor.data] = { tensor.expert_bytes * tensor.ne[2], tensor.file ? tensor.file->path() : "" };
+    ranges[tensor.data] = { tensor.expert_bytes * tensor.ne[2], tensor.file ? tensor.file->path() : "", tensor.owner };
 }
 
-void forget_experts(const paged_tensor & tensor) {
+void forget_experts_of(const void * owner) {
     const std::lock_guard<std::mutex> lock(ranges_mutex);
-    ranges.erase(tensor.data);
+    for (auto each = ranges.begin(); each != ranges.end();) {
+        each = each->second.owner == owner ? ranges.erase(each) : std::next(each);
+    }
 }
 
 static std::vector<memory_range> all_experts(std::set<std::string> & paths) {

@@ -109,8 +109,9 @@ void uring::abandon() {
 void uring::submit(const read_request & request) {
     const size_t index = free_.back();
     free_.pop_back();
-    slots_[index].request = request;
-    slots_[index].done    = 0;
+    slots_[index].request   = request;
+    slots_[index].done      = 0;
+    slots_[index].cancelled = 0;
     in_flight_++;
     push(index);
 }
@@ -141,7 +142,7 @@ int uring::complete(std::vector<read_result> & results, bool wait) {
     static constexpr int most_naps = 1000; // a second of a kernel that is short of memory
 
     reap(results);
-    for (int naps = 0; wait && results.empty() && in_flight_ > 0; reap(results)) {
+    for (int naps = 0; wait && results.empty() && in_flight_ > 0 && refused_ == 0; reap(results)) {
         if (enter(1) >= 0 || errno == EINTR) { // a signal interrupts the wait, not the reads
             continue;
         }
@@ -151,10 +152,14 @@ int uring::complete(std::vector<read_result> & results, bool wait) {
         }
         nap();
     }
-    return 0;
+    return refused_;
 }
 
+// A read is cancelled with the thread that had asked for it, and asked for again; without end where the kernel can start
+// no thread of its own.
 void uring::reap(std::vector<read_result> & results) {
+    static constexpr unsigned most_cancelled = 8;
+
     unsigned head = *cq_head_;
     while (head != __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE)) {
         const io_uring_cqe cqe = cqes_[head & cq_mask_];
@@ -168,7 +173,10 @@ void uring::reap(std::vector<read_result> & results) {
         const size_t done  = cqe.res > 0 ? its.request.go_on_at(its.done, cqe.res) : its.done;
         if (again || (done > its.done && done < its.request.needed)) { // a short read: ask for the rest
             its.done = done;
-            if (!ending_) {
+            if (cqe.res == -ECANCELED && ++its.cancelled > most_cancelled) {
+                refused_ = ECANCELED;
+            }
+            if (!ending_ && refused_ == 0) {
                 push(index);
                 continue;
             }

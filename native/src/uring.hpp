@@ -40,8 +40,9 @@ class uring {
   private:
     struct slot {
         read_request request;
-        size_t       done; // bytes that have come; a read may come in pieces
-        uint32_t     turn; // of using this slot: what comes for an earlier one is nobody's
+        size_t       done;      // bytes that have come; a read may come in pieces
+        unsigned     cancelled; // how often the kernel has cancelled it
+        uint32_t     turn;      // of using this slot: what comes for an earlier one is nobody's
     };
 
     uring() = default;
@@ -70,7 +71,8 @@ class uring {
     std::vector<size_t>       free_;
     size_t                    in_flight_ = 0;
     bool                      ending_    = false;
-    std::vector<read_request> unread_; // while it ends
+    int                       refused_   = 0; // errno, once the kernel goes on cancelling a read
+    std::vector<read_request> unread_;        // while it ends
 };
 
 } // namespace rotary
