@@ -244,10 +244,16 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
     const size_t         align = first.file->alignment();
     const size_t         size  = (end - from + align - 1) / align * align;
     const uint64_t       tag   = next_read_++;
-    read &               its   = reads_[tag];
-    its.block                  = block;
-    its.bytes                  = end - start;
-    char * data                = memory + (start - from);
+    // What may fail for want of memory comes first: a read is noted if and only if it is submitted.
+    std::vector<part_key> parts(queue.begin(), queue.begin() + n);
+    reads_.emplace(tag, read{ std::move(parts), block, (size_t) (end - start) });
+    try {
+        reader_->submit({ first.file->fd(), from, memory, size, (size_t) (end - from), align, tag });
+    } catch (...) {
+        reads_.erase(tag);
+        throw;
+    }
+    char * data = memory + (start - from);
     for (size_t i = 0; i < n; i++) {
         part & each = parts_[queue[i]];
         each.now    = state::in_flight;
@@ -255,7 +261,6 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
         each.block  = block;
         each.data   = data;
         data += queue[i].first->expert_bytes;
-        its.parts.push_back(queue[i]);
         counters_.prefetched += !each.demanded && queue[i].first->leads;
     }
     queue.erase(queue.begin(), queue.begin() + n);
@@ -264,11 +269,10 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
         busy_bytes_    = 0;
     }
     busy_bytes_ += size;
-    in_flight_bytes_ += its.bytes;
+    in_flight_bytes_ += end - start;
     counters_.reads++;
     counters_.bytes_read += size;
     counters_.bytes_in_place += block ? 0 : size;
-    reader_->submit({ first.file->fd(), from, memory, size, (size_t) (end - from), align, tag });
 }
 
 // Drop the oldest prefetch that has landed and is not demanded; false if there is none.
@@ -289,8 +293,7 @@ bool direct_store::make_room() {
 }
 
 void direct_store::land(bool wait) {
-    results_.clear();
-    reader_->complete(results_, wait);
+    reader_->complete(results_, wait); // what it handed over before it failed is still there the next time
     for (const read_result & result : results_) {
         const auto its = reads_.find(result.tag);
         for (const part_key & key : its->second.parts) {
@@ -318,6 +321,7 @@ void direct_store::land(bool wait) {
             bytes_per_us_ += (seen - bytes_per_us_) / 8;
         }
     }
+    results_.clear();
 }
 
 bool direct_store::landed(const paged_tensor & tensor, int32_t expert) const {
