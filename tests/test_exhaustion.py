@@ -137,11 +137,13 @@ def check_error(result):
 
 
 @pytest.mark.slow
-def test_memory_while_graphs_run(native, synthetic, stock_trace, short_of):
+@pytest.mark.parametrize("store, io", [("mmap", "threads"), ("direct", "threads"), ("direct", "uring")])
+def test_memory_while_graphs_run(native, synthetic, stock_trace, short_of, store, io):
     model = synthetic(type="q8_0", layers=2, experts=8)
     stock = stock_trace(model, n_prompt=PROMPT, n_decode=4, **PLAIN)
+    environment = {**short_of("malloc"), "ROTARY_IO": io}
     with Apart(
-        run_from_every_place, model, {"budget": "50%", "store": "mmap"}, environment=short_of("malloc")
+        run_from_every_place, model, {"budget": "50%", "store": store}, environment=environment
     ) as run:
         found = run.result(600)
     assert len(found) > 5, "there were places"

@@ -22,10 +22,11 @@ static size_t whole_units(size_t bytes) {
 }
 
 staging_area::staging_area(size_t bytes) : size_(whole_units(bytes)) {
+    free_.reserve(2);
     void * memory = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory != MAP_FAILED) {
         base_ = (char *) memory;
-        free_.emplace(0, size_);
+        free_.push_back({ 0, size_ });
     }
 }
 
@@ -38,31 +39,39 @@ staging_area::~staging_area() {
 char * staging_area::take(size_t bytes) {
     bytes = whole_units(bytes);
     for (auto it = free_.begin(); it != free_.end(); ++it) {
-        const auto [offset, size] = *it;
-        if (size >= bytes) {
-            free_.erase(it);
-            if (size > bytes) {
-                free_.emplace(offset + bytes, size - bytes);
-            }
-            return base_ + offset;
+        if (it->size < bytes) {
+            continue;
         }
+        char * block = base_ + it->offset;
+        if (free_.capacity() < n_taken_ + 2) { // one more gap than blocks: give() needs no memory
+            const size_t index = it - free_.begin();
+            free_.reserve(2 * (n_taken_ + 2));
+            it = free_.begin() + index;
+        }
+        n_taken_++;
+        it->offset += bytes;
+        it->size -= bytes;
+        if (it->size == 0) {
+            free_.erase(it);
+        }
+        return block;
     }
     return nullptr;
 }
 
-void staging_area::give(char * block, size_t bytes) {
-    const auto [it, added] = free_.emplace(block - base_, whole_units(bytes));
-    const auto next        = std::next(it);
-    if (next != free_.end() && it->first + it->second == next->first) {
-        it->second += next->second;
-        free_.erase(next);
+void staging_area::give(char * block, size_t bytes) noexcept {
+    const gap  its{ (size_t) (block - base_), whole_units(bytes) };
+    const auto next = std::lower_bound(free_.begin(), free_.end(), its,
+                                       [](const gap & a, const gap & b) { return a.offset < b.offset; });
+    const auto it   = free_.insert(next, its);
+    n_taken_--;
+    if (it + 1 != free_.end() && it->offset + it->size == (it + 1)->offset) {
+        it->size += (it + 1)->size;
+        free_.erase(it + 1);
     }
-    if (it != free_.begin()) {
-        const auto before = std::prev(it);
-        if (before->first + before->second == it->first) {
-            before->second += it->second;
-            free_.erase(it);
-        }
+    if (it != free_.begin() && (it - 1)->offset + (it - 1)->size == it->offset) {
+        (it - 1)->size += it->size;
+        free_.erase(it);
     }
 }
 
@@ -244,11 +253,16 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
     const size_t         align = first.file->alignment();
     const size_t         size  = (end - from + align - 1) / align * align;
     const uint64_t       tag   = next_read_++;
-    read &               its   = reads_[tag];
-    its.block                  = block;
-    its.bytes                  = end - start;
-    its.file                   = first.file;
-    char * data                = memory + (start - from);
+    // What may fail for want of memory comes first: a read is noted if and only if it is submitted.
+    std::vector<part_key> parts(queue.begin(), queue.begin() + n);
+    reads_.emplace(tag, read{ std::move(parts), block, (size_t) (end - start), first.file });
+    try {
+        reader_->submit({ first.file->fd(), from, memory, size, (size_t) (end - from), align, tag });
+    } catch (...) {
+        reads_.erase(tag);
+        throw;
+    }
+    char * data = memory + (start - from);
     for (size_t i = 0; i < n; i++) {
         part & each = parts_[queue[i]];
         each.now    = state::in_flight;
@@ -256,7 +270,6 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
         each.block  = block;
         each.data   = data;
         data += queue[i].first->expert_bytes;
-        its.parts.push_back(queue[i]);
         counters_.prefetched += !each.demanded && queue[i].first->leads;
     }
     queue.erase(queue.begin(), queue.begin() + n);
@@ -265,11 +278,10 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
         busy_bytes_    = 0;
     }
     busy_bytes_ += size;
-    in_flight_bytes_ += its.bytes;
+    in_flight_bytes_ += end - start;
     counters_.reads++;
     counters_.bytes_read += size;
     counters_.bytes_in_place += block ? 0 : size;
-    reader_->submit({ first.file->fd(), from, memory, size, (size_t) (end - from), align, tag });
 }
 
 // Drop the oldest prefetch that has landed and is not demanded; false if there is none.
@@ -290,8 +302,7 @@ bool direct_store::make_room() {
 }
 
 void direct_store::land(bool wait) {
-    results_.clear();
-    reader_->complete(results_, wait);
+    reader_->complete(results_, wait); // what it handed over before it failed is still there the next time
     for (const read_result & result : results_) {
         const auto its = reads_.find(result.tag);
         for (const part_key & key : its->second.parts) {
@@ -319,6 +330,7 @@ void direct_store::land(bool wait) {
             bytes_per_us_ += (seen - bytes_per_us_) / 8;
         }
     }
+    results_.clear();
 }
 
 bool direct_store::landed(const paged_tensor & tensor, int32_t expert) const {

@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <unordered_map>
 #include <vector>
@@ -36,14 +35,19 @@ class staging_area {
     size_t size() const { return size_; }
     char * base() const { return base_; }
     char * take(size_t bytes); // NULL if there is no room
-    void   give(char * block, size_t bytes);
+    void   give(char * block, size_t bytes) noexcept;
 
     static constexpr size_t unit = 4096;
 
   private:
-    char *                   base_ = nullptr;
-    size_t                   size_;
-    std::map<size_t, size_t> free_; // offset -> bytes
+    struct gap {
+        size_t offset, size;
+    };
+
+    char *           base_ = nullptr;
+    size_t           size_;
+    size_t           n_taken_ = 0;
+    std::vector<gap> free_; // in order; with room for what may be given back
 };
 
 class direct_store {

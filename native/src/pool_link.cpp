@@ -118,7 +118,7 @@ void pool::open_link() {
         locked = staging_lock_.memory != nullptr;
         if (locked && std::any_of(tensors_.begin(), tensors_.end(), [](const auto & each) { return !each->direct; })) {
             locked = false;
-            reason = "some of them lie in no file";
+            reason = "not all are read from files";
         }
     } else {
         locked = lock_store(reason);

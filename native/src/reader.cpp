@@ -56,6 +56,7 @@ class read_threads {
     void submit(const read_request & request) {
         {
             const std::lock_guard<std::mutex> lock(mutex_);
+            results_.reserve(in_flight_ + 1); // here: a thread that reads has nobody to tell that memory ran out
             queue_.push_back(request);
         }
         in_flight_++;
@@ -71,8 +72,8 @@ class read_threads {
         } else if (wait && in_flight_ > 0) {
             done_.wait(lock, [this] { return !results_.empty(); });
         }
-        in_flight_ -= results_.size();
         results.insert(results.end(), results_.begin(), results_.end());
+        in_flight_ -= results_.size();
         results_.clear();
     }
 

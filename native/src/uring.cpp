@@ -160,6 +160,7 @@ int uring::complete(std::vector<read_result> & results, bool wait) {
 void uring::reap(std::vector<read_result> & results) {
     static constexpr unsigned most_cancelled = 8;
 
+    results.reserve(results.size() + in_flight_); // what has left the ring must not be lost
     unsigned head = *cq_head_;
     while (head != __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE)) {
         const io_uring_cqe cqe = cqes_[head & cq_mask_];
