@@ -25,11 +25,10 @@ def _reason(error: Exception) -> LibraryError:
             f"llama_cpp: cannot be imported, {said}; LLAMA_CPP_LIB_PATH is {place}, where libllama.so of "
             f"llama-cpp-python {pinned.LLAMA_CPP_PYTHON} is expected; unset it"
         )
-    wanted = f"llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}"
     return LibraryError(
-        f"llama_cpp: cannot be imported, {said}; {wanted} and what it depends on must be there; install what "
-        f"is missing, or build it here with `pip install --force-reinstall --no-binary "
-        f"llama-cpp-python {wanted}`"
+        f"llama_cpp: cannot be imported, {said}; llama-cpp-python {pinned.LLAMA_CPP_PYTHON} and its "
+        "dependencies must be there; install what is missing, or build it here with "
+        f"`{pinned.REBUILD_LLAMA_CPP}`"
     )
 
 
