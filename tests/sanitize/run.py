@@ -85,10 +85,9 @@ def build(kind: str) -> tuple[Path, Path]:
     return place / "native" / "libggml-rotary.so", programs
 
 
-def runtime(kind: str) -> str:
-    """The sanitizer's shared library, which comes before everything else."""
+def shared_library(name: str) -> str:
+    """One of the compiler's, by its path."""
     compiler = os.environ.get("CC", "cc")
-    name = RUNTIMES[kind]
     said = subprocess.run(
         [compiler, f"-print-file-name={name}"], check=True, stdout=subprocess.PIPE, text=True
     )
@@ -101,7 +100,8 @@ def environment(kind: str, library: Path) -> dict[str, str]:
     found |= {
         "ROTARY_LIBRARY": str(library),
         "ROTARY_TESTS_CXXFLAGS": f"-fsanitize={kind} -g",
-        "LD_PRELOAD": runtime(kind),
+        # Before everything else; and libstdc++, without which a sanitizer does not know how to throw.
+        "LD_PRELOAD": f"{shared_library(RUNTIMES[kind])} {shared_library('libstdc++.so.6')}",
         "OMP_WAIT_POLICY": "passive",
         # Python and llama.cpp keep what they have to the end: leaks are for `archs` alone.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
