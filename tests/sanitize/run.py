@@ -70,12 +70,12 @@ def cmake(source: Path, build: Path, *options: str, targets: tuple[str, ...] = (
     subprocess.run([tool("cmake"), "--build", str(build), *wanted], check=True, stdout=subprocess.DEVNULL)
 
 
-def build(kind: str) -> tuple[Path, Path]:
+def build(kind: str, with_programs: bool) -> tuple[Path, Path]:
     """The library, and the folder of upstream's programs and libraries."""
     place = ROOT / "build" / "sanitize" / kind
     cmake(ROOT, place / "native", f"-DROTARY_SANITIZE={kind}", "-DROTARY_CUDA=OFF")
     programs = ROOT / "build" / "conformance" / "bin"
-    if kind == "thread":
+    if kind == "thread" and with_programs:
         flags = "-fsanitize=thread -g1 -fno-omit-frame-pointer"
         options = (f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_CXX_FLAGS={flags}", "-DGGML_OPENMP=OFF")
         cmake(
@@ -156,7 +156,7 @@ def main() -> int:
     given = parser.parse_args()
     clean = True
     for kind in given.kinds or KINDS:
-        library, programs = build(kind)
+        library, programs = build(kind, "archs" in given.only)
         if "tests" in given.only:
             clean = tests(kind, library, given.expression) and clean
         if "archs" in given.only:
