@@ -45,6 +45,14 @@ class device {
     void    remember_n_expert_used(const std::string & name, int32_t n); // from the loader's question
     int32_t n_expert_used(const std::string & name) const;
 
+    // That memory ran out when the loader asked, for the pool that was opened for this model.
+    void lose() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (opened_) {
+            opened_->lose(1);
+        }
+    }
+
     // Backends and paged buffers alive on this device.
     void add_user(int n) {
         const std::lock_guard<std::mutex> lock(mutex_);

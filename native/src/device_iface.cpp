@@ -125,7 +125,16 @@ static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor 
     if (weight != nullptr && weight->buffer != nullptr) {
         ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(weight->buffer);
         if (ggml_backend_buffer_get_size(weight->buffer) == 0 && weight->op == GGML_OP_NONE) {
-            return is_view_op(op->op) || guarded(false, [&] { return loader_supports_op(self(dev), op, buft); });
+            if (is_view_op(op->op)) {
+                return true;
+            }
+            try {
+                return loader_supports_op(self(dev), op, buft);
+            } catch (...) { // the loader takes a no, and the weight would not be paged
+                fail_by_exception();
+                self(dev).lose();
+                return false;
+            }
         }
         if (buft == self(dev).paged_buft()) {
             return is_view_op(op->op) || supports_paged(self(dev), op);

@@ -78,7 +78,9 @@ void staging_area::give(char * block, size_t bytes) noexcept {
 // ---- wanting
 
 direct_store::direct_store(std::unique_ptr<reader> reader, size_t staging_bytes, place_for place) :
-    place_(std::move(place)), area_(staging_bytes), reader_(std::move(reader)) {}
+    place_(std::move(place)), area_(staging_bytes), reader_(std::move(reader)) {
+    results_.reserve(reader::most_in_flight); // the reader can always hand over
+}
 
 direct_store::found direct_store::demand(const paged_tensor & tensor, int32_t expert, char * place) {
     const auto [it, absent] = parts_.try_emplace({ &tensor, expert }, part{});
@@ -391,9 +393,9 @@ void direct_store::take(const paged_tensor & tensor, int32_t expert) {
     }
 }
 
-void direct_store::clear() {
-    while (std::any_of(reads_.begin(), reads_.end(), [](const auto & each) { return each.second.block == nullptr; })) {
-        land(true);
+void direct_store::clear() noexcept {
+    if (std::any_of(reads_.begin(), reads_.end(), [](const auto & each) { return each.second.block == nullptr; })) {
+        reader_->finish(); // their ends are noticed the next time
     }
     parts_.clear();
     demanded_.clear();

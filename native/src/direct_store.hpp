@@ -93,7 +93,7 @@ class direct_store {
     const char * wait(const paged_tensor & tensor, int32_t expert);
     bool         landed(const paged_tensor & tensor, int32_t expert) const;
     void         take(const paged_tensor & tensor, int32_t expert); // done with the bytes
-    void         clear(); // done with everything; no place is written any more
+    void         clear() noexcept; // done with everything; no place is written any more
 
     // Time for reading so much, and until everything demanded has landed, by the bandwidth seen so far.
     double time_for(size_t bytes) const { return (double) bytes / bytes_per_us_; } // us

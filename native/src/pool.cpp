@@ -218,6 +218,12 @@ int32_t pool::size() {
                            config.model.c_str(),
                            inner_is_host_ ? "while its parent computed with the model" : "after the model was loaded"));
     }
+    if (n_lost_ > 0) {
+        return fail(ROTARY_ERR_MEMORY,
+                    format("%s: memory ran out while its experts were loaded, and not all are known; "
+                           "close other programs, then load the model again",
+                           config.model.c_str()));
+    }
     if (prepared_ || tensors_.empty()) {
         if (status_ != ROTARY_OK) {
             return fail((rotary_status) status_, status_text_);

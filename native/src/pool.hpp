@@ -200,6 +200,7 @@ class pool : public std::enable_shared_from_this<pool> {
     int32_t prepare();
     bool    forget_slots() noexcept; // after a failure: they may not hold what the tables say; false: not yet either
     bool    is_spoiled() const { return spoiled_; } // by a failure after which they could not be forgotten
+    void    lose(int n) { n_lost_ += n; }           // models of which not all experts are known: memory ran out
     void    set_budget(const budget & wanted, const std::string & text);
 
     // What slots of a layer of the model begin with, the most wanted first. Call before they are allocated.
@@ -346,7 +347,8 @@ class pool : public std::enable_shared_from_this<pool> {
     std::unordered_map<const void *, place>    by_data_;
     bool                                       prepared_ = false;
     bool                                       spoiled_  = false;
-    int32_t                                    status_   = ROTARY_OK; // of the sizing, so that it is tried once
+    std::atomic<int>                           n_lost_{ 0 };
+    int32_t                                    status_ = ROTARY_OK; // of the sizing, so that it is tried once
     std::string                                status_text_;
     std::unique_ptr<direct_store>              direct_;
     std::string                                no_direct_; // why a tensor's file could not be opened again

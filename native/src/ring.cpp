@@ -13,8 +13,13 @@
 
 namespace rotary {
 
+staging_ring::staging_ring(std::shared_ptr<link> side, std::string & reason) :
+    link_(std::move(side)), memory_(link_->host_memory(block_bytes * n_blocks, reason)) {}
+
+// It is made before the first thread starts: the destructor ends them, wherever memory runs out.
 staging_ring::staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner, std::string & reason) :
-    link_(std::move(side)), memory_(link_->host_memory(block_bytes * n_blocks, reason)) {
+    staging_ring(std::move(side), reason) {
+    why_.reserve(512); // here: a thread that copies has nobody to tell that memory ran out
     if (!memory_.memory) {
         reason = "no memory can be page-locked, " + reason;
         return;
@@ -91,7 +96,7 @@ void staging_ring::work() {
         through.used = true;
         if (!done && !failed_) {
             failed_ = true;
-            why_    = last_error(); // this thread's, for the one that waits
+            why_.assign(last_error(), strnlen(last_error(), why_.capacity())); // this thread's, for the one that waits
         }
         free_.push_back(index);
         left_--;

@@ -48,6 +48,7 @@ class staging_ring {
         bool                   used = false;
     };
 
+    staging_ring(std::shared_ptr<link> side, std::string & reason);
     void work();
 
     std::shared_ptr<link>    link_;

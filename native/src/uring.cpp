@@ -67,6 +67,9 @@ bool uring::set_up(std::string & reason) {
     cq_mask_  = *at(params.cq_off.ring_mask);
     cqes_     = (const io_uring_cqe *) (const void *) (ring_ + params.cq_off.cqes);
     slots_.resize(n_entries);
+    free_.reserve(n_entries);   // here: what has left the ring must not be lost, nor a destructor fail,
+    unread_.reserve(n_entries); // where memory has run out
+    dropped_.reserve(n_entries);
     for (unsigned i = 0; i < n_entries; i++) {
         free_.push_back(i);
     }
@@ -79,13 +82,13 @@ char * uring::map(size_t size, long what) const {
 }
 
 uring::~uring() {
-    std::vector<read_result> dropped;
-    int                      error = 0;
+    int error = 0;
     while (in_flight_ > 0 && error == 0) {
-        dropped.clear();
-        error = complete(dropped, true);
+        dropped_.clear();
+        error = complete(dropped_, true);
     }
-    take_back(dropped, error);
+    dropped_.clear();
+    take_back(dropped_, error);
     abandon();
 }
 
@@ -160,7 +163,7 @@ int uring::complete(std::vector<read_result> & results, bool wait) {
 void uring::reap(std::vector<read_result> & results) {
     static constexpr unsigned most_cancelled = 8;
 
-    results.reserve(results.size() + in_flight_); // what has left the ring must not be lost
+    results.reserve(results.size() + in_flight_); // the same
     unsigned head = *cq_head_;
     while (head != __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE)) {
         const io_uring_cqe cqe = cqes_[head & cq_mask_];

@@ -73,6 +73,7 @@ class uring {
     bool                      ending_    = false;
     int                       refused_   = 0; // errno, once the kernel goes on cancelling a read
     std::vector<read_request> unread_;        // while it ends
+    std::vector<read_result>  dropped_;       // by the destructor
 };
 
 } // namespace rotary

@@ -43,6 +43,7 @@ template <typename predicate> static std::vector<mapping> mappings(const predica
     std::vector<mapping> found;
     std::ifstream        maps("/proc/self/maps");
     std::string          line;
+    line.reserve(4096); // here: in getline(), a shortage of memory passes for the end of the file
     while (std::getline(maps, line)) {
         uint64_t begin, end;
         int      path = 0;
