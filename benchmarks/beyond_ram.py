@@ -41,7 +41,7 @@ from benchmarks.cells import LOCALITY, plan
 from benchmarks.common import MIB, MODELS, ProcessFailed, cpu_name, in_process, synthetic
 from benchmarks.disks import Disk
 from benchmarks.rounds import Benchmark
-from rotary_llamacpp.machine import available_memory, cpu_count
+from rotary_llamacpp.host.machine import available_memory, cpu_count
 
 SHAPE = "qwen3-30b-a3b"
 OVERRIDES = {"ff": 384, "heads": 16, "vocab": 32000}

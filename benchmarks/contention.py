@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 
 from benchmarks.common import cpu_name, in_process
 from benchmarks.disks import MIB, fast_disk
-from rotary_llamacpp.machine import cpu_count
+from rotary_llamacpp.host.machine import cpu_count
 
 
 @contextlib.contextmanager

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 
 from benchmarks.common import MIB, MODELS, cpu_name, in_process, synthetic
 from benchmarks.disks import drop, fill_cache
-from rotary_llamacpp.machine import cpu_count
+from rotary_llamacpp.host.machine import cpu_count
 
 
 def timed(source: str, target: str, verify: bool) -> dict:
     """Convert, in this process; how long it took."""
-    from rotary_llamacpp.convert import Options, convert
+    from rotary_llamacpp.conversion.convert import Options, convert
 
     begin = time.perf_counter()
     convert(source, target, Options(verify=verify))

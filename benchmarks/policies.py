@@ -22,7 +22,9 @@ sys.path.insert(0, str(ROOT))  # as a script it finds only its own folder
 import click  # noqa: E402
 import numpy as np  # noqa: E402
 
-from rotary_llamacpp import _native, _replay, policies, simulation  # noqa: E402
+from rotary_llamacpp import policies, simulation  # noqa: E402
+from rotary_llamacpp.native import binding as _native  # noqa: E402
+from rotary_llamacpp.native import replay as _replay  # noqa: E402
 from rotary_llamacpp.predictors import NAMES, Router  # noqa: E402
 from rotary_llamacpp.traces import DECODE, Trace, load  # noqa: E402
 
@@ -147,7 +149,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def record_one(model: Path) -> Trace:
     from rotary_llamacpp import RotaryConfig
-    from rotary_llamacpp.recording import record
+    from rotary_llamacpp.runtime.recording import record
 
     return record(str(model), PROMPTS, 150, RotaryConfig(budget="50%", verbose=False), seed=1, n_ctx=512)
 

@@ -99,9 +99,9 @@ def main(
     n_decode: int, rounds: int, threads: int,
 ) -> None:  # fmt: skip
     from rotary_llamacpp import RotaryConfig
-    from rotary_llamacpp.info import ModelInfo
+    from rotary_llamacpp.gguf_files.info import ModelInfo
     from rotary_llamacpp.predictors import Router
-    from rotary_llamacpp.recording import record
+    from rotary_llamacpp.runtime.recording import record
     from rotary_llamacpp.simulation import Link, predictor, replay, slots_for
 
     shares = [float(each) / 100 for each in budgets.split(",")]

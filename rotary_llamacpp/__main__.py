@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 
-from .interrupts import exiting
+from .host.interrupts import exiting
 
 
 def main() -> None:

@@ -5,86 +5,26 @@ llama_cpp."""
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
 
 from .errors import BudgetError, RotaryError
-from .info import ModelInfo
+from .gguf_files.info import ModelInfo
 from .policies import AUTO, NATIVE, Factory
 from .predictors import NAMES as PREDICTORS
 from .predictors import Factory as PredictorFactory
+from .units import MIB, UNITS, number_and_unit, parse_bytes, shown, whole_bytes
 
-MIB = 1024 * 1024
 STORES = ("auto", "mmap", "direct")
 PINS = ("auto", "on", "off")
 SPLITS = ("adaptive", "even")
 
-_UNITS = {"": 1, "b": 1}
-for _power, _letter in enumerate("kmgt", start=1):
-    _UNITS[_letter] = _UNITS[_letter + "ib"] = 1024**_power
-    _UNITS[_letter + "b"] = 1000**_power
-# ASCII alone: the Kelvin sign in small letters is a k, and the library does not read other scripts' digits.
-_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(%|slots?|[kmgt]?i?b?)", re.ASCII)
 _ACCEPTED = (
     "accepted are auto, min, a share (25% or 0.25), a size (8GiB), bytes or slots per layer (16 slots)"
 )
-_LIMIT_BYTES = 1e18  # of any size, as in the native library
 _MOST_SLOTS = 2**31 - 1
-
-
-def parse_bytes(value: int | str) -> int:
-    """Bytes in a size: an integer, or text such as ``"512MiB"``, ``"8G"`` or ``"1000000"``."""
-    number, unit = _number_and_unit(value)
-    if number and unit == "" and "." in number:
-        raise RotaryError(
-            f"size {_shown(value)}: has no unit; bytes have no fractions; write {_shown(number, str)}GiB"
-        )
-    n_bytes = _bytes(number, unit) if unit in _UNITS else None
-    if n_bytes is None:
-        raise RotaryError(
-            f"size {_shown(value)}: not a number of bytes; units are KiB, MiB, GiB, TiB, KB, MB, GB, TB; "
-            "write for example 512MiB"
-        )
-    return n_bytes
-
-
-def parse_size(value: str) -> int:
-    """The same of what a person says; a bare small number is refused, for it was meant in a unit."""
-    n_bytes = parse_bytes(value)
-    if value.strip().isdigit() and 0 < n_bytes < MIB:
-        raise RotaryError(f"size {value!r}: is {n_bytes} bytes; a size has a unit; write {n_bytes}GiB")
-    return n_bytes
-
-
-def _number_and_unit(value: object) -> tuple[str, str]:
-    """A number as its digits, and its unit in small letters; neither if it is no such text."""
-    try:
-        text = str(value).strip()
-    except ValueError:  # an int of more digits than Python writes
-        return "", "-"
-    match = _AMOUNT.fullmatch(text.lower()) if text.isascii() else None
-    return (match[1], match[2]) if match is not None else ("", "-")
-
-
-def _bytes(number: str, unit: str) -> int | None:
-    """None for a part of a byte, and for more than any machine has."""
-    n_bytes = float(number or "nan") * _UNITS[unit]
-    if not n_bytes < _LIMIT_BYTES or 0 < n_bytes < 1:
-        return None
-    # As an integer if it is one: a float would round large ones.
-    return int(n_bytes) if "." in number else int(number.lstrip("0") or "0") * _UNITS[unit]
-
-
-def _shown(value: object, form: Callable[[object], str] = repr) -> str:
-    """A value for a message, in one line, and not for pages."""
-    try:
-        text = form(value)
-    except ValueError:
-        text = "of too many digits"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(frozen=True)
@@ -105,21 +45,21 @@ class Budget:
         BudgetError
             It is none of the accepted forms.
         """
-        refusal = BudgetError(f"budget {_shown(value)}: not understood; {_ACCEPTED}; correct the budget")
+        refusal = BudgetError(f"budget {shown(value)}: not understood; {_ACCEPTED}; correct the budget")
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise refusal
         if isinstance(value, float):
             return cls._share_of_one(value, refusal)
         if isinstance(value, str) and (text := value.strip().lower()) in ("auto", "min"):
             return cls(text, 0, text)
-        number, unit = _number_and_unit(value)
+        number, unit = number_and_unit(value)
         if not number or float(number) == 0:
             raise refusal
         amount = float(number)
         if unit == "%":
             if amount > 100:
                 raise BudgetError(
-                    f"budget {_shown(value)}: more than all experts; at most 100%; lower the budget"
+                    f"budget {shown(value)}: more than all experts; at most 100%; lower the budget"
                 )
             return cls.share(amount)
         if unit == "" and "." in number:
@@ -128,7 +68,7 @@ class Budget:
             if amount > _MOST_SLOTS or amount != int(amount):
                 raise refusal
             return cls("slots", int(amount), f"{int(amount)} slots")
-        n_bytes = _bytes(number, unit) if unit in _UNITS else None
+        n_bytes = whole_bytes(number, unit) if unit in UNITS else None
         if n_bytes is None:
             raise refusal
         return cls("bytes", n_bytes, str(n_bytes))
@@ -308,7 +248,7 @@ class RotaryConfig:
 
 def _is_off(budget: object) -> bool:
     if isinstance(budget, str):
-        number, unit = _number_and_unit(budget)
-        known = unit in _UNITS or unit == "%" or unit.startswith("slot")
+        number, unit = number_and_unit(budget)
+        known = unit in UNITS or unit == "%" or unit.startswith("slot")
         return budget.strip().lower() in ("off", "none") or (known and bool(number) and float(number) == 0)
     return budget is None or budget is False or (isinstance(budget, (int, float)) and budget == 0)

@@ -13,10 +13,10 @@ import sys
 import pytest
 from conftest import HANG_S, ROOT
 
-from rotary_llamacpp import machine
 from rotary_llamacpp.cli import main
-from rotary_llamacpp.generation import Watcher, load
-from rotary_llamacpp.info import ModelInfo
+from rotary_llamacpp.gguf_files.info import ModelInfo
+from rotary_llamacpp.host import machine
+from rotary_llamacpp.runtime.generation import Watcher, load
 
 QUICK = ("--temp", "0", "--threads", "1")
 
@@ -143,7 +143,7 @@ def test_zero_tokens(native, tiny_model, rotary_command):
 
 def test_interrupting_prints_the_figures(native, synthetic):
     model = synthetic(layers=16, type="q8_0", vocab=4096)
-    command = [sys.executable, "-m", "rotary_llamacpp.cli", "run", str(model), "-p", "abc", "-n", "4000"]
+    command = [sys.executable, "-m", "rotary_llamacpp", "run", str(model), "-p", "abc", "-n", "4000"]
     running = subprocess.Popen(  # greedily, as chance would end the text now and then
         [*command, "--temp", "0", "--budget", "min", "--threads", "1"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -10,9 +10,10 @@ import pickle
 import pytest
 from conftest import ROOT
 
-from rotary_llamacpp.config import Budget, RotaryConfig, parse_bytes, parse_size
+from rotary_llamacpp.config import Budget, RotaryConfig
 from rotary_llamacpp.errors import BudgetError, RotaryError
-from rotary_llamacpp.info import ModelInfo
+from rotary_llamacpp.gguf_files.info import ModelInfo
+from rotary_llamacpp.units import parse_bytes, parse_size
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from paged import assert_equal, paged_trace
 
-from rotary_llamacpp import profiles
-from rotary_llamacpp.convert import HISTORY_KEY, Options, convert
+from rotary_llamacpp.conversion.convert import HISTORY_KEY, Options, convert
 from rotary_llamacpp.errors import RotaryError
-from rotary_llamacpp.gguf_fields import array_strings, raw_fields
-from rotary_llamacpp.gguf_header import GGUFHeader, read_header
-from rotary_llamacpp.info import ModelInfo, read_shards
+from rotary_llamacpp.gguf_files.fields import array_strings, raw_fields
+from rotary_llamacpp.gguf_files.header import GGUFHeader, read_header
+from rotary_llamacpp.gguf_files.info import ModelInfo, read_shards
+from rotary_llamacpp.traces import profiles
 
 SHAPE = {"layers": 2, "embd": 256, "ff": 256, "experts": 8, "used": 2}
 

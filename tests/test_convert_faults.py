@@ -16,10 +16,10 @@ import pytest
 from conftest import HANG_S
 from test_convert import assert_nothing_else, write_legacy
 
-from rotary_llamacpp import copying, quantising
-from rotary_llamacpp.convert import Options, convert
+from rotary_llamacpp.conversion import copying, quantising
+from rotary_llamacpp.conversion.convert import Options, convert
+from rotary_llamacpp.conversion.journal import part
 from rotary_llamacpp.errors import ModelError, RotaryError
-from rotary_llamacpp.journal import part
 
 MIB = 1 << 20
 

@@ -18,11 +18,11 @@ from conftest import ROOT, heed_hang_ups
 from test_convert import assert_nothing_else, tensor_bytes
 from test_convert_faults import MIB, at_call, no_hang, small_steps  # noqa: F401 (a fixture)
 
-from rotary_llamacpp import folders
-from rotary_llamacpp.convert import Options, convert
+from rotary_llamacpp.conversion import folders
+from rotary_llamacpp.conversion.convert import Options, convert
+from rotary_llamacpp.conversion.quantising import Wish
 from rotary_llamacpp.errors import ModelError, RotaryError
-from rotary_llamacpp.gguf_header import read_header
-from rotary_llamacpp.quantising import Wish
+from rotary_llamacpp.gguf_files.header import read_header
 
 
 @pytest.fixture
@@ -177,8 +177,8 @@ def test_what_happens_meanwhile_is_noticed(folder, results, tiny_model, tmp_path
 
 KILLED = """
 import sys
-from rotary_llamacpp import folders
-from rotary_llamacpp.convert import convert
+from rotary_llamacpp.conversion import folders
+from rotary_llamacpp.conversion.convert import convert
 folders._MODULES = ("numpy",)
 convert(sys.argv[1], sys.argv[2])
 """

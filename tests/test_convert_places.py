@@ -20,13 +20,13 @@ from test_convert import assert_nothing_else, tensor_bytes
 from test_convert_faults import MIB, at_call, small_steps  # noqa: F401 (a fixture)
 from test_profiles import numbered
 
-from rotary_llamacpp import quantising
-from rotary_llamacpp.convert import Options, convert
+from rotary_llamacpp.conversion import quantising
+from rotary_llamacpp.conversion.convert import Options, convert
+from rotary_llamacpp.conversion.journal import Journal, note_path
+from rotary_llamacpp.conversion.quantising import Wish
 from rotary_llamacpp.errors import RotaryError
-from rotary_llamacpp.gguf_header import read_header
-from rotary_llamacpp.info import read_shards
-from rotary_llamacpp.journal import Journal, note_path
-from rotary_llamacpp.quantising import Wish
+from rotary_llamacpp.gguf_files.header import read_header
+from rotary_llamacpp.gguf_files.info import read_shards
 
 SPLIT = Options(split_bytes=12 * MIB)  # two files
 

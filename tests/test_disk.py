@@ -14,9 +14,11 @@ import pytest
 from conftest import HANG_S, ROOT
 from test_plan import HERE
 
-from rotary_llamacpp import calibration, disk, doctor, file_systems
-from rotary_llamacpp.config import MIB
 from rotary_llamacpp.errors import RotaryError
+from rotary_llamacpp.host import disk, file_systems
+from rotary_llamacpp.planning import calibration
+from rotary_llamacpp.runtime import doctor
+from rotary_llamacpp.units import MIB
 
 SHM = Path("/dev/shm")
 TMPFS, EXT4, FUSE = 0x01021994, 0xEF53, 0x65735546
@@ -116,7 +118,7 @@ def test_what_comes_from_memory_although_it_is_on_a_disk(tmp_path, monkeypatch):
 OVERLAY = """
 import sys
 from pathlib import Path
-from rotary_llamacpp import disk, file_systems
+from rotary_llamacpp.host import disk, file_systems
 from rotary_llamacpp.errors import RotaryError
 for path in map(Path, sys.argv[1:]):
     assert file_systems.magic(path) == 0x794C7630, hex(file_systems.magic(path))

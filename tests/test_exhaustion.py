@@ -16,7 +16,7 @@ import pytest
 from paged import Apart, Shortage, apart, assert_equal, exhaustion, make
 from tracing import OPTIONS, trace
 
-from rotary_llamacpp import _native
+from rotary_llamacpp.native import binding as _native
 
 pytestmark = pytest.mark.model
 

@@ -19,8 +19,10 @@ import pytest
 from conftest import ROOT
 from tracing import OPTIONS, trace
 
-from rotary_llamacpp import Llama, RotaryConfig, _native, paging
+from rotary_llamacpp import Llama, RotaryConfig
 from rotary_llamacpp.errors import BudgetError, DeviceError, LibraryError, ModelError, RotaryError
+from rotary_llamacpp.native import binding as _native
+from rotary_llamacpp.runtime import paging
 
 PROMPT = "In the beginning"
 
@@ -387,7 +389,7 @@ def test_refusals_leave_nothing_behind(native, tiny_model, rotary, kind, reason,
 
 def stricter(monkeypatch, path):
     """A limit of our reader that stock has not, and this model is beyond."""
-    monkeypatch.setattr("rotary_llamacpp.gguf_header._MOST_TENSORS", 3)
+    monkeypatch.setattr("rotary_llamacpp.gguf_files.header._MOST_TENSORS", 3)
     return path
 
 

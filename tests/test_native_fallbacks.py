@@ -22,7 +22,8 @@ pytestmark = pytest.mark.model
 # Address space runs out between the loading of the model and the allocation of its slots.
 SHORT_OF_MEMORY = """if True:
     import json, resource, sys
-    from rotary_llamacpp import Llama, _native
+    from rotary_llamacpp import Llama
+    from rotary_llamacpp.native import binding as _native
     budget, room = sys.argv[2], int(sys.argv[3])
     prepare = _native.Pool.prepare
 

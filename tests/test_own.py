@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from paged import apart, make
 
-from rotary_llamacpp import _replay, policies, predictors
+from rotary_llamacpp import policies, predictors
 from rotary_llamacpp.errors import DeviceError
+from rotary_llamacpp.native import replay as _replay
 
 pytestmark = pytest.mark.model
 

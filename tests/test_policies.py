@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 from paged import make
 
-from rotary_llamacpp import RotaryConfig, _replay, policies
+from rotary_llamacpp import RotaryConfig, policies
 from rotary_llamacpp.errors import RotaryError
+from rotary_llamacpp.native import replay as _replay
 
 np = pytest.importorskip("numpy")
 

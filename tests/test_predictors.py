@@ -7,8 +7,10 @@ from __future__ import annotations
 import pytest
 from paged import assert_equal, make, notices, paged_trace
 
-from rotary_llamacpp import RotaryConfig, _replay, predictors, profiles
+from rotary_llamacpp import RotaryConfig, predictors
 from rotary_llamacpp.errors import RotaryError
+from rotary_llamacpp.native import replay as _replay
+from rotary_llamacpp.traces import profiles
 
 np = pytest.importorskip("numpy")
 
@@ -159,7 +161,7 @@ def test_routers_that_cannot_be_read(native, synthetic, stock_trace, prefetch):
 
 @pytest.mark.model
 def test_a_profile_is_learnt_from(native, tiny_model, tmp_path):
-    from rotary_llamacpp.recording import record
+    from rotary_llamacpp.runtime.recording import record
 
     trace = record(
         str(tiny_model), ["The whale"], 40, RotaryConfig(budget="50%", verbose=False), seed=1, n_ctx=256

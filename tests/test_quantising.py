@@ -14,11 +14,12 @@ from gguf import GGUFWriter
 from test_convert import SHAPE, assert_nothing_else, fields_of, tensor_bytes, write_legacy
 from test_convert_faults import MIB, no_hang
 
-from rotary_llamacpp import imatrices, quantising
-from rotary_llamacpp.convert import Options, convert
+from rotary_llamacpp.conversion import quantising
+from rotary_llamacpp.conversion.convert import Options, convert
+from rotary_llamacpp.conversion.quantising import Wish
 from rotary_llamacpp.errors import ModelError, RotaryError
-from rotary_llamacpp.gguf_header import read_header
-from rotary_llamacpp.quantising import Wish
+from rotary_llamacpp.gguf_files import imatrices
+from rotary_llamacpp.gguf_files.header import read_header
 
 pytestmark = pytest.mark.model
 

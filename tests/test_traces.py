@@ -14,7 +14,7 @@ from rotary_llamacpp import Llama, RotaryConfig, policies, simulation, traces
 from rotary_llamacpp.cli import main
 from rotary_llamacpp.errors import ReadError, RotaryError
 from rotary_llamacpp.predictors import NAMES, PrefetchPolicy
-from rotary_llamacpp.recording import record
+from rotary_llamacpp.runtime.recording import record
 
 np = pytest.importorskip("numpy")
 
@@ -79,7 +79,7 @@ def test_the_replay_is_the_run(native, tiny_model, policy, split):
 @pytest.mark.model
 @pytest.mark.parametrize("budget", ["25%", "100%"])
 def test_recording_changes_nothing(native, tiny_model, stock_trace, monkeypatch, budget):
-    from rotary_llamacpp import paging
+    from rotary_llamacpp.runtime import paging
 
     start = paging.Paging.start
 

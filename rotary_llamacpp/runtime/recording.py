@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""Records a routing trace while a model answers prompts, for ``rotary trace``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config import RotaryConfig
+from ..errors import RotaryError
+from ..gguf_files.info import ModelInfo
+from ..host.interrupts import noted
+from ..native.pools import Pools
+from ..traces.archive import DECODE, PREFILL, Recorder, Trace
+from .generation import llama_is_eog, load
+from .llama import Llama
+
+
+def read_prompts(path: str) -> list[str]:
+    """One prompt a line; empty lines are left out.
+
+    Raises
+    ------
+    RotaryError
+        No such file, not UTF-8, or no prompt in it.
+    """
+    try:
+        prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RotaryError(f"{path}: cannot be read, {error}; a text file, one prompt a line") from error
+    if not prompts:
+        raise RotaryError(f"{path}: no prompt in it; one a line; write at least one")
+    return prompts
+
+
+def record(
+    model: str,
+    prompts: list[str],
+    n_predict: int,
+    config: RotaryConfig,
+    *,
+    temp: float = 0.8,
+    seed: int | None = None,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    on_prompt: Callable[[int, int], None] = lambda number, n_tokens: None,
+) -> Trace:
+    """Answer each prompt and record the routing of all tokens.
+
+    Prompts are checked before the first is computed. What fails later, or Ctrl-C, ends the recording, and
+    what has come is returned: ``about`` then has ``failed``, the reason in one line, or ``interrupted``.
+
+    Parameters
+    ----------
+    n_predict : int
+        Tokens for each prompt, at the most.
+    on_prompt : function
+        Told of each prompt's number, from 0, and its tokens, when it begins.
+
+    Raises
+    ------
+    RotaryError
+        The model has no experts, or a prompt does not fit into the context.
+    Exception
+        What failed, or KeyboardInterrupt, before anything was recorded.
+    """
+    info = ModelInfo.read(model)
+    if not info.is_moe:
+        raise RotaryError(f"{info.path.name}: dense model, nothing is routed; a MoE model; choose another")
+    options: dict[str, Any] = {} if seed is None else {"seed": seed}
+    llama = load(model, config, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, **options)
+    interrupted = threading.Event()
+    failed: Exception | None = None
+    number = 0
+    try:
+        pools = llama._rotary.pools
+        assert pools is not None, "a MoE model with a config is paged"
+        layers = {layer["il"]: layer for layer in pools.layer_stats()}
+        recorder = Recorder(
+            max(layer["n_expert"] for layer in layers.values()),
+            {il: layer["expert_bytes"] for il, layer in layers.items()},
+            {"model": info.path.name, "prompts": len(prompts), "temp": temp, "budget": str(config.budget)},
+        )
+        tokenized = [_tokens(llama, each, prompt, n_predict) for each, prompt in enumerate(prompts)]
+        pools.trace(True)
+        try:
+            with noted(interrupted, and_raised=True):
+                for number, tokens in enumerate(tokenized):
+                    on_prompt(number, len(tokens))
+                    _answer(llama, pools, recorder, number, tokens, n_predict, temp, interrupted)
+                    if interrupted.is_set():
+                        break
+        except KeyboardInterrupt:
+            interrupted.set()
+        except Exception as error:  # whatever it is, the prompts before it took their time
+            failed = error
+    finally:
+        llama.close()
+    if recorder.n_sequences == 0 and failed is not None:
+        raise failed
+    if recorder.n_sequences == 0 and interrupted.is_set():
+        raise KeyboardInterrupt
+    recorder.about["prompts"] = recorder.n_sequences
+    if interrupted.is_set():
+        recorder.about["interrupted"] = True
+    elif failed is not None:
+        reason = " ".join(str(failed).split()) or type(failed).__name__
+        recorder.about["failed"] = f"prompt {number + 1}: {reason}"
+    return recorder.trace()
+
+
+def _tokens(llama: Llama, number: int, prompt: str, n_predict: int) -> list[int]:
+    tokens = llama.tokenize(prompt.encode(), add_bos=bool(llama._model.add_bos_token()), special=True)
+    tokens = tokens or [llama.token_bos()]
+    if len(tokens) + n_predict > len(llama.input_ids):
+        raise RotaryError(
+            f"prompt {number + 1}: {len(tokens)} tokens and {n_predict} more; the context holds "
+            f"{len(llama.input_ids)}; shorten it, lower -n or raise --ctx"
+        )
+    return tokens
+
+
+def _answer(
+    llama: Llama, pools: Pools, recorder: Recorder, number: int, tokens: list[int], n_predict: int,
+    temp: float, interrupted: threading.Event,
+) -> None:  # fmt: skip
+    llama.reset()
+    llama.eval(tokens)
+    step = recorder.add(_numbers(pools), number, PREFILL, 0)
+    n_done = 0
+    try:
+        while n_done < n_predict and not interrupted.is_set():
+            token = llama.sample(temp=temp)
+            if llama_is_eog(llama, token):
+                break
+            llama.eval([token])
+            n_done += 1
+    finally:
+        recorder.add(_numbers(pools), number, DECODE, step, n_done)
+
+
+def _numbers(pools: Pools) -> list[int]:
+    numbers, n_dropped = pools.read_trace()
+    if n_dropped:
+        raise RotaryError(
+            f"trace: {n_dropped} lookups were too many to be kept at once; 64 MiB of them; shorten the prompt"
+        )
+    return numbers

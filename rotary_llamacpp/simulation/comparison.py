@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""Many replays of one trace side by side, for ``rotary simulate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..errors import RotaryError
+from ..policies import NATIVE
+from ..predictors import NAMES, PrefetchPolicy
+from ..traces.archive import Trace, load
+from ..traces.profiles import Profile
+from ..traces.profiles import load as load_profile
+from .replays import Link, belady, parse_rate, predictor, replay, slots_for
+
+
+def shares(text: str) -> list[float]:
+    """ "5,12.5" as shares of 1.
+
+    Raises
+    ------
+    RotaryError
+        Not numbers, or not above 0 and up to 100.
+    """
+    try:
+        found = [float(each.strip().removesuffix("%")) / 100 for each in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise RotaryError(f"budgets {text!r}: not percentages; above 0, up to 100; such as 12.5,25")
+    return found
+
+
+def compare(
+    trace_file: str,
+    policies: Iterable[str],
+    budgets: Sequence[float],
+    *,
+    link: str | None = None,
+    compute_us: float = 3000.0,
+    latency_us: float = 0.0,
+    predictors: Iterable[str] = ("none",),
+    profile: str | None = None,
+    depth: int = 1,
+    adaptive: bool = False,
+) -> list[dict[str, Any]]:
+    """One row for each budget, policy and predictor, and one for Belady's optimum.
+
+    Raises
+    ------
+    RotaryError
+        A name that is not known, or a trace that cannot be read.
+    """
+    policies, predictors = list(policies), list(predictors)
+    check_names("policy", policies, NATIVE)
+    check_names("predictor", predictors, ("none", *NAMES))
+    if link is None and predictors != ["none"]:
+        raise RotaryError("predictors: nothing comes ahead without a link; give --link, such as pcie4x16")
+    medium = Link(parse_rate(link), compute_us, latency_us) if link is not None else None
+    trace = load(trace_file)
+    known = load_profile(profile) if profile is not None else None
+    if known is not None and (known.layers, known.n_expert) != (trace.layers, trace.n_expert):
+        raise RotaryError(
+            f"{profile}: {len(known.layers)} layers of {known.n_expert} experts, the trace has "
+            f"{len(trace.layers)} of {trace.n_expert}; a profile of the same model; make it anew"
+        )
+    return compare_trace(trace, policies, budgets, medium, predictors, depth, known, adaptive)
+
+
+def compare_trace(
+    trace: Trace,
+    policies: Sequence[str],
+    budgets: Sequence[float],
+    link: Link | None,
+    predictors: Sequence[str] = ("none",),
+    depth: int = 1,
+    profile: Profile | None = None,
+    adaptive: bool = False,
+) -> list[dict[str, Any]]:
+    """As `compare`, of names that are known."""
+    rows: list[dict[str, Any]] = []
+    for share in budgets:
+        n_slots = slots_for(trace, share)
+        for policy in policies:
+            for name in predictors:
+                its = _predictor(trace, name, profile)
+                found = replay(trace, policy, n_slots, link, its, depth, adaptive)
+                rows.append(
+                    {
+                        "budget": share, "n_slots": n_slots[0], "policy": policy, "predictor": name,
+                        "hit_rate": found.hit_rate, "byte_hit_rate": found.byte_hit_rate,
+                        "misses": found.misses, "tokens_per_second": found.tokens_per_second,
+                        "stall_us": found.stall_us / found.tokens if link and found.tokens else None,
+                        "prefetched": found.prefetched, "prefetch_used": found.prefetch_used,
+                        "late_hits": found.late_hits,
+                    }
+                )  # fmt: skip
+        best = belady(trace, n_slots)
+        rows.append(
+            {"budget": share, "n_slots": n_slots[0], "policy": "belady", "predictor": "none",
+             "hit_rate": best.hit_rate, "byte_hit_rate": best.byte_hit_rate, "misses": best.misses}
+        )  # fmt: skip
+    return rows
+
+
+def _predictor(trace: Trace, name: str, profile: Profile | None) -> PrefetchPolicy | None:
+    if name == "none":
+        return None
+    its = predictor(trace, name)
+    if profile is not None:
+        its.learn(profile)
+    return its
+
+
+def check_names(kind: str, names: Iterable[str], accepted: Sequence[str]) -> None:
+    """Raise RotaryError at the first name that is not known."""
+    for name in names:
+        if name not in accepted:
+            raise RotaryError(f"{kind} {name!r}: not known; {', '.join(accepted)}; choose one of them")
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows as text."""
+    timed = any(row.get("tokens_per_second") for row in rows)
+    heads = ["budget", "slots", "policy", "ahead", "hit rate"]
+    heads += ["of bytes", "tok/s", "stall ms", "accuracy", "in time"] if timed else []
+    lines = ["  ".join(head.rjust(9) for head in heads)]
+    for row in rows:
+        cells = [
+            f"{100 * row['budget']:g} %", str(row["n_slots"]), row["policy"], row["predictor"],
+            percent(row["hit_rate"]),
+        ]  # fmt: skip
+        if timed and row["policy"] != "belady":
+            used, ahead, late = row["prefetch_used"], row["prefetched"], row["late_hits"]
+            cells += [
+                percent(row["byte_hit_rate"]), f"{row['tokens_per_second']:.1f}",
+                f"{row['stall_us'] / 1000:.2f}", percent(used / ahead if ahead else None),
+                percent(1 - late / used if used else None),
+            ]  # fmt: skip
+        lines.append("  ".join(cell.rjust(9) for cell in cells))
+    return lines
+
+
+def percent(value: float | None) -> str:
+    """A share as text, "-" if there is none."""
+    return "-" if value is None else f"{100 * value:.1f} %"

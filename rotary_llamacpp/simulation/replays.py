@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: MIT
+"""Replays routing traces on the library's own slot tables: hit rates, the optimum, and a model of time.
+
+Time is modelled by events: a layer's lookup waits for the experts it lacks, over a link of one bandwidth,
+then the layer computes; while it computes the link brings what a predictor names for the next layers, piece
+by piece, until a lookup wants something. What is wanted goes first, and on from the piece that was reached.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import RotaryError
+from ..native import binding
+from ..native.replay import Cache, Foresight
+from ..policies import Factory
+from ..predictors import ROUTER, PrefetchPolicy, Router
+from ..predictors import Factory as PredictorFactory
+from ..traces.archive import DECODE, Trace
+
+
+def slots_for(trace: Trace, share: float) -> list[int]:
+    """Slots of each layer for a share of all experts, at least one token's."""
+    least = trace.experts.shape[1]
+    return [max(least, min(trace.n_expert, int(share * trace.n_expert + 1e-9)))] * len(trace.layers)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where absent experts come from, and what a token costs where none is absent.
+
+    Attributes
+    ----------
+    bytes_per_us : float
+        Bandwidth of the link. 1000 is 1 GB/s.
+    compute_us : float
+        Of one token in all layers.
+    latency_us : float
+        Of each lookup that lacks something.
+    """
+
+    bytes_per_us: float
+    compute_us: float
+    latency_us: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What a replay counted, decode alone. Rates over nothing are None."""
+
+    requests: int = 0
+    misses: int = 0  # demanded, and not there, or not all of it
+    waits: int = 0  # lookups that lacked something
+    tokens: int = 0
+    time_us: float = 0.0
+    stall_us: float = 0.0
+    prefetched: int = 0
+    prefetch_used: int = 0  # of these, wanted by the lookup they were for
+    late_hits: int = 0  # of these, still on their way
+    wanted_bytes: int = 0
+    demanded_bytes: int = 0  # of these, not there when they were wanted
+    n_bytes: int = 0  # over the link
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of requests that found their expert there."""
+        return 1 - self.misses / self.requests if self.requests else None
+
+    @property
+    def byte_hit_rate(self) -> float | None:
+        """Share of the bytes wanted that were there; half of an expert counts half."""
+        return 1 - self.demanded_bytes / self.wanted_bytes if self.wanted_bytes else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """As the model of time has it."""
+        return 1e6 * self.tokens / self.time_us if self.time_us else None
+
+
+def replay(
+    trace: Trace,
+    policy: Factory | str,
+    n_slots: Sequence[int],
+    link: Link | None = None,
+    predictor: PrefetchPolicy | None = None,
+    depth: int = 1,
+    adaptive: bool = False,
+) -> Outcome:
+    """Replay a trace, its prefill too, and count its decode.
+
+    Parameters
+    ----------
+    policy : str or class
+        As ``policy`` of `RotaryConfig`.
+    n_slots : list of int
+        Of each layer.
+    link : Link, optional
+        Without it nothing takes time, and nothing comes ahead.
+    predictor : PrefetchPolicy, optional
+        Names what is copied ahead; see `predictor`.
+    depth : int
+        Layers ahead that it is asked for.
+    adaptive : bool
+        Slots move between layers, as ``split`` of `RotaryConfig` says.
+    """
+    if link is None:
+        return _count(trace, policy, n_slots, adaptive)
+    return _Replay(trace, policy, n_slots, link, predictor, depth, adaptive).run()
+
+
+def predictor(trace: Trace, its: PredictorFactory | str) -> PrefetchPolicy:
+    """A predictor for a trace's model: of the library by its name, or of a class."""
+    shape = (len(trace.layers), trace.n_expert, trace.experts.shape[1])
+    if its == ROUTER:
+        return Router(trace)
+    return Foresight(binding.load(), its, *shape) if isinstance(its, str) else its(*shape)
+
+
+def misses_of(
+    trace: Trace, policy: Factory | str, n_slots: Sequence[int], adaptive: bool = False
+) -> NDArray[np.int64]:
+    """Misses of each row of a trace, shape (n,)."""
+    layers = np.searchsorted(trace.layers, trace.layer).astype(np.int32)
+    ids = np.ascontiguousarray(trace.experts, np.int32)
+    cache = _cache(trace, policy, n_slots, adaptive)
+    return np.array(cache.replay(layers, ids, _weights(trace)))
+
+
+def _cache(trace: Trace, policy: Factory | str, n_slots: Sequence[int], adaptive: bool) -> Cache:
+    least = trace.experts.shape[1] if adaptive else None
+    return Cache(binding.load(), policy, trace.n_expert, list(n_slots), least)
+
+
+def _count(trace: Trace, policy: Factory | str, n_slots: Sequence[int], adaptive: bool) -> Outcome:
+    misses = misses_of(trace, policy, n_slots, adaptive)
+    decode = trace.phase == DECODE
+    size = np.array([trace.expert_bytes[int(layer)] for layer in trace.layer])
+    requests = (trace.experts >= 0).sum(axis=1)
+    return Outcome(
+        requests=int(requests[decode].sum()), misses=int(misses[decode].sum()), tokens=trace.tokens(DECODE),
+        waits=int((misses[decode] > 0).sum()),
+        wanted_bytes=int((requests * size)[decode].sum()), demanded_bytes=int((misses * size)[decode].sum()),
+        n_bytes=int((misses * size)[decode].sum()),
+    )  # fmt: skip
+
+
+def _weights(trace: Trace) -> NDArray[np.float32] | None:
+    known = not np.isnan(trace.weights[trace.experts >= 0]).any()
+    return np.ascontiguousarray(trace.weights, np.float32) if known else None
+
+
+class _Replay:
+    def __init__(
+        self, trace: Trace, policy: Factory | str, n_slots: Sequence[int], link: Link,
+        predictor: PrefetchPolicy | None, depth: int, adaptive: bool,
+    ) -> None:  # fmt: skip
+        self.trace, self.link, self.predictor, self.depth = trace, link, predictor, depth
+        self.index = {layer: i for i, layer in enumerate(trace.layers)}
+        self.sizes = [trace.expert_bytes[layer] for layer in trace.layers]
+        self.cache = _cache(trace, policy, n_slots, adaptive)
+        self.coming: dict[int, dict[int, float]] = defaultdict(
+            dict
+        )  # bytes still to come, by layer and expert
+        self.now = 0.0
+        self.out = Outcome()
+
+    def run(self) -> Outcome:
+        trace, out = self.trace, self.out
+        ids = trace.experts.astype(np.int32)
+        weights = _weights(trace)
+        n_used = (ids >= 0).sum(axis=1)
+        for i in range(len(ids)):
+            layer, n = self.index[int(trace.layer[i])], int(n_used[i])
+            counted = trace.phase[i] == DECODE
+            first = i == 0 or trace.step[i] != trace.step[i - 1] or trace.sequence[i] != trace.sequence[i - 1]
+            before = self.now
+            its = None if weights is None else np.ascontiguousarray(weights[i : i + 1, :n])
+            self._look_up(layer, np.ascontiguousarray(ids[i : i + 1, :n]), its, counted)
+            if self.predictor is not None:
+                self.predictor.note(layer, [ids[i, :n].tolist()])
+            self._compute(layer, counted)
+            if counted:
+                out.tokens += first
+                out.time_us += self.now - before
+        return out
+
+    def _look_up(self, layer: int, ids: NDArray[Any], weights: NDArray[Any] | None, counted: bool) -> None:
+        coming = self.coming.pop(layer, {})
+        wanted = set(ids[0].tolist())
+        for expert, left in coming.items():
+            if expert not in wanted:
+                self.cache.end_reservation(layer, expert, left <= 0)
+        loads = self.cache.resolve(layer, ids, weights)
+        left_of = [coming.get(expert, float(self.sizes[layer])) for expert, _, _ in loads]
+        lacking = [left for left in left_of if left > 0]
+        if lacking:
+            stall = sum(lacking) / self.link.bytes_per_us + self.link.latency_us
+            self.now += stall
+            self.out.stall_us += stall if counted else 0
+        if counted:
+            self.out.requests += ids.size
+            self.out.misses += len(lacking)
+            self.out.waits += bool(lacking)
+            self.out.wanted_bytes += ids.size * self.sizes[layer]
+            self.out.demanded_bytes += int(sum(lacking))
+            self.out.n_bytes += int(sum(lacking))
+            self.out.prefetched += len(coming)
+            self.out.prefetch_used += len(wanted & coming.keys())
+            self.out.late_hits += sum(coming[expert] > 0 for expert in wanted & coming.keys())
+
+    def _compute(self, layer: int, counted: bool) -> None:
+        gap = self.link.compute_us / len(self.sizes)
+        self.now += gap
+        room = gap * self.link.bytes_per_us  # bytes that the link brings meanwhile
+        for ahead in range(layer + 1, min(layer + 1 + self.depth, len(self.sizes))):
+            if self.predictor is None or room <= 0:
+                break
+            named = self.predictor.name(layer, ahead, self.predictor.n_used)
+            coming = self.coming[ahead]
+            for expert in named:
+                if room <= 0:
+                    break
+                if expert not in coming:
+                    if self.cache.is_resident(ahead, expert) or not self.cache.reserve(ahead, expert, named):
+                        continue
+                    coming[expert] = float(self.sizes[ahead])
+                moved = min(room, coming[expert])
+                coming[expert] -= moved
+                room -= moved
+                self.out.n_bytes += int(moved) if counted else 0
+
+
+def belady(trace: Trace, n_slots: Sequence[int]) -> Outcome:
+    """The fewest misses that any eviction could have, with slots for `n_slots` of each layer.
+
+    Who is needed last leaves, or is not kept at all. L. A. Belady, "A study of replacement algorithms for a
+    virtual-storage computer", IBM Systems Journal 5, 1966.
+    """
+    out = Outcome(tokens=trace.tokens(DECODE))
+    never = len(trace.step)
+    for index, layer in enumerate(trace.layers):
+        rows = np.flatnonzero(trace.layer == layer)
+        sets = [trace.experts[row][trace.experts[row] >= 0].tolist() for row in rows]
+        following: list[dict[int, int]] = []
+        next_use: dict[int, int] = {}
+        for t in range(len(sets) - 1, -1, -1):
+            following.append({expert: next_use.get(expert, never) for expert in sets[t]})
+            next_use.update(dict.fromkeys(sets[t], t))
+        kept: dict[int, int] = {}  # expert: when it is needed again
+        for row, experts, after in zip(rows, sets, reversed(following), strict=True):
+            if trace.phase[row] == DECODE:
+                out.requests += len(experts)
+                out.misses += sum(expert not in kept for expert in experts)
+            kept.update(after)
+            for expert in sorted(kept, key=kept.__getitem__)[n_slots[index] :]:
+                del kept[expert]
+    return out
+
+
+def parse_rate(text: str) -> float:
+    """Bytes a microsecond of "25GB/s", "500MiB/s" or "pcie4x16".
+
+    Raises
+    ------
+    RotaryError
+        Anything else.
+    """
+    known = {"pcie3x16": 12.5e9, "pcie4x8": 12.5e9, "pcie4x16": 25e9, "pcie5x16": 52e9}  # as published
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+    if text in known:
+        return known[text] / 1e6
+    for unit, factor in units.items():
+        number = text.removesuffix("/s").removesuffix(unit)
+        if number != text and text.endswith(unit + "/s"):
+            try:
+                rate = float(number) * factor / 1e6
+            except ValueError:
+                break
+            if 0 < rate < 1e9:
+                return rate
+    raise RotaryError(
+        f"link {text!r}: not a rate; such as 25GB/s, 500MiB/s, or {', '.join(known)}; correct it"
+    )
