@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 import click
 
 from benchmarks.common import ProcessFailed, cpu_name, in_process
-from rotary_llamacpp import plan as plans
-from rotary_llamacpp.hits import Hits
-from rotary_llamacpp.machine import busy_seconds, cpu_count
-from rotary_llamacpp.options import Option, options
+from rotary_llamacpp.host.machine import busy_seconds, cpu_count
+from rotary_llamacpp.planning import plan as plans
+from rotary_llamacpp.planning.hits import Hits
+from rotary_llamacpp.planning.options import Option, options
 
 RATES = (
     "ram_rate",

@@ -22,9 +22,12 @@ sys.path.insert(0, str(ROOT))  # as a script it finds only its own folder
 import click  # noqa: E402
 import numpy as np  # noqa: E402
 
-from rotary_llamacpp import _native, _replay, policies, simulation  # noqa: E402
+from rotary_llamacpp import policies, simulation  # noqa: E402
+from rotary_llamacpp.native import binding as _native  # noqa: E402
+from rotary_llamacpp.native import replay as _replay  # noqa: E402
 from rotary_llamacpp.predictors import NAMES, Router  # noqa: E402
 from rotary_llamacpp.traces import DECODE, Trace, load  # noqa: E402
+from rotary_llamacpp.units import parse_rate  # noqa: E402
 
 PROMPTS = ["In the beginning", "The whale", "It was a dark night, and", "My dear Watson,"]
 
@@ -147,7 +150,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def record_one(model: Path) -> Trace:
     from rotary_llamacpp import RotaryConfig
-    from rotary_llamacpp.recording import record
+    from rotary_llamacpp.runtime.recording import record
 
     return record(str(model), PROMPTS, 150, RotaryConfig(budget="50%", verbose=False), seed=1, n_ctx=512)
 
@@ -167,7 +170,7 @@ def main(
     traces = {path.name: load(path) for path in files}
     if model is not None:
         traces[model.name] = record_one(model)
-    medium = simulation.Link(simulation.parse_rate(link), 1000 * compute)
+    medium = simulation.Link(parse_rate(link), 1000 * compute)
     for name, trace in traces.items():
         for share in (float(each) / 100 for each in budgets.split(",")):
             slots = simulation.slots_for(trace, share)[0]

@@ -28,7 +28,8 @@ for folder in (ROOT, ROOT / "tests"):
         sys.path.insert(0, str(folder))
 
 from models.synth import SHAPES, add_metadata, synthesize  # noqa: E402
-from rotary_llamacpp import _native, pinned, traces  # noqa: E402
+from rotary_llamacpp import pinned, traces  # noqa: E402
+from rotary_llamacpp.native import binding as _native  # noqa: E402
 
 # Of what the user has set, these are for tests.
 FOR_TESTS = ("ROTARY_TESTS_ALLOW_NO_NATIVE", "ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY")

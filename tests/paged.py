@@ -26,7 +26,7 @@ from gguf import GGUFWriter
 from tracing import OPTIONS, trace
 
 from rotary_llamacpp import Llama
-from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.gguf_files.header import read_header
 
 IN_A_PROCESS = """
 import importlib, pickle, sys

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rotary_llamacpp.bars import bars
+from rotary_llamacpp.display.bars import bars
 
 
 class Gone:

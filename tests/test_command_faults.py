@@ -127,8 +127,8 @@ sys.meta_path.insert(0, Interrupting())
     "module",
     [
         "click", "numpy.linalg", "gguf.constants", "rotary_llamacpp.cli", "rotary_llamacpp.config",
-        "rotary_llamacpp.generation", "llama_cpp._ctypes_extensions", "llama_cpp.llama_chat_format", "tqdm",
-        "cffi",
+        "rotary_llamacpp.runtime.generation", "llama_cpp._ctypes_extensions", "llama_cpp.llama_chat_format",
+        "tqdm", "cffi",
     ],
 )  # fmt: skip
 def test_interrupted_at_any_import(module, tiny_model, tmp_path, rotary_command):

@@ -12,12 +12,12 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from paged import assert_equal, paged_trace
 
-from rotary_llamacpp import profiles
-from rotary_llamacpp.convert import HISTORY_KEY, Options, convert
+from rotary_llamacpp.conversion.convert import HISTORY_KEY, Options, convert
 from rotary_llamacpp.errors import RotaryError
-from rotary_llamacpp.gguf_fields import array_strings, raw_fields
-from rotary_llamacpp.gguf_header import GGUFHeader, read_header
-from rotary_llamacpp.info import ModelInfo, read_shards
+from rotary_llamacpp.gguf_files.fields import array_strings, raw_fields
+from rotary_llamacpp.gguf_files.header import GGUFHeader, read_header
+from rotary_llamacpp.gguf_files.info import ModelInfo, read_shards
+from rotary_llamacpp.traces import profiles
 
 SHAPE = {"layers": 2, "embd": 256, "ff": 256, "experts": 8, "used": 2}
 
@@ -210,7 +210,7 @@ def test_command(rotary_command, tiny_model, tmp_path):
     ran = rotary_command("convert", tiny_model, out, "--verify")
     assert ran.returncode == 0 and ran.stdout.strip() == str(out) and "verified" in ran.stderr
     ran = rotary_command("convert", tiny_model, out)
-    assert ran.returncode == 2 and "is there already; --force" in ran.stderr
+    assert ran.returncode == 2 and "exists; give --force" in ran.stderr
     assert rotary_command("convert", tiny_model, out, "--force").returncode == 0
     for options, text in (
         (["--experts", "Q3_K_M"], "type 'Q3_K_M': nothing is"),

@@ -16,9 +16,9 @@ from paged import apart
 from test_conformance import programs, run  # noqa: F401 (a fixture)
 from test_convert import fields_of, tensor_bytes
 
-from rotary_llamacpp.convert import Options, convert
-from rotary_llamacpp.gguf_header import read_header
-from rotary_llamacpp.info import ModelInfo, read_shards
+from rotary_llamacpp.conversion.convert import Options, convert
+from rotary_llamacpp.gguf_files.header import read_header
+from rotary_llamacpp.gguf_files.info import ModelInfo, read_shards
 
 pytestmark = [pytest.mark.conformance, pytest.mark.slow]
 

@@ -16,10 +16,10 @@ import pytest
 from conftest import HANG_S
 from test_convert import assert_nothing_else, write_legacy
 
-from rotary_llamacpp import copying, quantising
-from rotary_llamacpp.convert import Options, convert
+from rotary_llamacpp.conversion import copying, quantising
+from rotary_llamacpp.conversion.convert import Options, convert
+from rotary_llamacpp.conversion.journal import part
 from rotary_llamacpp.errors import ModelError, RotaryError
-from rotary_llamacpp.journal import part
 
 MIB = 1 << 20
 
@@ -148,7 +148,7 @@ def test_damaged_legacy_layouts_are_refused(synthetic, tmp_path):
     for before, after, text in (
         (b"blk.1.ffn_up.7.weight", b"blk.1.ffn_no.7.weight", "lacks expert 7, 11 are there"),
         (b"blk.1.ffn_up.7.weight", b"blk.1.ffn_up.6.weight", "a second time"),
-        (b"blk.1.ffn_up.10.weight", b"blk.1.ffn_up.07.weight", "is there twice"),
+        (b"blk.1.ffn_up.10.weight", b"blk.1.ffn_up.07.weight", "appears twice"),
     ):
         legacy.write_bytes(whole.replace(before, after))
         with pytest.raises(ModelError, match=text):

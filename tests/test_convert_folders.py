@@ -18,11 +18,11 @@ from conftest import ROOT, heed_hang_ups
 from test_convert import assert_nothing_else, tensor_bytes
 from test_convert_faults import MIB, at_call, no_hang, small_steps  # noqa: F401 (a fixture)
 
-from rotary_llamacpp import folders
-from rotary_llamacpp.convert import Options, convert
+from rotary_llamacpp.conversion import folders
+from rotary_llamacpp.conversion.convert import Options, convert
+from rotary_llamacpp.conversion.quantising import Wish
 from rotary_llamacpp.errors import ModelError, RotaryError
-from rotary_llamacpp.gguf_header import read_header
-from rotary_llamacpp.quantising import Wish
+from rotary_llamacpp.gguf_files.header import read_header
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_folders_go_through_llama_cpps_converter(folder, results, tiny_model, tm
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (Options(), "is there already; --force"),
+        (Options(), "exists; give --force"),
         (Options(wish=Wish("NOPE")), "type 'NOPE'"),
         (Options(wish=Wish(types=("(=Q8_0",))), "regular expression"),
         (Options(alignment=48), "powers of two"),
@@ -177,8 +177,8 @@ def test_what_happens_meanwhile_is_noticed(folder, results, tiny_model, tmp_path
 
 KILLED = """
 import sys
-from rotary_llamacpp import folders
-from rotary_llamacpp.convert import convert
+from rotary_llamacpp.conversion import folders
+from rotary_llamacpp.conversion.convert import convert
 folders._MODULES = ("numpy",)
 convert(sys.argv[1], sys.argv[2])
 """
@@ -228,7 +228,7 @@ def test_folders_that_cannot_be_converted(folder, results, tmp_path, monkeypatch
     with pytest.raises(RotaryError, match=r"no_such_module cannot be imported.*pip install -r"):
         convert(folder, results / "out.gguf")
     monkeypatch.setenv("ROTARY_LLAMA_CPP_DIR", str(tmp_path))
-    with pytest.raises(RotaryError, match=r"not there.*make setup"):
+    with pytest.raises(RotaryError, match=r"missing.*make setup"):
         convert(folder, results / "out.gguf")
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"1 safetensors files and no config\.json"):

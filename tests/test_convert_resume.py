@@ -18,11 +18,11 @@ from conftest import HANG_S, ROOT, heed_hang_ups
 from test_convert import assert_nothing_else, tensor_bytes
 from test_convert_faults import MIB, at_call, no_hang, small_steps  # noqa: F401 (a fixture)
 
-from rotary_llamacpp import copying, quantising
-from rotary_llamacpp.convert import Options, convert
-from rotary_llamacpp.gguf_header import read_header
-from rotary_llamacpp.info import read_shards
-from rotary_llamacpp.journal import Journal, note_path, part
+from rotary_llamacpp.conversion import copying, quantising
+from rotary_llamacpp.conversion.convert import Options, convert
+from rotary_llamacpp.conversion.journal import Journal, note_path, part
+from rotary_llamacpp.gguf_files.header import read_header
+from rotary_llamacpp.gguf_files.info import read_shards
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -90,7 +90,7 @@ def test_another_conversion_begins_anew(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", real)
     said: list[str] = []
     paths = convert(tiny_model, out, Options(alignment=512), say=said.append)
-    assert "another conversion was begun here; this one begins anew" in said
+    assert "another conversion was begun here; this one starts over" in said
     assert_nothing_else(tmp_path, *paths)
     assert tensor_bytes(read_shards(paths[0])) == tensor_bytes([read_header(tiny_model)])
 
@@ -157,7 +157,8 @@ def test_what_is_quantised_is_kept_when_the_copy_is_interrupted(tiny_model, tmp_
 # Copies until more than what is noted already is noted to be durable, says so, and then no further.
 UNTIL_NOTED = """
 import os, sys, threading, time
-from rotary_llamacpp import cli, copying, journal
+from rotary_llamacpp import cli
+from rotary_llamacpp.conversion import copying, journal
 copying.CHUNK_BYTES, copying._NOTE_BYTES = 1 << 16, 1 << 20
 copy, note, noted, n_copied = os.copy_file_range, journal.Journal.note, threading.Event(), 0
 def noting(*args):
@@ -202,7 +203,7 @@ def test_signals(tiny_model, tmp_path, how):
         else:
             assert process.returncode == -how
     ran = subprocess.run(
-        [sys.executable, "-m", "rotary_llamacpp.cli", "convert", tiny_model, out, "--verify"],
+        [sys.executable, "-m", "rotary_llamacpp", "convert", tiny_model, out, "--verify"],
         env=env, capture_output=True, text=True, timeout=HANG_S, check=True,
     )  # fmt: skip
     going_on = re.search(r"going on after ([\d.]+) MiB", ran.stderr)

@@ -23,8 +23,8 @@ from conftest import HANG_S
 from paged import Apart, apart, assert_equal, make, notices, paged_trace, reads_directly
 from tracing import trace
 
-from rotary_llamacpp import file_systems
-from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.gguf_files.header import read_header
+from rotary_llamacpp.host import file_systems
 
 pytestmark = pytest.mark.model
 

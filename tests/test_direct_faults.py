@@ -25,8 +25,8 @@ from paged import Apart, Disk, apart, assert_equal, faulty_disk, make, reads_dir
 from tracing import trace
 
 from rotary_llamacpp.errors import ReadError
-from rotary_llamacpp.generation import Watcher, generate
-from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.gguf_files.header import read_header
+from rotary_llamacpp.runtime.generation import Watcher, generate
 
 pytestmark = pytest.mark.model
 

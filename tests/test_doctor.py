@@ -7,7 +7,9 @@ import subprocess
 
 import pytest
 
-from rotary_llamacpp import _native, disk, doctor, machine
+from rotary_llamacpp.host import disk, machine
+from rotary_llamacpp.native import binding as _native
+from rotary_llamacpp.runtime import doctor
 
 
 def by_name(checks):

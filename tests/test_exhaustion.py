@@ -28,7 +28,7 @@ from paged import (
 )
 from tracing import OPTIONS, trace
 
-from rotary_llamacpp import _native
+from rotary_llamacpp.native import binding as _native
 
 pytestmark = pytest.mark.model
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rotary_llamacpp import figures
-from rotary_llamacpp.figures import Figures, n_ubatches, prompt_share
+from rotary_llamacpp.runtime import figures
+from rotary_llamacpp.runtime.figures import Figures, n_ubatches, prompt_share
 
 
 class Model:

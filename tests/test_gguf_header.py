@@ -13,7 +13,7 @@ from conftest import HANG_S, ROOT
 from gguf import GGUFReader
 
 from rotary_llamacpp.errors import ModelError
-from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.gguf_files.header import read_header
 
 
 def test_agrees_with_ggufs_reader(tiny_model):
@@ -62,7 +62,7 @@ def test_absurd_array_ends_at_once(tmp_path):
 MEASURED = """
 import sys
 from rotary_llamacpp.errors import ModelError
-from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.gguf_files.header import read_header
 from work import Calls, peak_kib
 before = peak_kib()
 with Calls() as calls:

@@ -19,12 +19,12 @@ from test_convert_faults import no_hang
 from test_gguf_header import measured
 from work import Calls
 
-from rotary_llamacpp.convert import Options, convert
+from rotary_llamacpp.conversion.convert import Options, convert
 from rotary_llamacpp.errors import ModelError, RotaryError
-from rotary_llamacpp.gguf_fields import array_strings, encode, raw_fields
-from rotary_llamacpp.gguf_header import read_header
-from rotary_llamacpp.gguf_layout import lay_out, shard_paths
-from rotary_llamacpp.info import read_shards
+from rotary_llamacpp.gguf_files.fields import array_strings, encode, raw_fields
+from rotary_llamacpp.gguf_files.header import read_header
+from rotary_llamacpp.gguf_files.info import read_shards
+from rotary_llamacpp.gguf_files.layout import lay_out, shard_paths
 
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8
 BLOCKS = {F32: (1, 4), F16: (1, 2), Q4_0: (32, 18), Q8_0: (32, 34)}
@@ -177,7 +177,7 @@ ONE_FIELD = struct.pack("<QQ", 0, 1)
 
 HUGE = """
 import os, sys
-from rotary_llamacpp.convert import convert
+from rotary_llamacpp.conversion.convert import convert
 from rotary_llamacpp.errors import RotaryError
 from work import Calls, peak_kib
 before = peak_kib()

@@ -17,10 +17,11 @@ from conftest import ROOT
 from test_convert import assert_nothing_else
 from tracing import prompt_tokens
 
-from rotary_llamacpp import folders, pinned
-from rotary_llamacpp.convert import Options, convert
+from rotary_llamacpp import pinned
+from rotary_llamacpp.conversion import folders
+from rotary_llamacpp.conversion.convert import Options, convert
 from rotary_llamacpp.errors import RotaryError
-from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.gguf_files.header import read_header
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

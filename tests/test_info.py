@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 from gguf import GGUFWriter
 
-from rotary_llamacpp import shapes
 from rotary_llamacpp.errors import ModelError
-from rotary_llamacpp.info import ModelInfo
+from rotary_llamacpp.gguf_files.info import ModelInfo
+from rotary_llamacpp.planning import shapes
 
 
 def test_tiny_model(tiny_model):
@@ -161,6 +161,6 @@ def test_never_reads_the_weights(tiny_model, tmp_path):
 
 
 def _tensors(path):
-    from rotary_llamacpp.gguf_header import read_header
+    from rotary_llamacpp.gguf_files.header import read_header
 
     return read_header(path).tensors

@@ -17,9 +17,10 @@ import pytest
 from paged import ONE_ARENA, Disk, apart, assert_equal, faulty_disk, make, notices, paged_trace
 from tracing import prompt_tokens, trace
 
-from rotary_llamacpp import _native, activate, deactivate
+from rotary_llamacpp import activate, deactivate
 from rotary_llamacpp.errors import DeviceError, ReadError
-from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.gguf_files.header import read_header
+from rotary_llamacpp.native import binding as _native
 
 pytestmark = pytest.mark.model
 
@@ -369,7 +370,7 @@ def test_a_tier_that_the_system_refuses_is_announced(synthetic, late):
 
 def memory_where_the_file_was(model):
     """Whether what is mapped into the holes that llama.cpp leaves of a file stays what it was."""
-    from rotary_llamacpp import paging
+    from rotary_llamacpp.runtime import paging
 
     load_late()
     libc = ctypes.CDLL(None)

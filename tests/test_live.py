@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 from terminals import Terminal
 
-from rotary_llamacpp import figures, live
+from rotary_llamacpp.display import live
+from rotary_llamacpp.runtime import figures
 
 
 class Model:

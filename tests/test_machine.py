@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from paged import pure_logic
 
-from rotary_llamacpp import machine
+from rotary_llamacpp.host import machine
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -13,8 +13,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from rotary_llamacpp.config import MIB
-from rotary_llamacpp.info import ModelInfo
+from rotary_llamacpp.gguf_files.info import ModelInfo
+from rotary_llamacpp.units import MIB
 
 # KV cache, compute buffers, logits and threads' stacks for the context below, and the weights that are not
 # experts, which the CPU repacks.
@@ -24,7 +24,8 @@ SCRIPT = """
 import json, sys
 sys.path.insert(0, "tests")
 from tracing import OPTIONS, prompt_tokens
-from rotary_llamacpp import Llama, _native
+from rotary_llamacpp import Llama
+from rotary_llamacpp.native import binding as _native
 
 def anonymous():
     with open("/proc/self/status") as file:

@@ -21,10 +21,10 @@ from test_convert_faults import no_hang
 from test_machine import SOURCES as MACHINE_SOURCES
 from tracing import trace
 
-from rotary_llamacpp import cgroups, file_systems, machine
-from rotary_llamacpp.config import MIB
 from rotary_llamacpp.errors import LibraryError
-from rotary_llamacpp.info import ModelInfo
+from rotary_llamacpp.gguf_files.info import ModelInfo
+from rotary_llamacpp.host import cgroups, file_systems, machine
+from rotary_llamacpp.units import MIB
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

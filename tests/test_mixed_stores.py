@@ -18,9 +18,10 @@ from paged import Apart, apart, assert_equal, make
 from test_link import load_late
 from tracing import OPTIONS, trace
 
-from rotary_llamacpp import _native, paging
-from rotary_llamacpp.gguf_header import read_header
-from rotary_llamacpp.paging import Paging
+from rotary_llamacpp.gguf_files.header import read_header
+from rotary_llamacpp.native import binding as _native
+from rotary_llamacpp.runtime import paging
+from rotary_llamacpp.runtime.paging import Paging
 
 pytestmark = pytest.mark.model
 

@@ -10,9 +10,9 @@ import subprocess
 import pytest
 from paged import apart
 
-from rotary_llamacpp import _native
 from rotary_llamacpp.config import Budget, RotaryConfig
 from rotary_llamacpp.errors import RotaryError
+from rotary_llamacpp.native import binding as _native
 
 np = pytest.importorskip("numpy")
 

@@ -120,7 +120,7 @@ def test_calls_are_muted_in_their_thread_alone(native, capfd):
 
     from llama_cpp import _logger
 
-    from rotary_llamacpp import _native
+    from rotary_llamacpp.native import binding as _native
 
     logger = logging.getLogger("llama-cpp-python")
     before = logger.level

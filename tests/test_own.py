@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from paged import apart, make
 
-from rotary_llamacpp import _replay, policies, predictors
+from rotary_llamacpp import policies, predictors
 from rotary_llamacpp.errors import DeviceError
+from rotary_llamacpp.native import replay as _replay
 
 pytestmark = pytest.mark.model
 
@@ -60,7 +61,7 @@ def test_an_exception_is_raised_once(native, tiny_model, expected):
     stats = llama.rotary_stats()
     assert stats["policy"] == "lru" and stats["evictions"] > 0
     [notice] = stats["notices"]
-    assert notice == f"Fails: raised LookupError: {failed.value}; lru takes its place"
+    assert notice == f"Fails: raised LookupError: {failed.value}; lru replaces it"
     llama.rotary_set_budget("min")
     assert np.array_equal(logits(llama), expected)
     llama.close()

@@ -18,9 +18,10 @@ from conftest import HANG_S, ROOT
 from rich.cells import cell_len
 from terminals import Terminal
 
-from rotary_llamacpp import figures, live, panel
-from rotary_llamacpp.figures import Figures
-from rotary_llamacpp.panel import ASCII, UNICODE, Tail, View, frame
+from rotary_llamacpp.display import live, panel
+from rotary_llamacpp.display.panel import ASCII, UNICODE, Tail, View, frame
+from rotary_llamacpp.runtime import figures
+from rotary_llamacpp.runtime.figures import Figures
 
 RUN = ("-p", "In the beginning", "-n", "400", "--budget", "25%", "--temp", "0", "--threads", "1")
 ALWAYS = ("tokens", "tok/s", "hits", "layers", "time", "moved", "slots")
@@ -230,7 +231,7 @@ class Running:
 
     def __init__(self, terminal, *arguments, stdout=None, term="xterm"):
         self.terminal = terminal
-        command = [sys.executable, "-m", "rotary_llamacpp.cli", "run", *map(str, arguments)]
+        command = [sys.executable, "-m", "rotary_llamacpp", "run", *map(str, arguments)]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": term}
         streams = {"stdin": terminal.theirs, "stdout": stdout or terminal.theirs, "stderr": terminal.theirs}
         self.process = subprocess.Popen(command, env=env, **streams)

@@ -23,22 +23,14 @@ import numpy as np
 import pytest
 from work import Calls
 
-from rotary_llamacpp import (
-    _native,
-    calibration,
-    disk,
-    division,
-    footprint,
-    hits,
-    machine,
-    plan,
-    profiles,
-    shapes,
-)
 from rotary_llamacpp.errors import BudgetError, ModelError, RotaryError
-from rotary_llamacpp.info import LayerInfo, read_shards
-from rotary_llamacpp.options import at_budgets, options, recommend
-from rotary_llamacpp.roofline import COMPUTE, DISK, LINK, RAM, STEPS, VRAM, Case, Machine, Request
+from rotary_llamacpp.gguf_files.info import LayerInfo, read_shards
+from rotary_llamacpp.host import disk, machine
+from rotary_llamacpp.native import binding as _native
+from rotary_llamacpp.planning import calibration, division, footprint, hits, plan, shapes
+from rotary_llamacpp.planning.options import at_budgets, options, recommend
+from rotary_llamacpp.planning.roofline import COMPUTE, DISK, LINK, RAM, STEPS, VRAM, Case, Machine, Request
+from rotary_llamacpp.traces import profiles
 
 MIB = 1 << 20
 LAYERS = tuple(LayerInfo(il, "exps", 4, 1, 100 * MIB, ("Q8_0",)) for il in range(2))
@@ -483,7 +475,8 @@ TICK_S = 2.0**-10
 @pytest.fixture
 def ticks(monkeypatch):
     """A clock by which whatever is measured takes a tick."""
-    from rotary_llamacpp import _ggml, _kernels
+    from rotary_llamacpp.native import ggml as _ggml
+    from rotary_llamacpp.native import kernels as _kernels
 
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: next(ticks) * TICK_S)
@@ -493,7 +486,7 @@ def ticks(monkeypatch):
 
 @pytest.mark.usefixtures("ticks")
 def test_measuring_replaces_what_was_not_said(native, monkeypatch, tiny_model):
-    from rotary_llamacpp import _kernels
+    from rotary_llamacpp.native import kernels as _kernels
 
     monkeypatch.setattr(disk, "read_cold", lambda path: disk.ColdRead(300 * MIB, 2.0, 0.5, "direct"))
     monkeypatch.setattr(calibration, "_COPY_BYTES", 8 * MIB)
@@ -547,7 +540,7 @@ def test_vram_is_what_is_free(native, monkeypatch):
     # A device may not say what is free: all of it, which is said.
     gpus["CUDA0"] = (0, 24 * MIB)
     found = calibration.describe(vram=None, **arguments)
-    assert found.vram_bytes == 48 * MIB and "does not say what is free" in found.sources["vram"]
+    assert found.vram_bytes == 48 * MIB and "does not tell what is free" in found.sources["vram"]
     found = calibration.describe(vram="12GiB", **arguments)
     assert (found.vram_bytes, found.sources["vram"]) == (12 << 30, "given")
     monkeypatch.setattr(native, "default_inner", ["CPU"])
@@ -564,7 +557,7 @@ def test_memory_of_a_device(native):
 @pytest.mark.usefixtures("ticks")
 def test_measuring_a_gpu(native, monkeypatch, tiny_model):
     # The CPU stands for it: the same calls of ggml's, by the device's name.
-    from rotary_llamacpp import _kernels
+    from rotary_llamacpp.native import kernels as _kernels
 
     monkeypatch.setattr(disk, "read_cold", lambda path: disk.ColdRead(300 * MIB, 2.0, 0.5, "direct"))
     monkeypatch.setattr(calibration, "_COPY_BYTES", 8 * MIB)
@@ -584,7 +577,7 @@ def test_measuring_a_gpu(native, monkeypatch, tiny_model):
 
 
 def test_a_device_that_is_not_there(native):
-    from rotary_llamacpp import _kernels
+    from rotary_llamacpp.native import kernels as _kernels
 
     with pytest.raises(RotaryError, match="no device CUDA7"):
         _kernels.measure_link("CUDA7")
@@ -593,7 +586,7 @@ def test_a_device_that_is_not_there(native):
 @pytest.mark.usefixtures("ticks")
 @pytest.mark.parametrize("kind", ["Q4_0", "MXFP4", "Q6_K", "F16"])
 def test_kernels_of_types_can_be_timed(native, monkeypatch, kind):
-    from rotary_llamacpp import _kernels
+    from rotary_llamacpp.native import kernels as _kernels
 
     monkeypatch.setattr(_kernels, "_READ_BYTES", MIB)
     its = _kernels.Matrices(kind, 256, 64, 8, 2, 16)
@@ -608,7 +601,7 @@ def test_kernels_of_types_can_be_timed(native, monkeypatch, kind):
 @pytest.mark.usefixtures("ticks")
 def test_experts_of_two_types_are_timed_as_they_are(native, monkeypatch):
     # Rows of 96 are no blocks of 256: there the type is another.
-    from rotary_llamacpp import _kernels
+    from rotary_llamacpp.native import kernels as _kernels
 
     narrow = shapes.Shape("qwen3moe", 2, 256, 8, 2, 32, 96, 16, 4, 1000, 512)
     monkeypatch.setitem(shapes.SHAPES, "narrow", narrow)
@@ -641,7 +634,7 @@ def test_a_gpu_is_found_whatever_vram_was_said(monkeypatch):
     ],
 )
 def test_the_rest_of_layers_can_be_timed(native, shape, n_tokens, n_layers):
-    from rotary_llamacpp import _kernels
+    from rotary_llamacpp.native import kernels as _kernels
 
     seconds = _kernels.measure_layer(_kernels.LayerShape(*shape), n_tokens, threads=1)
     assert seconds == TICK_S / n_layers
@@ -718,7 +711,7 @@ def test_plot(native, rotary_command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("no-such-shape",), "no such file and no known shape"),
+        (("no-such-shape",), "neither a file nor a known shape"),
         (("no-such.gguf",), "no such file"),
         (("deepseek-v3", "--vram", "much"), "size 'much'"),
         (("deepseek-v3", "--vram", "24"), "size '24': is 24 bytes; a size has a unit; write 24GiB"),

@@ -7,8 +7,10 @@ from __future__ import annotations
 import pytest
 from paged import assert_equal, make, notices, paged_trace
 
-from rotary_llamacpp import RotaryConfig, _replay, predictors, profiles
+from rotary_llamacpp import RotaryConfig, predictors
 from rotary_llamacpp.errors import RotaryError
+from rotary_llamacpp.native import replay as _replay
+from rotary_llamacpp.traces import profiles
 
 np = pytest.importorskip("numpy")
 
@@ -18,7 +20,7 @@ PLAIN = {"use_extra_bufts": False}
 
 def pair(native, name, n_layers, n_expert, n_used):
     return (
-        _replay.Foresight(native, name, n_layers, n_expert, n_used),
+        _replay.NativePredictor(native, name, n_layers, n_expert, n_used),
         predictors.REFERENCES[name](n_layers, n_expert, n_used),
     )
 
@@ -159,7 +161,7 @@ def test_routers_that_cannot_be_read(native, synthetic, stock_trace, prefetch):
 
 @pytest.mark.model
 def test_a_profile_is_learnt_from(native, tiny_model, tmp_path):
-    from rotary_llamacpp.recording import record
+    from rotary_llamacpp.runtime.recording import record
 
     trace = record(
         str(tiny_model), ["The whale"], 40, RotaryConfig(budget="50%", verbose=False), seed=1, n_ctx=256
@@ -221,12 +223,12 @@ def test_names_that_are_none(native, tiny_model, stock_trace):
 
 def test_unknown_predictors(native):
     with pytest.raises(RotaryError, match="predictor oracle: not known; auto,router,previous,"):
-        _replay.Foresight(native, "oracle", 2, 8, 2)
+        _replay.NativePredictor(native, "oracle", 2, 8, 2)
     with pytest.raises(
-        RotaryError, match="prefetch 'oracle': not known; True, False, auto, router, previous"
+        RotaryError, match="prefetch 'oracle': not known; give one of True, False, auto, router, previous"
     ):
         RotaryConfig(prefetch="oracle")
-    with pytest.raises(RotaryError, match="split 'odd': not known; adaptive, even"):
+    with pytest.raises(RotaryError, match="split 'odd': not known; give one of adaptive, even"):
         RotaryConfig(split="odd")
     names = native.text(native.c.rotary_predictor_names())
     assert names == ",".join(predictors.FROM_ROUTINGS) == ",".join(predictors.REFERENCES)

@@ -10,8 +10,8 @@ from paged import apart, assert_equal, make, paged_trace
 from test_traces import made
 from tracing import trace
 
-from rotary_llamacpp import profiles
 from rotary_llamacpp.errors import RotaryError
+from rotary_llamacpp.traces import profiles
 
 np = pytest.importorskip("numpy")
 
@@ -117,7 +117,7 @@ def first_tokens(model, path):
 def test_the_first_token_hits(native, tiny_model, tmp_path):
     # What the first token wants, as the profile of a run with it says.
     from rotary_llamacpp import RotaryConfig
-    from rotary_llamacpp.recording import record
+    from rotary_llamacpp.runtime.recording import record
 
     path = tmp_path / "own.profile"
     cold = apart(first_tokens, tiny_model, "off")

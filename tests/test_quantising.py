@@ -14,11 +14,12 @@ from gguf import GGUFWriter
 from test_convert import SHAPE, assert_nothing_else, fields_of, tensor_bytes, write_legacy
 from test_convert_faults import MIB, no_hang
 
-from rotary_llamacpp import imatrices, quantising
-from rotary_llamacpp.convert import Options, convert
+from rotary_llamacpp.conversion import quantising
+from rotary_llamacpp.conversion.convert import Options, convert
+from rotary_llamacpp.conversion.quantising import Wish
 from rotary_llamacpp.errors import ModelError, RotaryError
-from rotary_llamacpp.gguf_header import read_header
-from rotary_llamacpp.quantising import Wish
+from rotary_llamacpp.gguf_files import imatrices
+from rotary_llamacpp.gguf_files.header import read_header
 
 pytestmark = pytest.mark.model
 
@@ -171,7 +172,7 @@ def test_a_disk_that_gets_full_while_quantising(tiny_model, tmp_path):
     [
         *((Wish("Q4_0", rest=kind), f"type '{kind}': nothing is") for kind in ("Q8_1", "Q8_K", "I8")),
         (Wish("Q4_0", types=("nothing here=Q4_0",)), "no tensor's name has 'nothing here'"),
-        (Wish(imatrix="none"), "an importance matrix, and no type"),
+        (Wish(imatrix="none"), "an importance matrix is for quantising"),
     ],
 )
 def test_wishes_that_are_refused(tiny_model, tmp_path, wish, text):

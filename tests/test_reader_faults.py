@@ -18,7 +18,7 @@ import pytest
 from paged import Disk, apart, assert_equal, faulty_disk, make
 from tracing import trace
 
-from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.gguf_files.header import read_header
 
 pytestmark = pytest.mark.model
 

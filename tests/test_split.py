@@ -11,7 +11,8 @@ import pytest
 from paged import ONE_ARENA, apart, assert_equal, make, notices, paged_trace
 from tracing import trace
 
-from rotary_llamacpp import _replay, policies, simulation
+from rotary_llamacpp import policies, simulation
+from rotary_llamacpp.native import replay as _replay
 
 np = pytest.importorskip("numpy")
 

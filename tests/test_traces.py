@@ -13,8 +13,10 @@ from paged import assert_equal, paged_trace
 from rotary_llamacpp import Llama, RotaryConfig, policies, simulation, traces
 from rotary_llamacpp.cli import main
 from rotary_llamacpp.errors import ReadError, RotaryError
+from rotary_llamacpp.host.files import check_writable
 from rotary_llamacpp.predictors import NAMES, PrefetchPolicy
-from rotary_llamacpp.recording import record
+from rotary_llamacpp.runtime.recording import record
+from rotary_llamacpp.units import parse_rate
 
 np = pytest.importorskip("numpy")
 
@@ -79,7 +81,7 @@ def test_the_replay_is_the_run(native, tiny_model, policy, split):
 @pytest.mark.model
 @pytest.mark.parametrize("budget", ["25%", "100%"])
 def test_recording_changes_nothing(native, tiny_model, stock_trace, monkeypatch, budget):
-    from rotary_llamacpp import paging
+    from rotary_llamacpp.runtime import paging
 
     start = paging.Paging.start
 
@@ -179,7 +181,7 @@ def test_where_a_trace_goes_is_tried_first(native, tiny_model, tmp_path, monkeyp
         assert ended.value.code == 2 and f"rotary: {out}: cannot be written" in capsys.readouterr().err
     kept = tmp_path / "kept.trace"
     kept.write_text("an older trace")
-    traces.check_writable(kept)
+    check_writable(kept)
     assert kept.read_text() == "an older trace" and sorted(tmp_path.iterdir()) == [kept, prompts]
 
 
@@ -222,7 +224,7 @@ def test_report(recorded, tmp_path, rotary_command):
     assert [each.text for each in root.iter("h2")][:2] == ["Which experts are chosen", "Policies by budget"]
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page and "src=" not in page
     rows = [[cell.text for cell in row] for row in root.iter("tr")]
-    assert [row[0] for row in rows] == ["ahead", "none", *NAMES]
+    assert [row[0] for row in rows] == ["prefetch", "none", *NAMES]
     svgs = list(root.iter("svg"))
     assert len(svgs) == 4 and len(list(svgs[0].iter("rect"))) > 6 * 20
     assert len(list(svgs[1].iter("polyline"))) == 4 and len(list(svgs[2].iter("polyline"))) == 3
@@ -257,7 +259,7 @@ def test_damaged_files(recorded, tmp_path):
         try:
             found = traces.load(tmp_path / "bad")
         except RotaryError as error:
-            assert str(error).count("; ") >= 2
+            assert str(error).count("; ") >= 1
         else:
             assert found.experts.max() < found.n_expert
 
@@ -380,10 +382,10 @@ def test_predictors(native, recorded, name):
     ("text", "rate"), [("25GB/s", 25000), ("500MiB/s", 524.288), ("pcie4x16", 25000), ("1.5KB/s", 0.0015)]
 )
 def test_rates(text, rate):
-    assert simulation.parse_rate(text) == pytest.approx(rate)
+    assert parse_rate(text) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("text", ["", "25", "GB/s", "-1GB/s", "0MB/s", "nanGB/s", "25GB", "pcie9"])
 def test_no_rates(text):
     with pytest.raises(RotaryError, match="not a rate"):
-        simulation.parse_rate(text)
+        parse_rate(text)

@@ -28,13 +28,18 @@ from damage import FLOATS, TEXTS, Header, number, spoiled, spoiled_text, text
 from gguf import GGUFWriter
 
 from models.synth import synthesize
-from rotary_llamacpp import _native, imatrices, journal, profiles, traces
+from rotary_llamacpp import traces
 from rotary_llamacpp.cli import main
-from rotary_llamacpp.config import Budget, RotaryConfig, parse_bytes, parse_size
+from rotary_llamacpp.config import Budget, RotaryConfig
+from rotary_llamacpp.conversion import journal
 from rotary_llamacpp.errors import RotaryError
-from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.gguf_files import imatrices
+from rotary_llamacpp.gguf_files.header import read_header
+from rotary_llamacpp.native import binding as _native
 from rotary_llamacpp.policies import NATIVE
 from rotary_llamacpp.predictors import NAMES as PREDICTORS
+from rotary_llamacpp.traces import profiles
+from rotary_llamacpp.units import parse_bytes, parse_size
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ACCEPTED, REFUSED, UPSTREAM = "accepted", "refused", "upstream's"

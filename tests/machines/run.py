@@ -81,7 +81,7 @@ VARIANTS = {
 LOAD = """if True:
     import numpy
     print("no answer", flush=True)
-    from rotary_llamacpp import _native
+    from rotary_llamacpp.native import binding as _native
     from rotary_llamacpp.errors import LibraryError
     try:
         _native.load()

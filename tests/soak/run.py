@@ -46,8 +46,9 @@ from paged import write_adapter  # noqa: E402
 from tracing import OPTIONS, trace  # noqa: E402
 
 from models.synth import synthesize  # noqa: E402
-from rotary_llamacpp import Llama, _native, policies  # noqa: E402
+from rotary_llamacpp import Llama, policies  # noqa: E402
 from rotary_llamacpp.errors import DeviceError, RotaryError  # noqa: E402
+from rotary_llamacpp.native import binding as _native  # noqa: E402
 
 MIB = 1 << 20
 # Quiet by QUIET: where stock is not verbose it turns the process's stdout away meanwhile, for all threads.
@@ -349,7 +350,7 @@ def set_adapters(llama: Any, which: list[Any]) -> None:
 
 def memory(world: World, rng: Random) -> None:
     """Another process takes half of what is available, and gives it back while a model runs."""
-    from rotary_llamacpp.machine import available_memory
+    from rotary_llamacpp.host.machine import available_memory
 
     n_bytes = min(available_memory() // 2, 2 << 30)
     eater = subprocess.Popen(

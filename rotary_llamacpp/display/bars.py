@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""Progress bars of bytes on standard error, with rate and time left. Loads nothing of llama.cpp."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+
+class _Terminal:
+    """Standard error that drops what cannot be written, because the terminal may be gone."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
+def bars(
+    off: bool = False,
+) -> Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], object]]]:
+    """Return a maker of progress bars, which show nothing if `off` or if standard error is not a terminal."""
+
+    @contextlib.contextmanager
+    def bar(what: str, n_bytes: int) -> Iterator[Callable[[int], object]]:
+        with tqdm(
+            total=n_bytes,
+            desc=what,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            leave=False,
+            file=_Terminal(),
+            dynamic_ncols=True,  # without, it asks for those of sys.stderr itself only
+            disable=off or not sys.stderr.isatty(),
+        ) as made:
+            yield made.update
+
+    return bar

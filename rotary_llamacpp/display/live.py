@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""Live figures of ``rotary run`` on a terminal, in one line: while loading, during the prompt, and while
+generating where standard output is not a terminal too, since text streams there. The panel is in panel.py.
+
+One thread per phase polls the counters and draws; it is joined before the next phase and before text appears.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from tqdm import tqdm
+
+from ..errors import RotaryError
+from ..runtime.figures import Figures, prompt_share
+from ..runtime.generation import Watcher
+from ..runtime.llama import Llama
+from ..units import mib, percent
+
+_INTERVAL_SECONDS = 0.25
+_Progress = tuple[float | None, list[str]]  # what is done of the phase, 0 to 1, None if unknown; figures
+
+
+@contextlib.contextmanager
+def watching(off: bool = False, panel: bool = False) -> Iterator[Watcher | None]:
+    """A watcher that draws on standard error; None if that is no terminal, or `off`.
+
+    Parameters
+    ----------
+    panel : bool
+        Draw the panel, not the line. Where the terminal cannot show it, a warning says so.
+
+    Raises
+    ------
+    RotaryError
+        Both `off` and `panel`.
+    """
+    if off and panel:
+        raise RotaryError("--live: cannot be combined with --no-progress, --json or --verbose; leave one out")
+    if panel and (reason := _why_no_panel()):
+        logging.getLogger("rotary_llamacpp").warning(
+            "--live: no panel, %s; run in a terminal whose cursor moves, or leave --live out",
+            reason,
+        )
+        panel = False
+    if off or not sys.stderr.isatty():
+        yield None
+        return
+    also_tokens = not sys.stdout.isatty()
+    # llama_cpp points standard error elsewhere while it loads.
+    descriptor = os.dup(sys.stderr.fileno())
+    with os.fdopen(descriptor, "w", encoding=sys.stderr.encoding, errors="replace") as out:
+        closing: contextlib.AbstractContextManager[Watcher]
+        if panel:
+            from .panel import Panel  # rich takes a while to import
+
+            closing = contextlib.closing(Panel(out, keep_text=not also_tokens))
+        else:
+            closing = contextlib.closing(Live(out, also_tokens))
+        with closing as watcher:
+            yield watcher
+
+
+def _why_no_panel() -> str | None:
+    if not sys.stderr.isatty():
+        return "standard error is not a terminal"
+    kind = os.environ.get("TERM")
+    return f"TERM is {kind}" if kind in ("dumb", "unknown") else None
+
+
+class Live(Watcher):
+    """Draws one line at the cursor, and removes it at the end.
+
+    Parameters
+    ----------
+    out : file
+        The terminal.
+    also_tokens : bool
+        Go on while tokens are generated.
+    """
+
+    def __init__(self, out: TextIO, also_tokens: bool) -> None:
+        self._out = out
+        self._also_tokens = also_tokens
+        self._loaded = 0.0
+        self._n_made = 0
+        self._bar: tqdm | None = None
+        self._phase_over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._drawing = threading.RLock()  # a handler may log itself
+        self._logger = logging.getLogger("rotary_llamacpp")
+        self._handle = self._logger.handle
+        self._logger.handle = self._make_way  # type: ignore[method-assign]
+        self._start("loading", lambda seconds: (self._loaded, []))
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._stop()
+        del self._logger.handle  # the class has it again
+
+    # ---- phases
+
+    def loading(self, fraction: float) -> None:
+        self._loaded = fraction
+
+    def prompt(self, llama: Llama, n_tokens: int) -> None:
+        figures = Figures(llama)
+
+        def progress(seconds: float) -> _Progress:
+            parts = poll(figures)
+            done = prompt_share(llama, n_tokens, figures.stats)
+            return done, parts if done is None else [f"{done * n_tokens / seconds:.1f} tok/s", *parts]
+
+        self._n_made = 0
+        self._figures = figures
+        self._start("prompt", progress)
+
+    def token(self, n_made: int, n_predict: int) -> None:
+        self._n_made = n_made
+        if n_made > 1:
+            return
+        self._stop()
+        if self._also_tokens:
+
+            def progress(seconds: float) -> _Progress:
+                speed = f"{(self._n_made - 1) / seconds:.1f} tok/s"
+                return self._n_made / n_predict, [speed, *poll(self._figures)]
+
+            self._start("generating", progress)
+
+    # ---- drawing
+
+    def _start(self, name: str, progress: Callable[[float], _Progress]) -> None:
+        self._stop()
+        self._phase_over.clear()
+        self._thread = threading.Thread(target=self._draw, args=(name, progress), daemon=True)
+        self._thread.start()
+
+    def _stop(self) -> None:
+        if self._thread is not None:
+            self._phase_over.set()
+            self._thread.join()
+            self._thread = None
+
+    def _draw(self, name: str, progress: Callable[[float], _Progress]) -> None:
+        start = time.time()
+        while not self._phase_over.wait(_INTERVAL_SECONDS):  # a shorter phase shows nothing
+            done, parts = progress(time.time() - start)  # may log, so not under the lock
+            with self._drawing:
+                if self._bar is None:
+                    form = (
+                        "{desc}: {elapsed}{postfix}"
+                        if done is None
+                        else "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+                    )
+                    self._bar = tqdm(
+                        desc=name, total=1, bar_format=form, file=self._out, leave=False, dynamic_ncols=True
+                    )
+                    self._bar.start_t = start
+                self._bar.n = done or 0
+                self._bar.set_postfix_str(", ".join(parts))
+        with self._drawing:
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
+
+    def _make_way(self, record: logging.LogRecord) -> None:
+        """Handle a record of our logger on a clear line, over which nothing is drawn."""
+        with self._drawing:
+            if self._bar is not None:
+                self._bar.clear()
+            self._handle(record)
+
+
+def poll(figures: Figures) -> list[str]:
+    """Poll, and return texts such as ``["hits 81.2 %", "disk 812 MiB/s"]``, the disk since the last poll."""
+    since = figures.poll()
+    parts = []
+    if figures.stats["hit_rate"] is not None:
+        parts.append(f"hits {percent(figures.stats['hit_rate'])}")
+    if figures.stats["store"] == "direct":
+        parts.append(f"disk {mib(since.per_second('bytes_read') or 0, 0)}/s")
+    return parts
