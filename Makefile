@@ -51,7 +51,7 @@ conformance: setup programs
 
 # Builds llama.cpp twice: about twenty minutes of one core, then minutes. MACHINES names some of them.
 machines: $(VENV)/.made $(SDIST)/PKG-INFO
-	@$(PY) tests/machines/run.py $(SDIST)/vendor/llama.cpp $(MACHINES)
+	@$(PY) -m tests.machines.run $(SDIST)/vendor/llama.cpp $(MACHINES)
 
 bench: setup
 	$(PY) benchmarks/decode.py $(MODEL)
@@ -63,13 +63,13 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find native/src native/cuda tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 
 fuzz: setup
-	$(PY) tests/fuzz/run.py $(FUZZ)
+	$(PY) -m tests.fuzz.run $(FUZZ)
 
 sanitize: setup programs
-	$(PY) tests/sanitize/run.py $(SANITIZE)
+	$(PY) -m tests.sanitize.run $(SANITIZE)
 
 soak: setup
-	$(PY) tests/soak/run.py --minutes $(SOAK_MINUTES) $(SOAK)
+	$(PY) -m tests.soak.run --minutes $(SOAK_MINUTES) $(SOAK)
 
 clean:
 	rm -rf $(VENV) build/native build/sanitize build/conformance build/machines build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include
@@ -119,7 +119,7 @@ $(VENV)/.lint: $(VENV)/.installed
 
 programs: build/conformance/.made
 
-build/conformance/.made: $(VENV)/.made $(wildcard tests/conformance/*) rotary_llamacpp/pinned.py | $(SDIST)/PKG-INFO
+build/conformance/.made: $(VENV)/.made tests/conformance/CMakeLists.txt $(wildcard tests/conformance/*.c) rotary_llamacpp/pinned.py | $(SDIST)/PKG-INFO
 	@$(PY) .ci/progress.py "conformance programs" build/conformance.log $(SHELL) -euc '\
 	    rm -f build/conformance/CMakeCache.txt; \
 	    $(VENV)/bin/cmake -S tests/conformance -B build/conformance -G Ninja -DCMAKE_BUILD_TYPE=Release \

@@ -19,16 +19,9 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-# Seconds. What takes so long hangs, on however slow and busy a machine; no test fails for less.
-HANG_S = 1800
-
-ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT, ROOT / "tests"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-from models.synth import SHAPES, add_metadata, synthesize  # noqa: E402
-from rotary_llamacpp import _native, pinned, traces  # noqa: E402
+from models.synth import SHAPES, add_metadata, synthesize
+from rotary_llamacpp import _native, pinned, traces
+from tests.support import HANG_S, ROOT
 
 # Of what the user has set, these are for tests.
 FOR_TESTS = ("ROTARY_TESTS_ALLOW_NO_NATIVE", "ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY")
@@ -61,11 +54,6 @@ def native() -> _native.Library:
 # A shell lets what it runs in the background ignore this, and so would every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def heed_hang_ups() -> None:
-    """Of a process that begins: under nohup it would have inherited that SIGHUP is ignored."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
@@ -113,24 +101,22 @@ def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lora_adapter(tmp_path: Path) -> Callable[[Path, tuple[str, ...]], Path]:
     """Makes a random LoRA adapter for the tensors of a model whose names contain one of some."""
-    from paged import write_adapter  # which imports this module
+    from tests.support import paged  # which loads llama.cpp: not before pytest_configure()
 
-    return functools.partial(write_adapter, tmp_path / "adapter.gguf")
+    return functools.partial(paged.write_adapter, tmp_path / "adapter.gguf")
 
 
 @pytest.fixture(scope="session")
-def stock_trace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, np.ndarray]]:
-    """Runs tracing.py with stock llama_cpp in a process of its own, which never sees this package."""
-    folder = tmp_path_factory.mktemp("stock")
+def stock_trace() -> Callable[..., dict[str, np.ndarray]]:
+    """Runs tracing.py with stock llama_cpp, once for each model and options."""
+    from tests.support import paged
+
     made: dict[str, dict[str, np.ndarray]] = {}
 
     def trace(model: Path, **options: Any) -> dict[str, np.ndarray]:
         key = json.dumps([str(model), options], sort_keys=True)
         if key not in made:
-            out = folder / f"{len(made)}.npz"
-            command = [sys.executable, ROOT / "tests" / "tracing.py", model, out, json.dumps(options)]
-            subprocess.run(command, check=True, stderr=subprocess.PIPE)
-            made[key] = dict(np.load(out))
+            made[key] = paged.stock_trace(model, **options)
         return made[key]
 
     return trace
@@ -171,7 +157,7 @@ def late(native: _native.Library, tmp_path_factory: pytest.TempPathFactory) -> d
     flags = ["-std=c++17", "-O2", "-g", "-Wall", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"]
     defines = ["-DGGML_SHARED", "-DGGML_BACKEND_SHARED"]
     includes = [f"-I{ROOT / 'native' / 'src'}", f"-isystem{ggml / 'include'}", f"-isystem{ggml / 'src'}"]
-    source = ROOT / "tests" / "late_device.cpp"
+    source = ROOT / "tests" / "support" / "late_device.cpp"
     link = ["-Wl,--no-as-needed", f"-L{folder}", "-lggml", "-lggml-base"]
     subprocess.run([compiler, *flags, *defines, *includes, source, "-o", library, *link], check=True)
     return {"ROTARY_LINK": str(library), "LATE_US": "200"}

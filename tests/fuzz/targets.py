@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from click.testing import CliRunner
-from damage import FLOATS, TEXTS, Header, number, spoiled, spoiled_text, text
 from gguf import GGUFWriter
 
 from models.synth import synthesize
@@ -35,8 +34,8 @@ from rotary_llamacpp.errors import RotaryError
 from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.policies import NATIVE
 from rotary_llamacpp.predictors import NAMES as PREDICTORS
+from tests.fuzz.damage import FLOATS, TEXTS, Header, number, spoiled, spoiled_text, text
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 ACCEPTED, REFUSED, UPSTREAM = "accepted", "refused", "upstream's"
 SMALL = {
     "layers": 2,
