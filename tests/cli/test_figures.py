@@ -31,9 +31,9 @@ class Model:
 @pytest.fixture
 def clock(monkeypatch):
     """The time that polls see, in seconds."""
-    its = SimpleNamespace(now=10.0)
-    monkeypatch.setattr(figures, "time", SimpleNamespace(monotonic=lambda: its.now))
-    return its
+    seconds = SimpleNamespace(now=10.0)
+    monkeypatch.setattr(figures, "time", SimpleNamespace(monotonic=lambda: seconds.now))
+    return seconds
 
 
 def test_each_interval_has_its_own_rates(clock):

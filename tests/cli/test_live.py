@@ -41,13 +41,13 @@ class Model:
 def terminal(monkeypatch):
     """Puts standard error on a terminal; returns a function that waits for a text, and gives all up to it."""
     monkeypatch.setattr(live, "_INTERVAL_SECONDS", 0.01)
-    with Terminal(n_columns=100) as its, os.fdopen(os.dup(its.theirs), "w", buffering=1) as stream:
+    with Terminal(n_columns=100) as made, os.fdopen(os.dup(made.theirs), "w", buffering=1) as stream:
         end = 0
 
         def shown_until(text):
             nonlocal end
-            start, end = end, its.wait_for(re.escape(text), end)
-            return its.text[start:end]
+            start, end = end, made.wait_for(re.escape(text), end)
+            return made.text[start:end]
 
         def begin():  # not before the test runs: pytest itself replaces the stream between set-up and call
             monkeypatch.setattr(sys, "stderr", stream)

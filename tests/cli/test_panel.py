@@ -238,7 +238,7 @@ class Running:
 
     def finish(self):
         returncode = self.process.wait(HANG_S)
-        self.terminal.settle()
+        self.terminal.flush()
         # The terminal is as it was: its modes, and the cursor is shown again.
         assert termios.tcgetattr(self.terminal.theirs) == self.terminal.before
         assert self.terminal.text.count("\x1b[?25l") == self.terminal.text.count("\x1b[?25h")
@@ -247,8 +247,8 @@ class Running:
 
 @pytest.fixture
 def terminal():
-    with Terminal() as its:
-        yield its
+    with Terminal() as made:
+        yield made
 
 
 def lines_of(text, columns=80):
@@ -352,5 +352,5 @@ def test_log_messages_appear_above(terminal, monkeypatch):
     finally:
         logger.removeHandler(handler)
         stderr.close()
-    terminal.settle()
+    terminal.flush()
     assert "".join(screen(terminal.text, 80)) == "".join(messages)

@@ -25,7 +25,6 @@ pytestmark = [pytest.mark.conformance, pytest.mark.slow]
 
 PROGRAMS = ROOT / "build" / "conformance" / "bin"
 LIBRARY = ROOT / "rotary_llamacpp" / "lib" / "libggml-rotary.so"
-MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 
 # Of the pinned llama.cpp: configurations test-llama-archs runs on one device. It lists 57 of MoE models, and
 # itself leaves one out on every device (arch_supported()).
@@ -38,16 +37,6 @@ SMALL_OPS = r"^(?!.*(m=4096|m=2880|k=2048|k=4096|n_mats=1024|iq3_s.*n_mats=512))
 FEW_TYPES = SMALL_OPS + r".*type_a=(f16|q4_0|q4_K|mxfp4),"
 
 TAIL_CHARS = 6000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs() -> None:
-    missing = [path for path in (LIBRARY, PROGRAMS / "test-backend-ops") if not path.exists()]
-    if missing:
-        reason = f"{missing[0].relative_to(ROOT)} is not built; run: make conformance"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -206,16 +195,10 @@ def test_ops_over_rpc(rpc_server: str) -> None:
 # ---- stock programs ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model() -> str:
-    if not MODEL.exists():
-        pytest.skip(f"{MODEL.relative_to(ROOT)} is not there")
-    return str(MODEL)
-
-
 # llama-completion of a build without GGML_BACKEND_DL, such as ours, calls ggml_backend_load_all(), which
 # reads GGML_BACKEND_PATH, only when it is to look for a device by name. llama-bench always does.
-GENERATE = ["-p", "In the beginning", "-n", "48", "--temp", "0", "-ngl", "99", "-t", "2", "-no-cnv"]
+MODEL = ["-m", str(ROOT / "models" / "tiny-moe-q8_0.gguf")]
+GENERATE = [*MODEL, "-p", "In the beginning", "-n", "48", "--temp", "0", "-ngl", "99", "-t", "2", "-no-cnv"]
 ON_ROTARY = ["-dev", "ROTARY0"]
 
 
@@ -229,9 +212,9 @@ def check_same(paged: str, stock: str) -> None:
 @pytest.mark.model
 @pytest.mark.parametrize("store", ["mmap", "direct"])
 @pytest.mark.parametrize("budget", ["min", "25%"])
-def test_llama_completion(model: str, budget: str, store: str) -> None:
-    stock, _ = run("llama-completion", "-m", model, *GENERATE, backend=False)
-    paged, stderr = run("llama-completion", "-m", model, *GENERATE, *ON_ROTARY, budget=budget, store=store)
+def test_llama_completion(budget: str, store: str) -> None:
+    stock, _ = run("llama-completion", *GENERATE, backend=False)
+    paged, stderr = run("llama-completion", *GENERATE, *ON_ROTARY, budget=budget, store=store)
     check_same(paged, stock)
     total = counters(stderr)
     assert total["misses"] > 0 and total["evictions"] > 0
@@ -240,10 +223,10 @@ def test_llama_completion(model: str, budget: str, store: str) -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize("store", ["mmap", "direct"])
-def test_llama_completion_over_rpc(model: str, rpc_server: str, store: str) -> None:
-    stock, _ = run("llama-completion", "-m", model, *GENERATE, "--no-repack", backend=False)
+def test_llama_completion_over_rpc(rpc_server: str, store: str) -> None:
+    stock, _ = run("llama-completion", *GENERATE, "--no-repack", backend=False)
     paged, stderr = run(
-        "llama-completion", "-m", model, *GENERATE, *ON_ROTARY, budget="25%", inner=rpc_server, store=store
+        "llama-completion", *GENERATE, *ON_ROTARY, budget="25%", inner=rpc_server, store=store
     )
     check_same(paged, stock)
     total = counters(stderr)
@@ -251,8 +234,8 @@ def test_llama_completion_over_rpc(model: str, rpc_server: str, store: str) -> N
 
 
 @pytest.mark.model
-def test_llama_bench(model: str) -> None:
-    args = ["-m", model, "-ngl", "99", "-t", "2", "-p", "64", "-n", "16", "-r", "1", "-o", "json"]
+def test_llama_bench() -> None:
+    args = [*MODEL, "-ngl", "99", "-t", "2", "-p", "64", "-n", "16", "-r", "1", "-o", "json"]
     stdout, stderr = run("llama-bench", *args, budget="25%")
     results = json.loads(stdout)
     assert [(result["n_prompt"], result["n_gen"]) for result in results] == [(64, 0), (0, 16)]

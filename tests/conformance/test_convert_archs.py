@@ -16,9 +16,9 @@ import pytest
 from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.info import ModelInfo, read_shards
-from tests.conformance.test_conformance import programs, run  # noqa: F401 (a fixture)
-from tests.conversion.test_convert import fields_of, tensor_bytes
-from tests.support.paged import apart
+from tests.conformance.test_conformance import run
+from tests.support.conversions import fields_of, tensor_bytes
+from tests.support.processes import apart
 
 pytestmark = [pytest.mark.conformance, pytest.mark.slow]
 
@@ -66,7 +66,7 @@ def logits_of(paths: list[Path]) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, programs: None) -> list[Path]:  # noqa: F811
+def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Upstream's models, of 1 to 30 MiB."""
     folder = tmp_path_factory.mktemp("archs")
     run("test-llama-archs", "-s", "1", "-o", str(folder), backend=False)

@@ -4,68 +4,19 @@
 from __future__ import annotations
 
 import itertools
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader
 
 from rotary_llamacpp import profiles
 from rotary_llamacpp.convert import HISTORY_KEY, Options, convert
 from rotary_llamacpp.errors import RotaryError
 from rotary_llamacpp.gguf_fields import array_strings, raw_fields
-from rotary_llamacpp.gguf_header import GGUFHeader, read_header
+from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.info import ModelInfo, read_shards
+from tests.support.conversions import SHAPE, assert_nothing_else, fields_of, tensor_bytes, write_legacy
 from tests.support.paged import assert_equal, paged_trace
-
-SHAPE = {"layers": 2, "embd": 256, "ff": 256, "experts": 8, "used": 2}
-
-
-def tensor_bytes(headers: list[GGUFHeader]) -> dict[str, tuple[tuple[int, ...], str, bytes]]:
-    """Shape, type and data of every tensor of a model."""
-    found = {}
-    for header in headers:
-        data = header.path.read_bytes()
-        for t in header.tensors:
-            found[t.name] = (t.shape, t.type_name, data[t.offset : t.offset + t.n_bytes])
-    return found
-
-
-def fields_of(path: Path) -> dict[str, bytes]:
-    """Encoded metadata without what belongs to one conversion or file."""
-    ours = ("split.", "general.alignment", "rotary.convert.")
-    return {key: raw for key, raw in raw_fields(read_header(path)).items() if not key.startswith(ours)}
-
-
-def assert_nothing_else(folder: Path, *expected: Path) -> None:
-    assert sorted(folder.iterdir()) == sorted(expected)
-
-
-def write_legacy(model: Path, path: Path) -> None:
-    """The same model with one tensor for each expert, as Mixtral's files had until April 2024.
-
-    Their experts are not in order, and not beside each other.
-    """
-    reader = GGUFReader(model)
-    writer = GGUFWriter(path, "llama")
-    for field in reader.fields.values():
-        if not field.name.startswith(("GGUF.", "general.architecture")):
-            item = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], item)
-    singles = []
-    for tensor in reader.tensors:
-        if match := re.fullmatch(r"(blk\.\d+\.ffn_\w+)_exps\.weight", tensor.name):
-            singles += [(f"{match[1]}.{e}.weight", tensor.data[e], tensor) for e in range(len(tensor.data))]
-        else:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name, data, tensor in reversed(singles):
-        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
 
 # ---- what the result holds ---------------------------------------------------------------------------
 

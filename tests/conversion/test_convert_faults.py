@@ -16,29 +16,7 @@ from rotary_llamacpp import copying, quantising
 from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.errors import ModelError, RotaryError
 from rotary_llamacpp.journal import part
-from tests.conversion.test_convert import assert_nothing_else, write_legacy
-
-MIB = 1 << 20
-
-
-@pytest.fixture
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies a MiB at a time, and notes each 2 MiB."""
-    monkeypatch.setattr(copying, "CHUNK_BYTES", MIB)
-    monkeypatch.setattr(copying, "_NOTE_BYTES", 2 * MIB)
-
-
-def at_call(number: int, function: Callable[..., Any], fault: BaseException) -> Callable[..., Any]:
-    """The same function, but for its `number`th call."""
-    calls = iter(range(1, 1 << 30))
-
-    def faulty(*args: Any) -> Any:
-        if next(calls) == number:
-            raise fault
-        return function(*args)
-
-    return faulty
-
+from tests.support.conversions import MIB, assert_nothing_else, at_call, write_legacy
 
 # ---- failures ----------------------------------------------------------------------------------------
 

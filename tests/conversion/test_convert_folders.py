@@ -20,9 +20,8 @@ from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.errors import ModelError, RotaryError
 from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.quantising import Wish
-from tests.conversion.test_convert import assert_nothing_else, tensor_bytes
-from tests.conversion.test_convert_faults import MIB, at_call, small_steps  # noqa: F401 (a fixture)
 from tests.support import ROOT, heed_hang_ups, no_hang
+from tests.support.conversions import MIB, assert_nothing_else, at_call, tensor_bytes
 
 
 @pytest.fixture

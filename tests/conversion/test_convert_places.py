@@ -24,9 +24,8 @@ from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.info import read_shards
 from rotary_llamacpp.journal import Journal, note_path
 from rotary_llamacpp.quantising import Wish
-from tests.conversion.test_convert import assert_nothing_else, tensor_bytes
-from tests.conversion.test_convert_faults import MIB, at_call, small_steps  # noqa: F401 (a fixture)
-from tests.model.test_profiles import numbered
+from tests.support.conversions import MIB, assert_nothing_else, at_call, tensor_bytes
+from tests.support.routings import numbered
 
 SPLIT = Options(split_bytes=12 * MIB)  # two files
 

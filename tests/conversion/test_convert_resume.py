@@ -20,9 +20,8 @@ from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.info import read_shards
 from rotary_llamacpp.journal import Journal, note_path, part
-from tests.conversion.test_convert import assert_nothing_else, tensor_bytes
-from tests.conversion.test_convert_faults import MIB, at_call, small_steps  # noqa: F401 (a fixture)
 from tests.support import HANG_S, ROOT, heed_hang_ups, no_hang
+from tests.support.conversions import MIB, assert_nothing_else, at_call, tensor_bytes
 
 
 @pytest.mark.usefixtures("small_steps")

@@ -18,8 +18,8 @@ from rotary_llamacpp import folders, pinned
 from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.errors import RotaryError
 from rotary_llamacpp.gguf_header import read_header
-from tests.conversion.test_convert import assert_nothing_else
 from tests.support import ROOT
+from tests.support.conversions import assert_nothing_else
 from tests.support.tracing import prompt_tokens
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]

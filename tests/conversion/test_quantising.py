@@ -17,9 +17,8 @@ from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.errors import ModelError, RotaryError
 from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.quantising import Wish
-from tests.conversion.test_convert import SHAPE, assert_nothing_else, fields_of, tensor_bytes, write_legacy
-from tests.conversion.test_convert_faults import MIB
 from tests.support import no_hang
+from tests.support.conversions import MIB, SHAPE, assert_nothing_else, fields_of, tensor_bytes, write_legacy
 
 pytestmark = pytest.mark.model
 

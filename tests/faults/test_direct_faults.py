@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rotary_llamacpp.errors import ReadError
 from rotary_llamacpp.generation import Watcher, generate
 from rotary_llamacpp.gguf_header import read_header
-from tests.support.paged import Apart, Disk, apart, assert_equal, faulty_disk, make, reads_directly
+from tests.support.compiled import Disk
+from tests.support.paged import assert_equal, attempt, make
+from tests.support.processes import Apart, apart, expected_io, reads_directly
 from tests.support.tracing import trace
 
 pytestmark = pytest.mark.model
@@ -34,21 +35,6 @@ PROMPT = 40
 ONE_BY_ONE = {"n_batch": 1, "n_ubatch": 1}
 IN_BATCHES = {"n_ubatch": 32}
 MIN = {"budget": "min", "store": "direct"}
-
-
-@pytest.fixture(scope="session")
-def disk(tmp_path_factory):
-    """Environment of a process with a disk that obeys, by how it reads."""
-    environment = faulty_disk(tmp_path_factory.mktemp("disk"))
-    return {io: {**environment, "ROTARY_IO": io} for io in ("threads", "io_uring")}
-
-
-def attempt(llama, n_prompt=PROMPT, n_decode=12):
-    """A trace, or the error's type, text."""
-    try:
-        return trace(llama, n_prompt, n_decode)
-    except Exception as error:
-        return type(error).__name__, str(error)
 
 
 def assert_refused(found, *parts):
@@ -139,7 +125,7 @@ def run_short(model, cases):
         llama = make(model, {**MIN, "staging": 1}, **IN_BATCHES)
         n_short, n_odd = disk.short, disk.odd
         disk.set(**knobs)
-        result = attempt(llama)
+        result = attempt(trace, llama, PROMPT)
         found.append((result, llama.rotary_stats(), disk.short - n_short, disk.odd - n_odd))
         disk.mend()
         llama.close()
@@ -157,7 +143,7 @@ def test_reads_that_come_short(native, synthetic, stock_trace, disk, io):
         odd = any(n % 512 != 0 for n in knobs.values())
         assert n_short > 10 and (n_odd > 10) == odd, (way, knobs)
         assert stats["store"] == "direct" and stats["bytes_read"] > 0
-        assert stats["io"] == {"threads": "threads", "io_uring": "uring"}[io] or io == "io_uring"
+        assert stats["io"] == expected_io(io)
         said = any("refuses direct reads" in notice for notice in stats["notices"])
         assert said == (way in ("buffered", "refused") or not reads_directly(model))
 
@@ -180,9 +166,9 @@ def run_with_failures(model, rotary, error, starts):
     for start in starts:
         disk.set(error=error)
         disk.fail_next(1 << 20, after=start)
-        failed = attempt(llama)
+        failed = attempt(trace, llama, PROMPT)
         disk.mend()
-        found.append((failed, attempt(llama)))
+        found.append((failed, attempt(trace, llama, PROMPT)))
     return found
 
 
@@ -217,7 +203,7 @@ def run_with_single_failures(model, rotary, starts):
     for start in starts:
         disk.fail_next(1, after=start)
         n_failed = disk.failed
-        failed = attempt(llama, 16, 4)
+        failed = attempt(trace, llama, 16, 4)
         n_failed = disk.failed - n_failed
         disk.mend()
         kind = failed if isinstance(failed, tuple) else np.array_equal(failed["logits"], stock["logits"])
@@ -246,28 +232,20 @@ def load_with_failures(model, budget):
     disk = Disk()
     rotary = {"budget": budget, "store": "direct"}
     disk.fail_next(1 << 20, after=2)
-    try:
-        make(model, rotary, **IN_BATCHES)
-        found = ["loaded"]
-    except ReadError as error:
-        found = [(type(error).__name__, str(error))]
+    found = [attempt(lambda: bool(make(model, rotary, **IN_BATCHES)))]
     disk.mend()
     llama = make(model, rotary, **IN_BATCHES)
-    found.append(attempt(llama))
+    found.append(attempt(trace, llama, PROMPT))
     llama.rotary_set_budget("min")
-    found.append(attempt(llama))
+    found.append(attempt(trace, llama, PROMPT))
     disk.fail_next(1 << 20, after=2)
-    try:
-        llama.rotary_set_budget(budget)
-        found.append("set")
-    except ReadError as error:
-        found.append((type(error).__name__, str(error)))
-    found.append(attempt(llama))
+    found.append(attempt(llama.rotary_set_budget, budget))
+    found.append(attempt(trace, llama, PROMPT))
     disk.mend()
-    found.append((attempt(llama), llama.rotary_stats()))
+    found.append((attempt(trace, llama, PROMPT), llama.rotary_stats()))
     for other in (budget, "50%"):
         llama.rotary_set_budget(other)
-        found.append(attempt(llama))
+        found.append(attempt(trace, llama, PROMPT))
     return found
 
 
@@ -318,9 +296,9 @@ def change_files(model, folder, store, options):
         print(how, file=sys.stderr, flush=True)
         path = str(shutil.copy(model, folder / f"{number}.gguf"))
         llama = make(path, {"budget": "min", "store": store}, **options)
-        before = attempt(llama)
+        before = attempt(trace, llama, PROMPT)
         change(path, how)
-        found[how] = path, before, attempt(llama), attempt(llama)
+        found[how] = path, before, attempt(trace, llama, PROMPT), attempt(trace, llama, PROMPT)
         llama.close()
     return found
 
@@ -344,11 +322,11 @@ def test_files_that_change(native, synthetic, stock_trace, tmp_path, store, offl
 def truncate_others(model):
     """Cut the shards that have no experts."""
     llama = make(model, MIN, **IN_BATCHES)
-    before = attempt(llama)
+    before = attempt(trace, llama, PROMPT)
     for path in shards(model):
         if not has_experts(path):
             os.truncate(path, 4096)
-    return before, attempt(llama)
+    return before, attempt(trace, llama, PROMPT)
 
 
 def shards(model):
@@ -373,7 +351,7 @@ def test_a_shard_without_experts_that_changes(native, synthetic, tmp_path):
 def change_while_running(model, how):
     disk = Disk()
     llama = make(model, MIN, **IN_BATCHES)
-    found = [attempt(llama)]
+    found = [attempt(trace, llama, PROMPT)]
 
     def spoil():
         disk.wait_until_held()
@@ -383,7 +361,7 @@ def change_while_running(model, how):
     disk.hold_next(after=12)
     thread = threading.Thread(target=spoil)
     thread.start()
-    found.append(attempt(llama))
+    found.append(attempt(trace, llama, PROMPT))
     thread.join()
     return found
 
@@ -431,18 +409,18 @@ def volume(tmp_path):
 def break_the_device(model, image):
     """Runs before, while the last three quarters of the device are gone, and after they are back."""
     llama = make(model, MIN, **IN_BATCHES)
-    found = [attempt(llama)]
+    found = [attempt(trace, llama, PROMPT)]
     size = os.path.getsize(image)
     with open(image, "r+b") as file:
         file.seek(size // 4)
         kept = file.read()
         file.truncate(size // 4)
-        found.append(attempt(llama))
+        found.append(attempt(trace, llama, PROMPT))
         file.seek(size // 4)
         file.write(kept)
         file.flush()
         os.fsync(file.fileno())
-        found.append(attempt(llama))
+        found.append(attempt(trace, llama, PROMPT))
     return found, llama.rotary_stats()
 
 
@@ -457,7 +435,7 @@ def test_a_device_that_fails(native, synthetic, stock_trace, volume, io):
     assert_equal(before, stock)
     assert_refused(broken, f"{model}: blk.", "Input/output error")
     assert_equal(mended, stock)
-    assert stats["io"] == {"threads": "threads", "io_uring": "uring"}[io] or io == "io_uring"
+    assert stats["io"] == expected_io(io)
 
 
 # ---- interrupts

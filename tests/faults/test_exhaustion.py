@@ -15,7 +15,9 @@ import llama_cpp.llama_cpp as api
 import pytest
 
 from rotary_llamacpp import _native
-from tests.support.paged import Apart, Shortage, apart, assert_equal, exhaustion, make
+from tests.support.compiled import Shortage
+from tests.support.paged import assert_equal, attempt, make
+from tests.support.processes import Apart, apart
 from tests.support.tracing import OPTIONS, trace
 
 pytestmark = pytest.mark.model
@@ -23,13 +25,6 @@ pytestmark = pytest.mark.model
 PROMPT = 24
 PLAIN = {"n_ubatch": 16}
 DIRECT = {"budget": "50%", "store": "direct"}
-
-
-@pytest.fixture(scope="session")
-def short_of(tmp_path_factory):
-    """Environment of a process in which a function of the system obeys `Shortage`."""
-    folder = tmp_path_factory.mktemp("exhaustion")
-    return lambda function: {**exhaustion(folder, function), "ROTARY_IO": "threads"}
 
 
 # ---- address space and files, while a model is opened
@@ -80,9 +75,8 @@ def test_address_space(native, synthetic, stock_trace, short_of, shape, n):
     stock = stock_trace(model, n_prompt=PROMPT, n_decode=4, **PLAIN)
     found = apart(open_with_failures, model, DIRECT, n, environment=short_of("mmap"))
     texts = check_all(found, stock, 8)
-    for (_, stats, n_failed), text in zip(found, texts, strict=True):
-        if n_failed and stats["store"] != "direct":
-            assert "paged through the page cache" in text
+    fallbacks = [text for (_, stats, _), text in zip(found, texts, strict=True) if stats["store"] != "direct"]
+    assert fallbacks and all("paged through the page cache" in text for text in fallbacks)
     assert any("weights that are not experts" in text for text in texts)
 
 
@@ -98,14 +92,6 @@ def test_files(native, synthetic, stock_trace, short_of):
 
 
 # ---- memory
-
-
-def attempt(function, *args):
-    """What it returns, or the error's type and text."""
-    try:
-        return function(*args)
-    except Exception as error:
-        return type(error).__name__, str(error)
 
 
 def run_from_every_place(model, rotary):
@@ -141,11 +127,8 @@ def check_error(result):
 def test_memory_while_graphs_run(native, synthetic, stock_trace, short_of, store, io):
     model = synthetic(type="q8_0", layers=2, experts=8)
     stock = stock_trace(model, n_prompt=PROMPT, n_decode=4, **PLAIN)
-    environment = {**short_of("malloc"), "ROTARY_IO": io}
-    with Apart(
-        run_from_every_place, model, {"budget": "50%", "store": store}, environment=environment
-    ) as run:
-        found = run.result(600)
+    environment = short_of("malloc", io)
+    found = apart(run_from_every_place, model, {"budget": "50%", "store": store}, environment=environment)
     assert len(found) > 5, "there were places"
     for _, result, after in found:
         if isinstance(result, tuple):

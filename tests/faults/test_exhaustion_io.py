@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 
 from rotary_llamacpp.errors import RotaryError
-from tests.model.test_link import load_late
-from tests.support.paged import Shortage, apart, assert_equal, exhaustion, make
+from tests.support.compiled import Shortage
+from tests.support.paged import assert_equal, load_late, make
+from tests.support.processes import apart, has_io_uring
 from tests.support.tracing import trace
 
 pytestmark = pytest.mark.model
@@ -80,14 +81,14 @@ def check(result, stock, fallback):
         ("pthread_create", "site", "threads", "of 8 threads that read"),
     ],
 )
-def test_each_failure(native, synthetic, stock_trace, tmp_path, function, in_turn, io, fallback):
+def test_each_failure(native, synthetic, stock_trace, short_of, function, in_turn, io, fallback):
+    if function.startswith("io_uring") and not has_io_uring():
+        pytest.skip("no io_uring here")
     model = synthetic(type="q4_0", layers=2)
     stock = stock_trace(model, n_prompt=PROMPT, n_decode=4, **IN_BATCHES)
-    environment = {**exhaustion(tmp_path, function), "ROTARY_IO": io}
+    environment = short_of(function, io)
     rotary = {"budget": "min", "store": "direct"}
     result = apart(fail_each, model, rotary, 12, in_turn, environment=environment)
-    if function.startswith("io_uring") and result[1] == 0:
-        pytest.skip("no io_uring here")
     assert check(result, stock, fallback) > 0 and result[2], "nothing was to fail"
 
 
@@ -100,11 +101,11 @@ def fail_ring_threads(model, n_failing):
     return found, llama.rotary_stats()["notices"], shortage.end()
 
 
-def test_threads_that_copy_cannot_be_started(native, synthetic, stock_trace, late, tmp_path):
+def test_threads_that_copy_cannot_be_started(native, synthetic, stock_trace, late, short_of):
     model = synthetic(type="q4_0", layers=2)
     options = {"n_ubatch": 4, "use_extra_bufts": False}
     stock = stock_trace(model, n_prompt=PROMPT, n_decode=4, **options)
-    environment = {**late, **exhaustion(tmp_path, "pthread_create")}
+    environment = {**late, **short_of("pthread_create")}
     paged, notices, n_failed = apart(fail_ring_threads, model, 1 << 20, environment=environment)
     assert n_failed > 0
     assert_equal(paged, stock)

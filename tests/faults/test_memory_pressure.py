@@ -22,7 +22,9 @@ from rotary_llamacpp.config import MIB
 from rotary_llamacpp.errors import LibraryError
 from rotary_llamacpp.info import ModelInfo
 from tests.support import no_hang
-from tests.support.paged import Apart, apart, assert_equal, make, pure_logic
+from tests.support.compiled import pure_logic
+from tests.support.paged import assert_equal, make
+from tests.support.processes import Apart, apart
 from tests.support.tracing import trace
 from tests.unit.test_machine import SOURCES as MACHINE_SOURCES
 
@@ -254,7 +256,7 @@ def test_memory_that_others_take(group, large, stock, tmp_path, budget):
 
 
 def run_on_a_device(model, rotary):
-    from tests.model.test_link import load_late
+    from tests.support.paged import load_late
 
     load_late()
     llama = make(model, {"inner": "LATE0", **rotary}, n_gpu_layers=-1, **OPTIONS)

@@ -4,56 +4,42 @@
 from __future__ import annotations
 
 import ctypes
-import json
+import io
 import logging
-import os
-import subprocess
-import sys
+import mmap
+import resource
+from pathlib import Path
 
 import llama_cpp.llama_cpp as api
 import pytest
 
-from rotary_llamacpp import Llama
-from tests.support import HANG_S, ROOT
-from tests.support.paged import ONE_ARENA
+from rotary_llamacpp import Llama, _native
+from tests.support.paged import attempt, make
+from tests.support.processes import ONE_ARENA, apart
 
 pytestmark = pytest.mark.model
 
-# Address space runs out between the loading of the model and the allocation of its slots.
-SHORT_OF_MEMORY = """if True:
-    import json, resource, sys
-    from rotary_llamacpp import Llama, _native
-    budget, room = sys.argv[2], int(sys.argv[3])
+
+def run_short_of_memory(model, budget, room_bytes):
+    """Figures of a run whose address space ends between the loading of the model and the allocation of its
+    slots, and what was logged; or the error it ended with."""
     prepare = _native.Pool.prepare
 
     def prepare_with_little(pool):
-        pages = int(open("/proc/self/statm").read().split()[0])
-        limit = pages * resource.getpagesize() + room
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room_bytes, hard))
         try:
             prepare(pool)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
     _native.Pool.prepare = prepare_with_little
-    try:
-        llama = Llama(sys.argv[1], rotary={"budget": budget}, n_ctx=64, n_threads=1, verbose=False)
-        llama.eval([1, 2, 3])
-        print(json.dumps(llama.rotary_stats()))
-    except Exception as error:
-        print(json.dumps([type(error).__name__, str(error)]))
-"""
-
-
-def run_short_of_memory(model, budget, room_bytes):
-    """Stats and stderr of a run whose slots do not fit, or the error it ended with."""
-    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(model), budget, str(room_bytes)]
-    ran = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **ONE_ARENA}, capture_output=True, text=True, check=True,
-        timeout=HANG_S,
-    )  # fmt: skip
-    return json.loads(ran.stdout.splitlines()[-1]), ran.stderr
+    said = io.StringIO()
+    logging.getLogger("rotary_llamacpp").addHandler(logging.StreamHandler(said))
+    llama = make(model, {"budget": budget})
+    llama.eval([1, 2, 3])
+    return llama.rotary_stats(), said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -62,41 +48,35 @@ def repacked_model(synthetic):
     return synthetic(type="q4_0", embd=1024, ff=1024, layers=8, experts=16)
 
 
-RESERVED = """
-import ctypes, mmap, sys
-from rotary_llamacpp import Llama
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
-flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-if libc.mmap(None, 1 << 44, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) in (None, 2**64 - 1):
-    print("refused")
-else:
-    llama = Llama(sys.argv[1], rotary="auto", n_ctx=64, verbose=False)
-    print(llama.rotary_stats()["active"])
-"""
+def run_beside_reserved_addresses(model):
+    """Whether a model is paged where 16 TiB of addresses are reserved; None if the system refuses that."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    if libc.mmap(None, 1 << 44, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) in (None, 2**64 - 1):
+        return None
+    return make(model, "auto").rotary_stats()["active"]
 
 
 def test_reserved_addresses_are_no_promise(native, tiny_model):
     # Sanitizers, garbage collectors and JITs reserve terabytes, which are never taken.
-    ran = subprocess.run(
-        [sys.executable, "-c", RESERVED, tiny_model],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    if ran.stdout.strip() == "refused":
+    active = apart(run_beside_reserved_addresses, tiny_model)
+    if active is None:
         pytest.skip("no address space can be reserved here")
-    assert ran.stdout.strip() == "True", ran.stderr
+    assert active is True
 
 
 def test_auto_budget_shrinks_and_says_so(native, repacked_model):
-    stats, log = run_short_of_memory(repacked_model, "auto", 96 << 20)
+    stats, log = apart(run_short_of_memory, repacked_model, "auto", 96 << 20, environment=ONE_ARENA)
     assert stats["active"] and 0 < stats["slot_bytes"] <= stats["budget_bytes"] < stats["expert_bytes"]
     assert any("auto budget lowered to" in notice for notice in stats["notices"])
     assert "auto budget lowered to" in log
 
 
 def test_a_stated_budget_is_not_lowered(native, repacked_model):
-    (kind, text), _ = run_short_of_memory(repacked_model, "90%", 96 << 20)
+    arguments = (run_short_of_memory, repacked_model, "90%", 96 << 20)
+    kind, text = apart(attempt, *arguments, environment=ONE_ARENA)
     assert kind == "LibraryError"
     assert "no memory for" in text and "lower the budget" in text
 

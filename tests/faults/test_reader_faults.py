@@ -17,7 +17,9 @@ import threading
 import pytest
 
 from rotary_llamacpp.gguf_header import read_header
-from tests.support.paged import Disk, apart, assert_equal, faulty_disk, make
+from tests.support.compiled import Disk
+from tests.support.paged import assert_equal, attempt, make
+from tests.support.processes import apart, has_io_uring
 from tests.support.tracing import trace
 
 pytestmark = pytest.mark.model
@@ -27,27 +29,12 @@ IN_BATCHES = {"n_ubatch": 32}
 DIRECT = {"budget": "50%", "store": "direct"}
 
 
-@pytest.fixture(scope="session")
-def disk(tmp_path_factory):
-    """Environment of a process with a disk that obeys, by how it reads."""
-    environment = faulty_disk(tmp_path_factory.mktemp("disk"))
-    return {io: {**environment, "ROTARY_IO": io} for io in ("threads", "io_uring")}
-
-
 @pytest.fixture
 def io_uring(native, synthetic):
     """Skips where this kernel or its sandbox has no io_uring to be broken."""
-    stats = apart(run, synthetic(type="q4_0", layers=2, experts=15), {}, {})[1]
-    if stats["io"] != "uring":
-        pytest.skip(f"no io_uring here: {stats['notices']}")
-
-
-def attempt(llama):
-    """A trace, or the error's type and text."""
-    try:
-        return trace(llama, PROMPT)
-    except Exception as error:
-        return type(error).__name__, str(error)
+    if not has_io_uring():
+        pytest.skip("no io_uring here")
+    assert apart(run, synthetic(type="q4_0", layers=2, experts=15), {}, {})[1]["io"] == "uring"
 
 
 def run(model, before, after):
@@ -57,7 +44,7 @@ def run(model, before, after):
     llama = make(model, DIRECT, **IN_BATCHES)
     if after:
         Disk().set(**after)
-    found = [attempt(llama), attempt(llama)]
+    found = [attempt(trace, llama, PROMPT), attempt(trace, llama, PROMPT)]
     return found, llama.rotary_stats()
 
 
@@ -91,7 +78,7 @@ def break_in_mid_read(model, knobs, n_hold):
     """Enter fails while the kernel still reads; the reads end when that has been noticed."""
     disk = Disk()
     llama = make(model, DIRECT, **IN_BATCHES)
-    found = [attempt(llama)]
+    found = [attempt(trace, llama, PROMPT)]
     disk.set(hold=n_hold, **knobs)
     let_go = disk.library.disk_let_go
 
@@ -103,10 +90,10 @@ def break_in_mid_read(model, knobs, n_hold):
     done = threading.Event()
     thread = threading.Thread(target=end_reads)
     thread.start()
-    found.append(attempt(llama))
+    found.append(attempt(trace, llama, PROMPT))
     done.set()
     thread.join()
-    found.append(attempt(llama))
+    found.append(attempt(trace, llama, PROMPT))
     return found, llama.rotary_stats(), disk.held, disk.enter_failed
 
 
@@ -145,7 +132,7 @@ def run_cancelled(model):
     found = []
     for cancel in (0, 1, 0):
         disk.cancel = cancel
-        found.append(attempt(llama))
+        found.append(attempt(trace, llama, PROMPT))
     return found, llama.rotary_stats()
 
 
@@ -193,9 +180,9 @@ def run_forbidden(model, before, after, error):
     """Runs, with a system call forbidden before the model is made, another before the second."""
     why = before and forbid(SYSCALLS[before], error)
     llama = make(model, DIRECT, **IN_BATCHES)
-    found = [attempt(llama)]
+    found = [attempt(trace, llama, PROMPT)]
     why = why or (after and forbid(SYSCALLS[after], error))
-    found += [attempt(llama), attempt(llama)]
+    found += [attempt(trace, llama, PROMPT), attempt(trace, llama, PROMPT)]
     return why, found, llama.rotary_stats()
 
 
@@ -243,7 +230,7 @@ def test_neither_io_uring_nor_threads(io_uring, synthetic, stock_trace, disk):
 def decode_beside_bad_experts(model, bad, budget, n_tokens):
     """Experts of some layers cannot be read; how each of several runs ends."""
     llama = make(model, {"budget": budget, "store": "direct", "staging": 1}, n_batch=1, n_ubatch=1)
-    found = [attempt(llama)]
+    found = [attempt(trace, llama, PROMPT)]
     Disk().set(bad_from=bad[0], bad_to=bad[1])
     for start in range(n_tokens):
         llama.reset()
@@ -253,7 +240,7 @@ def decode_beside_bad_experts(model, bad, budget, n_tokens):
         except Exception as error:
             found.append(str(error))
     Disk().set(bad_from=0, bad_to=0)
-    return [*found, attempt(llama)]
+    return [*found, attempt(trace, llama, PROMPT)]
 
 
 @pytest.mark.parametrize("io", ["threads", "io_uring"])

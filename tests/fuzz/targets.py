@@ -507,8 +507,8 @@ class Journals(Target):
         self.part: bytes = b""
         write = journal.Journal.note
 
-        def noted(its: journal.Journal, file: int, n_bytes: int) -> None:
-            write(its, file, n_bytes)
+        def noted(own: journal.Journal, file: int, n_bytes: int) -> None:
+            write(own, file, n_bytes)
             self.known, self.part = self.note.read_bytes(), journal.part(self.out).read_bytes()
 
         journal.Journal.note = noted  # type: ignore[method-assign]

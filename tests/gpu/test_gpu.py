@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.support import HANG_S, ROOT
-from tests.support.paged import apart
+from tests.support.processes import apart
 from tests.support.tracing import OPTIONS, prompt_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import pytest
@@ -21,7 +22,6 @@ PATCHES = sorted((ROOT / "patches").glob("*.patch"))
 DEVICES_PATCH = ROOT / "patches" / "llama-cpp-python-devices.patch"
 SDIST = ROOT / "build" / "sdist" / f"llama_cpp_python-{LLAMA_CPP_PYTHON}"
 INSTALLED = Path(llama_cpp.__file__).resolve().parent.parent
-LIBRARY = ROOT / "rotary_llamacpp" / "lib" / "libggml-rotary.so"
 MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 
 
@@ -70,8 +70,7 @@ def test_header(patch: Path) -> None:
 @pytest.mark.parametrize("source", [INSTALLED, SDIST], ids=["installed", "sdist"])
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.name)
 def test_applies(patch: Path, source: Path, tmp_path: Path) -> None:
-    if not source.is_dir():
-        pytest.skip("the sdist is not unpacked in build/sdist; make does that")
+    assert source.is_dir(), "run: make setup"
     copy_package(source, tmp_path)
     apply(patch, tmp_path)
 
@@ -127,9 +126,6 @@ def generate(package: Path, backend: str = "", **kwargs: object) -> tuple[dict, 
     return json.loads(result.stdout), result.stderr
 
 
-needs_model = pytest.mark.skipif(not MODEL.exists(), reason="models/tiny-moe-q8_0.gguf is not there")
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -141,14 +137,12 @@ needs_model = pytest.mark.skipif(not MODEL.exists(), reason="models/tiny-moe-q8_
     ],
 )
 @pytest.mark.model
-@needs_model
 def test_unknown_name(patched: Path, kwargs: dict, message: str) -> None:
     answer, _ = generate(patched, **kwargs)
     assert answer["error"].startswith(message)
 
 
 @pytest.mark.model
-@needs_model
 def test_same_text(patched: Path) -> None:
     stock, _ = generate(INSTALLED)
     kwargs = {"devices": ["CPU"], "tensor_buft_overrides": {r"ffn_.*_exps": "CPU"}}
@@ -158,10 +152,8 @@ def test_same_text(patched: Path) -> None:
 
 
 @pytest.mark.model
-@needs_model
-@pytest.mark.skipif(not LIBRARY.exists(), reason="libggml-rotary.so is not built; run: make")
-def test_rotary_device_by_name(patched: Path) -> None:
+def test_rotary_device_by_name(native: Any, patched: Path) -> None:
     stock, _ = generate(INSTALLED)
-    answer, stderr = generate(patched, backend=str(LIBRARY), devices=["ROTARY0"], n_gpu_layers=-1)
+    answer, stderr = generate(patched, backend=str(native.path), devices=["ROTARY0"], n_gpu_layers=-1)
     assert answer["text"] == stock["text"]
     assert re.search(r"^rotary: .*\bmisses=[1-9]", stderr, re.MULTILINE)

@@ -23,7 +23,8 @@ import pytest
 from rotary_llamacpp import file_systems
 from rotary_llamacpp.gguf_header import read_header
 from tests.support import HANG_S
-from tests.support.paged import Apart, apart, assert_equal, make, notices, paged_trace, reads_directly
+from tests.support.paged import assert_equal, make, notices, paged_trace, second_context
+from tests.support.processes import Apart, apart, expected_io, reads_directly
 from tests.support.tracing import trace
 
 pytestmark = pytest.mark.model
@@ -37,14 +38,12 @@ PLAIN = {"n_ubatch": 32}
 def io(request, monkeypatch):
     """How reads are made. The library reads the variable when a pool is sized."""
     monkeypatch.setenv("ROTARY_IO", request.param)
-    return {"threads": "threads", "io_uring": "uring"}[request.param]
+    return expected_io(request.param)
 
 
 def check_figures(stats, io=None):
     """What holds of every run with direct reads in which something was read after the start."""
     assert stats["store"] == "direct" and stats["io"] in ("uring", "threads")
-    if io == "uring" and stats["io"] == "threads":
-        pytest.skip("the kernel refuses io_uring")
     assert io is None or stats["io"] == io
     assert stats["resident_bytes"] > 0, "weights that are not experts have left the page cache"
     assert stats["bypassed"] == 0, "nothing is computed from a mapping that is gone"
@@ -228,8 +227,6 @@ def test_budgets_in_turn(native, synthetic, stock_trace, store, kind):
 
 
 def test_contexts_of_one_model(native, tiny_model):
-    from tests.model.test_native_sharing import second_context
-
     tokens = list(range(20, 60))
 
     def logits(llama):

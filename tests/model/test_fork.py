@@ -16,8 +16,9 @@ import threading
 
 import pytest
 
-from tests.model.test_link import load_late
-from tests.support.paged import Disk, apart, assert_equal, faulty_disk, make
+from tests.support.compiled import Disk
+from tests.support.paged import assert_equal, load_late, make
+from tests.support.processes import apart, expected_io
 from tests.support.tracing import trace
 
 pytestmark = pytest.mark.model
@@ -113,7 +114,7 @@ def test_a_child_computes(native, synthetic, stock_trace, io, threads, before, b
     found, stats = apart(compute_in_a_child, model, rotary, options, before, environment={"ROTARY_IO": io})
     for paged in found:
         assert_equal(paged, stock)
-    assert stats["store"] == "direct" and stats["io"] in (io, "uring"), "the child reads as its parent did"
+    assert (stats["store"], stats["io"]) == ("direct", expected_io(io)), "the child reads as its parent did"
 
 
 def change_budget_in_a_child(model, options):
@@ -195,11 +196,10 @@ def fork_in_mid_read(model, n_forks):
     return found, children
 
 
-def test_forks_beside_a_graph(native, synthetic, stock_trace, tmp_path):
+def test_forks_beside_a_graph(native, synthetic, stock_trace, disk):
     model = synthetic(type="q8_0", layers=3)
     stock = stock_trace(model, n_prompt=PROMPT, **IN_BATCHES)
-    environment = {**faulty_disk(tmp_path), "ROTARY_IO": "threads"}
-    found, children = apart(fork_in_mid_read, model, 6, environment=environment)
+    found, children = apart(fork_in_mid_read, model, 6, environment=disk["threads"])
     assert len(children) == 6
     for paged in found:
         assert_equal(paged, stock)

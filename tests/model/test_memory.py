@@ -6,42 +6,39 @@ A control with all experts copied shows that the measurement would notice.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
+from rotary_llamacpp import _native
 from rotary_llamacpp.config import MIB
 from rotary_llamacpp.info import ModelInfo
-from tests.support import ROOT
+from tests.support.paged import make
+from tests.support.processes import apart
+from tests.support.tracing import prompt_tokens
 
 # KV cache, compute buffers, logits and threads' stacks for the context below, and the weights that are not
 # experts, which the CPU repacks.
 CONSTANT_BYTES = 32 * MIB
 
-SCRIPT = """
-import json, sys
-from tests.support.tracing import OPTIONS, prompt_tokens
-from rotary_llamacpp import Llama, _native
 
 def anonymous():
+    """Bytes of this process's own memory."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
-_native.load()
-before = anonymous()
-options = json.loads(sys.argv[2])
-llama = Llama(sys.argv[1], **{**OPTIONS, "logits_all": False, "n_ubatch": 64, **options})
-peak = anonymous()
-tokens = prompt_tokens(llama.n_vocab(), 128)
-for batch in (tokens, *([token] for token in tokens[:24])):
-    llama.eval(batch)
-    peak = max(peak, anonymous())
-stats = llama.rotary_stats()
-llama.close()
-print(json.dumps({"growth": peak - before, "left": anonymous() - before, "stats": stats}))
-"""
+
+def measure(model, rotary, options):
+    """How much a run adds at most, what of it is left when the model is closed, and figures."""
+    _native.load()
+    before = anonymous()
+    llama = make(model, rotary, **{"logits_all": False, "n_ubatch": 64, **options})
+    peak = anonymous()
+    tokens = prompt_tokens(llama.n_vocab(), 128)
+    for batch in (tokens, *([token] for token in tokens[:24])):
+        llama.eval(batch)
+        peak = max(peak, anonymous())
+    stats = llama.rotary_stats()
+    llama.close()
+    return peak - before, anonymous() - before, stats
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +47,20 @@ def large(synthetic):
     return synthetic(type="q4_0", layers=8, embd=1024, ff=1024, experts=32, used=4)
 
 
-def measured(model, **options):
-    command = [sys.executable, "-c", SCRIPT, str(model), json.dumps(options)]
-    return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("repack", [True, False])
 @pytest.mark.parametrize("budget", ["min", "25%"])
 def test_stays_within_the_budget(native, large, budget, repack):
-    found = measured(large, rotary={"budget": budget, "repack": repack})
-    stats = found["stats"]
+    growth, left, stats = apart(measure, large, {"budget": budget, "repack": repack}, {})
     assert stats["active"] and stats["evictions"] > 0, "the run wanted more experts than fit"
     assert stats["slot_bytes"] <= stats["budget_bytes"] <= ModelInfo.read(large).expert_bytes // 4
-    assert found["growth"] <= stats["budget_bytes"] + CONSTANT_BYTES
-    assert found["left"] <= CONSTANT_BYTES, "close() gives it back"
+    assert growth <= stats["budget_bytes"] + CONSTANT_BYTES
+    assert left <= CONSTANT_BYTES, "close() gives it back"
 
 
 @pytest.mark.slow
 def test_control_all_experts_copied_would_be_noticed(native, large):
     expert_bytes = ModelInfo.read(large).expert_bytes
     assert expert_bytes // 4 + CONSTANT_BYTES < expert_bytes // 2
-    stock = measured(large, rotary=None, use_mmap=False)
-    assert stock["growth"] > expert_bytes
+    growth, _, _ = apart(measure, large, None, {"use_mmap": False})
+    assert growth > expert_bytes

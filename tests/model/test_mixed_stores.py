@@ -18,8 +18,8 @@ import pytest
 from rotary_llamacpp import _native, paging
 from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.paging import Paging
-from tests.model.test_link import load_late
-from tests.support.paged import Apart, apart, assert_equal, make
+from tests.support.paged import assert_equal, load_late, make
+from tests.support.processes import Apart, apart
 from tests.support.tracing import OPTIONS, trace
 
 pytestmark = pytest.mark.model

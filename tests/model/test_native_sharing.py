@@ -10,6 +10,7 @@ import pytest
 
 from rotary_llamacpp import Llama
 from tests.support import HANG_S
+from tests.support.paged import second_context
 
 pytestmark = pytest.mark.model
 
@@ -21,26 +22,6 @@ def logits(llama, tokens):
     llama.reset()
     llama.eval(tokens)
     return llama.scores[: len(tokens)].copy()
-
-
-def second_context(llama):
-    """Another context on the model of `llama`, evaluated through stock's internals."""
-    import llama_cpp._internals as internals
-    from llama_cpp import llama_cpp as api
-
-    context = internals.LlamaContext(model=llama._model, params=llama.context_params, verbose=False)
-
-    def run(tokens):
-        api.llama_memory_clear(api.llama_get_memory(context.ctx), True)
-        batch = internals.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1, verbose=False)
-        batch.set_batch(batch=tokens, n_past=0, logits_all=True)
-        context.decode(batch)
-        shape = (len(tokens), llama.n_vocab())
-        out = np.ctypeslib.as_array(context.get_logits(), shape=shape).copy()
-        batch.close()
-        return out
-
-    return context, run
 
 
 def test_two_contexts_of_one_model_share_slots(native, tiny_model):
@@ -101,7 +82,7 @@ def test_figures_can_be_read_while_a_graph_runs(native, tiny_model):
     seen = []
 
     def watch():
-        while not done.is_set():
+        while not seen or not done.is_set():
             seen.append(llama.rotary_stats()["requests"])
 
     watcher = threading.Thread(target=watch)
@@ -110,7 +91,7 @@ def test_figures_can_be_read_while_a_graph_runs(native, tiny_model):
         logits(llama, TOKENS)
     done.set()
     watcher.join(HANG_S)
-    assert seen == sorted(seen)
+    assert seen == sorted(seen) != []
     assert llama.rotary_stats()["requests"] == 5 * len(TOKENS) * 6 * 4  # 6 layers, 4 experts a token
     llama.close()
 

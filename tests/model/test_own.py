@@ -16,7 +16,8 @@ import pytest
 
 from rotary_llamacpp import _replay, policies, predictors
 from rotary_llamacpp.errors import DeviceError
-from tests.support.paged import apart, make
+from tests.support.paged import make
+from tests.support.processes import apart
 
 pytestmark = pytest.mark.model
 
@@ -106,11 +107,11 @@ class Interrupted:
         self.n_calls = 0
         stock = getattr(kind, method)
 
-        def call(its, *args):
+        def call(policy, *args):
             self.n_calls += 1
             if self.n_calls == nth and before:
                 signal.raise_signal(signal.SIGINT)
-            found = stock(its, *args)
+            found = stock(policy, *args)
             if self.n_calls == nth:
                 signal.raise_signal(signal.SIGINT)
             return found

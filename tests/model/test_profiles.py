@@ -10,18 +10,10 @@ import pytest
 
 from rotary_llamacpp import profiles
 from rotary_llamacpp.errors import RotaryError
-from tests.model.test_traces import made
-from tests.support.paged import apart, assert_equal, make, paged_trace
+from tests.support.paged import assert_equal, make, paged_trace
+from tests.support.processes import apart
+from tests.support.routings import made, numbered
 from tests.support.tracing import trace
-
-
-def numbered(n_layers=6, n_expert=32, first=0):
-    """A profile in which expert (first + i) % n_expert is the i-th most wanted of each layer, half of all."""
-    popularity = np.zeros((n_layers, n_expert), np.float32)
-    for rank in range(n_expert // 2):
-        popularity[:, (first + rank) % n_expert] = 0.9 - rank / 100
-    pairs = np.zeros((n_layers - 1, n_expert, n_expert), np.float16)
-    return profiles.Profile(list(range(n_layers)), popularity, pairs, 100, {})
 
 
 def test_learnt_by_hand():

@@ -16,22 +16,9 @@ from rotary_llamacpp.errors import ReadError, RotaryError
 from rotary_llamacpp.predictors import NAMES, PrefetchPolicy
 from rotary_llamacpp.recording import record
 from tests.support.paged import assert_equal, paged_trace
+from tests.support.routings import made
 
 CONFIG = {"budget": "25%", "verbose": False}
-
-
-def made(ids, sizes=(1000,), n_expert=8, phase=None):
-    """A trace of ids[token][layer][k], one sequence, all decoded unless told otherwise."""
-    ids = np.array(ids, np.int32)
-    n_tokens, n_layers, n_used = ids.shape
-    step, layer = np.divmod(np.arange(n_tokens * n_layers), n_layers)
-    return traces.Trace(
-        sequence=np.zeros_like(step), phase=np.ones_like(step) if phase is None else np.array(phase)[step],
-        step=step, layer=layer, experts=ids.reshape(-1, n_used),
-        weights=np.full((len(step), n_used), 0.5, np.float32), resident=np.zeros((len(step), n_used), bool),
-        n_expert=n_expert, expert_bytes=dict(enumerate(itertools.islice(itertools.cycle(sizes), n_layers))),
-        about={"model": "made"},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

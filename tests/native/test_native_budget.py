@@ -13,7 +13,7 @@ import pytest
 from rotary_llamacpp import _native
 from rotary_llamacpp.config import Budget, RotaryConfig
 from rotary_llamacpp.errors import RotaryError
-from tests.support.paged import apart
+from tests.support.processes import apart
 
 MIB = 1 << 20
 ERR_ARG, ERR_BUDGET = -1, -4

@@ -16,7 +16,7 @@ def row(*ids):
 
 
 def evictions(native, policy, n_slots, requests, n_expert=8):
-    """Who leaves at each request of one expert; None where nobody does."""
+    """The victim of each request of one expert; None where nothing is evicted."""
     cache = _replay.Cache(native, policy, n_expert, [n_slots])
     found = []
     for expert in requests:
@@ -91,9 +91,9 @@ def test_native_and_python_agree(native, name, seed):
         weights = rng.random(ids.shape, np.float32) if seed % 2 else None
         for expert in ahead[layer]:
             if expert not in ids:
-                landed = bool(rng.integers(2))
+                arrived = bool(rng.integers(2))
                 for cache in pair:
-                    cache.end_reservation(layer, expert, landed)
+                    cache.end_reservation(layer, expert, arrived)
         ahead[layer] = []
         loads = [cache.resolve(layer, ids, weights) for cache in pair]
         assert loads[0] == loads[1], request

@@ -35,20 +35,20 @@ HAND = {"previous": [7, 5], "popular": [5, 4, 7, 6], "transition": [5, 4, 7, 6],
 
 @pytest.mark.parametrize("name", HAND)
 def test_hand_solved(native, name):
-    for its in pair(native, name, 2, 8, 2):
+    for predictor in pair(native, name, 2, 8, 2):
         for first, second in TOKENS:
-            its.note(0, [first])
-            its.note(1, [second])
-        its.note(0, [[0, 3]])
-        assert its.name(0, 1, 4) == HAND[name]
-        assert its.name(0, 1, 1) == HAND[name][:1]
+            predictor.note(0, [first])
+            predictor.note(1, [second])
+        predictor.note(0, [[0, 3]])
+        assert predictor.name(0, 1, 4) == HAND[name]
+        assert predictor.name(0, 1, 1) == HAND[name][:1]
 
 
 @pytest.mark.parametrize("name", predictors.FROM_ROUTINGS)
 def test_nothing_is_known_at_first(native, name):
-    for its in pair(native, name, 3, 8, 2):
-        its.note(0, [[1, 2]])
-        assert its.name(0, 1, 2) == its.name(0, 2, 2) == []
+    for predictor in pair(native, name, 3, 8, 2):
+        predictor.note(0, [[1, 2]])
+        assert predictor.name(0, 1, 2) == predictor.name(0, 2, 2) == []
 
 
 @pytest.mark.parametrize("name", predictors.FROM_ROUTINGS)
@@ -91,11 +91,11 @@ def test_real_routing(native, shared_trace, name, which):
     right = 0
     index = np.searchsorted(trace.layers, trace.layer)
     for layer, experts in zip(index.tolist(), trace.experts.tolist(), strict=True):
-        named = [its.name(layer - 1, layer, its.n_used) if layer else [] for its in both]
+        named = [predictor.name(layer - 1, layer, predictor.n_used) if layer else [] for predictor in both]
         assert named[0] == named[1]
         right += len(set(named[0]) & set(experts))
-        for its in both:
-            its.note(layer, [experts])
+        for predictor in both:
+            predictor.note(layer, [experts])
     assert right > 0.1 * trace.experts.size, "more than chance"
 
 
@@ -105,10 +105,10 @@ def test_profiles_are_begun_with(native):
     pairs[0, 1, 6] = 0.75
     profile = profiles.Profile([0, 1], np.full((2, 8), 0.25, np.float32), pairs, 40, {})
     for name in ("transition", "mixed"):
-        for its in pair(native, name, 2, 8, 1):
-            its.learn(profile)
-            its.note(0, [[1]])
-            assert its.name(0, 1, 3) == [6]
+        for predictor in pair(native, name, 2, 8, 1):
+            predictor.learn(profile)
+            predictor.note(0, [[1]])
+            assert predictor.name(0, 1, 3) == [6]
 
 
 # ---- in a model

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from rotary_llamacpp import _replay, policies, simulation
-from tests.support.paged import ONE_ARENA, apart, assert_equal, make, notices, paged_trace
+from tests.support.paged import assert_equal, make, notices, paged_trace
+from tests.support.processes import ONE_ARENA, apart
 from tests.support.tracing import trace
 
 
@@ -126,8 +127,8 @@ def test_the_same_logits(native, synthetic, stock_trace, shape, kind, repack, st
     paged, stats = paged_trace(model, 30, rotary, n_decode=150)
     assert_equal(paged, stock_trace(model, n_prompt=30, n_decode=150, **plain))
     layers = stats["layers"]
-    if stats["slot_moves"]:
-        assert len({layer["n_slots"] for layer in layers}) > 1
+    if kind != "q4_k_m":  # whose layers give none away
+        assert stats["slot_moves"] > 0 and len({layer["n_slots"] for layer in layers}) > 1
     assert min(layer["n_slots"] for layer in layers) >= 4
     assert stats["slot_bytes"] == sum(layer["n_slots"] * layer["expert_bytes"] for layer in layers)
     assert stats["slot_bytes"] <= stats["budget_bytes"] and notices(stats) == []

@@ -42,7 +42,7 @@ from models.synth import synthesize
 from rotary_llamacpp import Llama, _native, policies
 from rotary_llamacpp.errors import DeviceError, RotaryError
 from tests.support import ROOT
-from tests.support.paged import stock_trace, write_adapter
+from tests.support.paged import second_context, stock_trace, write_adapter
 from tests.support.tracing import OPTIONS, trace
 
 MIB = 1 << 20
@@ -177,7 +177,7 @@ def budgets(world: World, rng: Random) -> None:
 
 def contexts(world: World, rng: Random) -> None:
     """Two models, and a second context of one of them, in turns."""
-    from tests.model.test_native_sharing import logits, second_context
+    from tests.model.test_native_sharing import logits
 
     with loaded(world, rng) as (model, llama), loaded(world, rng) as (other, beside):
         tokens = [int(token) for token in np.random.default_rng(LONG).integers(3, llama.n_vocab(), LONG)]

@@ -21,7 +21,7 @@ END = "[all of it]"
 
 
 class Terminal(contextlib.ExitStack):
-    """Its `text` is all that was written; `theirs` the descriptor to write to.
+    """`text` is all that was written, `theirs` the descriptor to write to.
 
     It does not outlive the ``with`` block.
     """
@@ -60,7 +60,7 @@ class Terminal(contextlib.ExitStack):
         assert came, (pattern, self.text[-2000:])
         return came.end()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until all that was written has come; it comes in order."""
         os.write(self.theirs, END.encode())
         self.wait_for(re.escape(END))

@@ -10,9 +10,19 @@ from rotary_llamacpp import errors
 
 
 def test_one_root():
-    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
-    assert len(kinds) == 7
-    assert all(issubclass(kind, errors.RotaryError) for kind in kinds)
+    kinds = dict(inspect.getmembers(errors, inspect.isclass))
+    assert all(kind.__module__ == errors.__name__ for kind in kinds.values()), "nothing of others'"
+    assert [name for name, kind in kinds.items() if not issubclass(kind, kinds["RotaryError"])] == []
+    assert kinds["RotaryError"].__mro__[1:] == (Exception, BaseException, object)
+    # Whoever catches the package's errors, or those that stock raises in the same place, gets them all.
+    assert {name: kind.__bases__[-1] for name, kind in kinds.items() if name != "RotaryError"} == {
+        "ModelError": ValueError,  # stock: a model that it cannot load
+        "BudgetError": ValueError,
+        "DeviceError": ValueError,
+        "LibraryError": RuntimeError,
+        "ReadError": RuntimeError,  # stock: decoding that fails
+        "VersionError": errors.LibraryError,
+    }
 
 
 def test_messages_are_one_line():
@@ -20,10 +30,3 @@ def test_messages_are_one_line():
     error = errors.ModelError("a\nb\x1b[31m\u2028\x85: tab\there, caf\u00e9; limit; advice")
     assert str(error) == "a\\nb\\x1b[31m\\u2028\\x85: tab\\there, caf\u00e9; limit; advice"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
-
-
-def test_stock_callers_keep_catching():
-    assert issubclass(errors.ModelError, ValueError), "stock raises ValueError for a model it cannot load"
-    assert issubclass(errors.BudgetError, ValueError)
-    assert issubclass(errors.ReadError, RuntimeError), "stock raises RuntimeError where decoding fails"
-    assert issubclass(errors.VersionError, errors.LibraryError)

@@ -21,8 +21,8 @@ from rotary_llamacpp.gguf_fields import array_strings, encode, raw_fields
 from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.gguf_layout import lay_out, shard_paths
 from rotary_llamacpp.info import read_shards
-from tests.conversion.test_convert import tensor_bytes
 from tests.support import no_hang
+from tests.support.conversions import tensor_bytes
 from tests.support.work import Calls
 from tests.unit.test_gguf_header import measured
 

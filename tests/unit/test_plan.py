@@ -219,7 +219,7 @@ def test_rotary_on_the_gpu_with_the_disk_behind_memory():
     assert by_key(options(edges))["rotary-gpu"].ram_bytes == 100 * MIB
 
 
-def test_the_least_is_taken_out_of_the_margin():
+def test_the_minimum_is_taken_out_of_the_margin():
     # 220 and one token's 200 MiB: what is auto is no less, on a card that has so much.
     found = by_key(options(case(vram_bytes=440 * MIB)))["rotary-gpu"]
     assert found.n_slots == (1, 1) and not found.problem
@@ -514,7 +514,7 @@ def test_measuring_replaces_what_was_not_said(native, monkeypatch, tiny_model):
 
 def test_all_cpus_that_may_be_used_are_measured(monkeypatch, tiny_model):
     monkeypatch.setattr(plan, "cpu_count", lambda: 3)
-    monkeypatch.setattr(calibration, "measure", lambda its, *rest: its)
+    monkeypatch.setattr(calibration, "measure", lambda here, *rest: here)
     assert plan.make(str(tiny_model), ram="8GiB", vram="0", measure=True).case.threads == 3
     assert plan.make(str(tiny_model), ram="8GiB", vram="0", measure=True, threads=2).case.threads == 2
     assert plan.make(str(tiny_model), ram="8GiB", vram="0").case.threads is None
@@ -596,13 +596,13 @@ def test_kernels_of_types_can_be_timed(native, monkeypatch, kind):
     from rotary_llamacpp import _kernels
 
     monkeypatch.setattr(_kernels, "_READ_BYTES", MIB)
-    its = _kernels.Matrices(kind, 256, 64, 8, 2, 16)
-    rates = _kernels.measure(its, threads=1)
+    matrices = _kernels.Matrices(kind, 256, 64, 8, 2, 16)
+    rates = _kernels.measure(matrices, threads=1)
     # A token reads 2 of 16 matrices at each of as many nodes as make 1 MiB, 256 at the most.
-    token_bytes = 2 * 64 * its.row_bytes
+    token_bytes = 2 * 64 * matrices.row_bytes
     assert rates.token_rate == min(MIB // token_bytes, 256) * token_bytes / TICK_S
     assert rates.prompt_flops == 512 * 2 * 2 * 256 * 64 / TICK_S
-    assert rates.fill_rate == 16 * 64 * its.row_bytes / TICK_S
+    assert rates.fill_rate == 16 * 64 * matrices.row_bytes / TICK_S
 
 
 @pytest.mark.usefixtures("ticks")
