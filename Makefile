@@ -123,7 +123,7 @@ $(VENV)/.lint: $(VENV)/.installed
 
 programs: build/conformance/.made
 
-build/conformance/.made: $(VENV)/.made tests/conformance/CMakeLists.txt $(wildcard tests/conformance/*.c) rotary_llamacpp/pinned.py | $(SDIST)/PKG-INFO
+build/conformance/.made: $(VENV)/.made tests/conformance/CMakeLists.txt tests/support/llama_cpp.cmake $(wildcard tests/conformance/*.c) rotary_llamacpp/pinned.py | $(SDIST)/PKG-INFO
 	@$(PY) .ci/progress.py "conformance programs" build/conformance.log $(SHELL) -euc '\
 	    rm -f build/conformance/CMakeCache.txt; \
 	    $(VENV)/bin/cmake -S tests/conformance -B build/conformance -G Ninja -DCMAKE_BUILD_TYPE=Release \
