@@ -180,7 +180,7 @@ def environment() -> None:
     """Have this process's children use what has been built here, if it has."""
     if LIBRARIES.is_dir():
         os.environ["LLAMA_CPP_LIB_PATH"] = str(LIBRARIES)
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SITE), str(ROOT / "tests")])
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SITE)])
 
 
 @main.command(

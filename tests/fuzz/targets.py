@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from click.testing import CliRunner
-from damage import FLOATS, TEXTS, Header, number, spoiled, spoiled_text, text
 from gguf import GGUFWriter
 
 from models.synth import synthesize
@@ -40,8 +39,8 @@ from rotary_llamacpp.policies import NATIVE
 from rotary_llamacpp.predictors import NAMES as PREDICTORS
 from rotary_llamacpp.traces import profiles
 from rotary_llamacpp.units import parse_bytes, parse_size
+from tests.fuzz.damage import FLOATS, TEXTS, Header, number, spoiled, spoiled_text, text
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 ACCEPTED, REFUSED, UPSTREAM = "accepted", "refused", "upstream's"
 SMALL = {
     "layers": 2,
@@ -513,8 +512,8 @@ class Journals(Target):
         self.part: bytes = b""
         write = journal.Journal.note
 
-        def noted(its: journal.Journal, file: int, n_bytes: int) -> None:
-            write(its, file, n_bytes)
+        def noted(own: journal.Journal, file: int, n_bytes: int) -> None:
+            write(own, file, n_bytes)
             self.known, self.part = self.note.read_bytes(), journal.part(self.out).read_bytes()
 
         journal.Journal.note = noted  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Emulated machines (`make machines`): the library under other processors and page sizes, without io_uring.
 
-    run.py LLAMA_CPP [MACHINE...]
+    python -m tests.machines.run LLAMA_CPP [MACHINE...]
 
 Builds the library and upstream's llama-simple for x86-64 and aarch64 in build/machines/<arch>, runs them
 under Debian's qemu-user, and prints one line per machine: greedy text of the committed model, its experts
@@ -28,7 +28,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support import ROOT
+
 BUILD = ROOT / "build" / "machines"
 MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 
