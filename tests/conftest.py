@@ -21,7 +21,7 @@ from gguf import GGUFWriter
 from models.synth import SHAPES, add_metadata, synthesize
 from rotary_llamacpp import _native, traces
 from tests import skips
-from tests.support import HANG_S, ROOT, compiled
+from tests.support import HANG_S, ROOT, compiled, write_all
 
 # Of what the user has set, these are for tests.
 FOR_TESTS = ("ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY", "ROTARY_TESTS_CXXFLAGS")
@@ -113,10 +113,7 @@ def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
     for name in ("token_embd", "output"):
         writer.add_tensor(f"{name}.weight", rng.normal(size=(shape.vocab, 64)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return path
 
 

@@ -17,7 +17,7 @@ from rotary_llamacpp.convert import Options, convert
 from rotary_llamacpp.errors import ModelError, RotaryError
 from rotary_llamacpp.gguf_header import read_header
 from rotary_llamacpp.quantising import Wish
-from tests.support import no_hang
+from tests.support import no_hang, write_all
 from tests.support.conversions import MIB, SHAPE, assert_nothing_else, fields_of, tensor_bytes, write_legacy
 
 pytestmark = pytest.mark.model
@@ -77,10 +77,7 @@ def write_imatrix(path: Path, shapes: Mapping[str, tuple[int, int]], seed: int =
         sums = rng.uniform(0.1, 9, (n_expert, n_columns)).astype(np.float32)
         writer.add_tensor(f"{name}.in_sum2", sums)
         writer.add_tensor(f"{name}.counts", np.full((n_expert, 1), 4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return path
 
 

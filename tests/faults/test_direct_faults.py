@@ -24,6 +24,7 @@ import pytest
 
 from rotary_llamacpp.generation import Watcher, generate
 from rotary_llamacpp.gguf_header import read_header
+from tests.support import shards
 from tests.support.compiled import Disk
 from tests.support.paged import assert_equal, attempt, make
 from tests.support.processes import Apart, apart, expected_io, reads_directly
@@ -327,10 +328,6 @@ def truncate_others(model):
         if not has_experts(path):
             os.truncate(path, 4096)
     return before, attempt(trace, llama, PROMPT)
-
-
-def shards(model):
-    return sorted(model.parent.glob(model.name.replace("-00001-", "-*-")))
 
 
 def has_experts(path):

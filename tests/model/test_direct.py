@@ -22,7 +22,7 @@ import pytest
 
 from rotary_llamacpp import file_systems
 from rotary_llamacpp.gguf_header import read_header
-from tests.support import HANG_S
+from tests.support import HANG_S, shards
 from tests.support.paged import assert_equal, make, notices, paged_trace, second_context
 from tests.support.processes import Apart, apart, expected_io, reads_directly
 from tests.support.tracing import trace
@@ -105,7 +105,7 @@ def test_an_expert_at_the_end_of_a_file(native, synthetic, stock_trace):
     # The read of the last expert is rounded up to whole blocks, past the end of its file.
     model = synthetic("test", type="q4_0", shards=4, vocab=600, experts=15)
     ends = []
-    for path in sorted(model.parent.glob(model.name.replace("-00001-", "-*-"))):
+    for path in shards(model):
         last = max(read_header(path).tensors, key=lambda tensor: tensor.offset)
         ends.append(("_exps" in last.name, path.stat().st_size % 512))
     assert any(is_expert and odd for is_expert, odd in ends), ends

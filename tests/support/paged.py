@@ -20,7 +20,7 @@ from gguf import GGUFWriter
 
 from rotary_llamacpp import Llama, _native
 from rotary_llamacpp.gguf_header import read_header
-from tests.support import ROOT
+from tests.support import ROOT, write_all
 from tests.support.processes import has_io_uring, reads_directly
 from tests.support.tracing import OPTIONS, trace
 
@@ -118,8 +118,5 @@ def write_adapter(path: Path, model: Path, names: tuple[str, ...], seed: int = 0
             for half, shape in (("a", (*experts, 4, n_in)), ("b", (*experts, n_out, 4))):
                 values = rng.normal(scale=0.05, size=shape).astype(np.float32)
                 writer.add_tensor(f"{tensor.name}.lora_{half}", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return path
