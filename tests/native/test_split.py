@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rotary_llamacpp import _replay, policies, simulation
-from tests.support.paged import assert_equal, make, notices, paged_trace
+from tests.support.paged import make, notices, paged_trace
 from tests.support.processes import ONE_ARENA, apart
 from tests.support.tracing import trace
 
@@ -120,12 +120,10 @@ def test_real_routing(native, shared_trace, which):
 @pytest.mark.parametrize("store", ["mmap", "direct"])
 @pytest.mark.parametrize("repack", [True, False])
 @pytest.mark.parametrize(("shape", "kind"), [("test", "q4_0"), ("test", "q4_k_m"), ("test-gpt-oss", "mxfp4")])
-def test_the_same_logits(native, synthetic, stock_trace, shape, kind, repack, store):
+def test_the_same_logits(synthetic, exact, shape, kind, repack, store):
     model = synthetic(shape, type=kind, locality=0.4)
-    plain = {} if repack else {"use_extra_bufts": False}
     rotary = {"budget": "6 slots", "store": store, "repack": repack}
-    paged, stats = paged_trace(model, 30, rotary, n_decode=150)
-    assert_equal(paged, stock_trace(model, n_prompt=30, n_decode=150, **plain))
+    stats = exact(model, 30, rotary, n_decode=150)
     layers = stats["layers"]
     if kind != "q4_k_m":  # whose layers give none away
         assert stats["slot_moves"] > 0 and len({layer["n_slots"] for layer in layers}) > 1
@@ -136,10 +134,9 @@ def test_the_same_logits(native, synthetic, stock_trace, shape, kind, repack, st
 
 @pytest.mark.model
 @pytest.mark.parametrize("store", ["mmap", "direct"])
-def test_moves_in_the_trained_model(native, tiny_model, stock_trace, store):
+def test_moves_in_the_trained_model(tiny_model, exact, store):
     rotary = {"budget": "50%", "store": store, "repack": False}
-    paged, stats = paged_trace(tiny_model, 30, rotary, n_decode=200)
-    assert_equal(paged, stock_trace(tiny_model, n_prompt=30, n_decode=200, use_extra_bufts=False))
+    stats = exact(tiny_model, 30, rotary, n_decode=200)
     slots = [layer["n_slots"] for layer in stats["layers"]]
     assert stats["slot_moves"] > 0 and sum(slots) == 6 * 16 and len(set(slots)) > 1
     _, even = paged_trace(tiny_model, 30, {**rotary, "split": "even"}, n_decode=200)
