@@ -101,17 +101,17 @@ SHORT = {
         ("direct", {"withheld": 1}),
         ("direct", {"withheld": 5001}),
         ("direct", {"withheld": 1 << 15}),
-        ("direct", {"most": 4096 + 100}),
+        ("direct", {"max": 4096 + 100}),
         ("page", {"withheld": 5001}),
         ("buffered", {"withheld": 1}),
-        ("buffered", {"most": 1999}),
+        ("buffered", {"max": 1999}),
         ("refused", {"withheld": 1}),
     ],
     "io_uring": [
         ("direct", {"withheld": 1 << 15}),
-        ("page", {"most": 8192}),
-        ("buffered", {"most": 4096}),
-        ("refused", {"most": 4096}),
+        ("page", {"max": 8192}),
+        ("buffered", {"max": 4096}),
+        ("refused", {"max": 4096}),
     ],
 }
 

@@ -25,7 +25,7 @@ def run(native, layers, n_slots, n_tokens, least, policy="lru", n_expert=32):
     """A cache after `n_tokens`; layers[il](t) are the experts that a layer uses for token t."""
     cache = _replay.Cache(native, policy, n_expert, n_slots, least)
     for t in range(n_tokens):
-        for layer, ids in enumerate(token(*(its(t) for its in layers))):
+        for layer, ids in enumerate(token(*(choose(t) for choose in layers))):
             cache.resolve(layer, ids)
     return cache
 
@@ -105,12 +105,12 @@ def test_policies_are_told(native):
 @pytest.mark.parametrize("which", ["qwen", "gemma"])
 def test_real_routing(native, shared_trace, which):
     trace = shared_trace(which)
-    for share, least_gain in ((0.125, -0.003), (0.25, 0.001), (0.5, 0.001)):
+    for share, min_gain in ((0.125, -0.003), (0.25, 0.001), (0.5, 0.001)):
         slots = simulation.slots_for(trace, share)
         even, adaptive = (
             simulation.replay(trace, "recall", slots, adaptive=on).hit_rate for on in (False, True)
         )
-        assert adaptive - even > least_gain
+        assert adaptive - even > min_gain
 
 
 # ---- in a model
