@@ -22,7 +22,7 @@ from models.synth import SHAPES, add_metadata, synthesize
 from rotary_llamacpp import traces
 from rotary_llamacpp.native import binding as _native
 from tests import skips
-from tests.support import HANG_S, ROOT, compiled
+from tests.support import HANG_S, ROOT, compiled, write_all
 
 # Of what the user has set, these are for tests.
 FOR_TESTS = ("ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY", "ROTARY_TESTS_CXXFLAGS")
@@ -114,10 +114,7 @@ def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
     for name in ("token_embd", "output"):
         writer.add_tensor(f"{name}.weight", rng.normal(size=(shape.vocab, 64)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return path
 
 
@@ -137,12 +134,28 @@ def stock_trace() -> Callable[..., dict[str, np.ndarray]]:
     made: dict[str, dict[str, np.ndarray]] = {}
 
     def trace(model: Path, **options: Any) -> dict[str, np.ndarray]:
+        options = {"n_decode": 12, "use_extra_bufts": True, **options}
         key = json.dumps([str(model), options], sort_keys=True)
         if key not in made:
             made[key] = paged.stock_trace(model, **options)
         return made[key]
 
     return trace
+
+
+@pytest.fixture
+def exact(native: _native.Library, stock_trace: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """Runs a model paged; every bit of every logit is stock's, by the same kernels. Returns the figures."""
+    from tests.support import paged
+
+    def run(model: Path, n_prompt: int, rotary: Any, n_decode: int = 12, **options: Any) -> dict[str, Any]:
+        found, stats = paged.paged_trace(model, n_prompt, rotary, n_decode, **options)
+        options["use_extra_bufts"] = not isinstance(rotary, dict) or rotary.get("repack", True)
+        options.pop("n_gpu_layers", None)
+        paged.assert_equal(found, stock_trace(model, n_prompt=n_prompt, n_decode=n_decode, **options))
+        return stats
+
+    return run
 
 
 @pytest.fixture

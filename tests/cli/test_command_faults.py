@@ -16,6 +16,7 @@ import pytest
 from rotary_llamacpp import pinned
 from rotary_llamacpp.__main__ import main as start
 from tests.support import ROOT
+from tests.support.processes import python
 
 # What is found first on the module path of a process: a llama_cpp that fails as installations do.
 _BROKEN = {
@@ -97,11 +98,7 @@ for name in ("Llama", "activate", "Llama"):
         assert isinstance(error, RuntimeError), type(error)
         print(error)
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, cwd=ROOT, text=True,
-        capture_output=True, check=True,
-    )  # fmt: skip
-    said = ran.stdout.splitlines()
+    said = python(code, **environment).stdout.splitlines()
     assert len(said) == 3 and len(set(said)) == 1 and word in said[0] and said[0].count("; ") >= 2
 
 

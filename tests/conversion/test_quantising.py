@@ -18,7 +18,7 @@ from rotary_llamacpp.conversion.quantising import Wish
 from rotary_llamacpp.errors import ModelError, RotaryError
 from rotary_llamacpp.gguf_files import imatrices
 from rotary_llamacpp.gguf_files.header import read_header
-from tests.support import no_hang
+from tests.support import no_hang, write_all
 from tests.support.conversions import MIB, SHAPE, assert_nothing_else, fields_of, tensor_bytes, write_legacy
 
 pytestmark = pytest.mark.model
@@ -78,10 +78,7 @@ def write_imatrix(path: Path, shapes: Mapping[str, tuple[int, int]], seed: int =
         sums = rng.uniform(0.1, 9, (n_expert, n_columns)).astype(np.float32)
         writer.add_tensor(f"{name}.in_sum2", sums)
         writer.add_tensor(f"{name}.counts", np.full((n_expert, 1), 4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return path
 
 

@@ -24,6 +24,7 @@ import pytest
 
 from rotary_llamacpp.gguf_files.header import read_header
 from rotary_llamacpp.runtime.generation import Watcher, generate
+from tests.support import shards
 from tests.support.compiled import Disk
 from tests.support.paged import assert_equal, attempt, make
 from tests.support.processes import Apart, apart, expected_io, reads_directly
@@ -100,17 +101,17 @@ SHORT = {
         ("direct", {"withheld": 1}),
         ("direct", {"withheld": 5001}),
         ("direct", {"withheld": 1 << 15}),
-        ("direct", {"most": 4096 + 100}),
+        ("direct", {"max": 4096 + 100}),
         ("page", {"withheld": 5001}),
         ("buffered", {"withheld": 1}),
-        ("buffered", {"most": 1999}),
+        ("buffered", {"max": 1999}),
         ("refused", {"withheld": 1}),
     ],
     "io_uring": [
         ("direct", {"withheld": 1 << 15}),
-        ("page", {"most": 8192}),
-        ("buffered", {"most": 4096}),
-        ("refused", {"most": 4096}),
+        ("page", {"max": 8192}),
+        ("buffered", {"max": 4096}),
+        ("refused", {"max": 4096}),
     ],
 }
 
@@ -327,10 +328,6 @@ def truncate_others(model):
         if not has_experts(path):
             os.truncate(path, 4096)
     return before, attempt(trace, llama, PROMPT)
-
-
-def shards(model):
-    return sorted(model.parent.glob(model.name.replace("-00001-", "-*-")))
 
 
 def has_experts(path):

@@ -264,7 +264,7 @@ def run_on_a_device(model, rotary):
     return llama.rotary_stats()
 
 
-def test_most_of_the_memory_is_not_locked_unasked(group, large, late):
+def test_most_of_the_memory_is_not_pinned_unasked(group, large, late):
     stats = apart(
         run_on_a_device, large, {"budget": "min", "store": "mmap"}, prefix=group.prefix, environment=late
     )

@@ -33,7 +33,7 @@ from tests.support import ROOT
 
 SECONDS = 30.0  # of one case; none takes a tenth of one on an idle machine
 BYTES = 2 << 30  # more than the process has when it is ready
-MOST_FAULTS = 25  # different ones of one target: then it ends
+MAX_FAULTS = 25  # different ones of one target: then it ends
 
 NAMES = ("gguf", "load", "traces", "profiles", "journals", "budgets", "environment")
 
@@ -84,7 +84,7 @@ class Run:
     def run(self) -> Run:
         begin = time.monotonic()
         first = 0
-        while first < self.cases and len(self.faults) < MOST_FAULTS:
+        while first < self.cases and len(self.faults) < MAX_FAULTS:
             first = self._worker(first)
         self.seconds = time.monotonic() - begin
         return self
@@ -131,7 +131,7 @@ class Run:
                         current = more[0]
                         if what == "end":
                             self._count(*more)
-                            if len(self.faults) >= MOST_FAULTS:
+                            if len(self.faults) >= MAX_FAULTS:
                                 return self.cases
         status = process.wait()
         how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"

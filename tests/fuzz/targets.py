@@ -40,6 +40,7 @@ from rotary_llamacpp.predictors import NAMES as PREDICTORS
 from rotary_llamacpp.traces import profiles
 from rotary_llamacpp.units import parse_bytes, parse_size
 from tests.fuzz.damage import FLOATS, TEXTS, Header, number, spoiled, spoiled_text, text
+from tests.support import write_all
 
 ACCEPTED, REFUSED, UPSTREAM = "accepted", "refused", "upstream's"
 SMALL = {
@@ -175,10 +176,7 @@ def importance_matrix(path: Path) -> Path:
 
 
 def written(writer: GGUFWriter, path: Path) -> Path:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return path
 
 

@@ -36,7 +36,7 @@ MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 ARGS = ["-m", str(MODEL), "-n", "64", "In the beginning"]
 BUDGETS = ["min", "25%"]
 NO_INSTRUCTIONS = {"LLAMAFILE", "OPENMP", "REPACK"}  # among the features that ggml tells
-LEAST_WORDS = 25  # of the text, that something is compared at all
+MIN_WORDS = 25  # of the text, that something is compared at all
 HANGS_S = 1800
 
 
@@ -250,7 +250,7 @@ def try_machine(machine: Machine) -> tuple[list[str], bool]:
         return [*row, str(error), "", "", ""], False
     row[-1] = f"{int(page) // 1024} KiB"
     row.append(" ".join([variant, *(each for each in features.split() if each not in NO_INSTRUCTIONS)]))
-    if len(stock.split()) < LEAST_WORDS:
+    if len(stock.split()) < MIN_WORDS:
         return [*row, f"stock says only {stock!r}", "", ""], False
     row += [compare(machine, stock, store) for store in ("mmap", "direct")]
     row.append(installed(machine))

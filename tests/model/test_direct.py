@@ -22,7 +22,7 @@ import pytest
 
 from rotary_llamacpp.gguf_files.header import read_header
 from rotary_llamacpp.host import file_systems
-from tests.support import HANG_S
+from tests.support import HANG_S, shards
 from tests.support.paged import assert_equal, make, notices, paged_trace, second_context
 from tests.support.processes import Apart, apart, expected_io, reads_directly
 from tests.support.tracing import trace
@@ -74,15 +74,12 @@ LAYOUTS = {
     ("layout", "repack"), [(name, repack) for name, (_, _, ways) in LAYOUTS.items() for repack in ways]
 )
 @pytest.mark.parametrize("budget", ["min", "50%", "100%"])
-def test_layouts(native, synthetic, stock_trace, layout, budget, repack):
+def test_layouts(synthetic, exact, layout, budget, repack):
     # With the least staging: prefetches stop wherever there is no more room, at any tensor of a layer.
     shape, options, _ = LAYOUTS[layout]
     model = synthetic(shape, **options)
-    plain = {} if repack else {"use_extra_bufts": False}
-    stock = stock_trace(model, n_prompt=LONG, **plain, **PLAIN)
     rotary = {"budget": budget, "store": "direct", "repack": repack, "staging": 1}
-    paged, stats = paged_trace(model, LONG, rotary, **PLAIN)
-    assert_equal(paged, stock)
+    stats = exact(model, LONG, rotary, **PLAIN)
     assert notices(stats) == []
     # Neither a repacked slot nor an expert that is no multiple of a sector can be read in place.
     sizes = {
@@ -101,24 +98,22 @@ def test_layouts(native, synthetic, stock_trace, layout, budget, repack):
         assert stats["prefetch_used"] > 0
 
 
-def test_an_expert_at_the_end_of_a_file(native, synthetic, stock_trace):
+def test_an_expert_at_the_end_of_a_file(synthetic, exact):
     # The read of the last expert is rounded up to whole blocks, past the end of its file.
     model = synthetic("test", type="q4_0", shards=4, vocab=600, experts=15)
     ends = []
-    for path in sorted(model.parent.glob(model.name.replace("-00001-", "-*-"))):
+    for path in shards(model):
         last = max(read_header(path).tensors, key=lambda tensor: tensor.offset)
         ends.append(("_exps" in last.name, path.stat().st_size % 512))
     assert any(is_expert and odd for is_expert, odd in ends), ends
-    paged, stats = paged_trace(model, LONG, DIRECT, **PLAIN)
-    assert_equal(paged, stock_trace(model, n_prompt=LONG, **PLAIN))
+    stats = exact(model, LONG, DIRECT, **PLAIN)
     check_figures(stats)
 
 
-def test_no_memory_to_read_with(native, synthetic, stock_trace):
+def test_no_memory_to_read_with(synthetic, exact):
     # Slow, announced, and right: the page cache serves where the direct store cannot be had.
     model = synthetic(type="q4_0")
-    paged, stats = paged_trace(model, LONG, {**DIRECT, "staging": "1000TiB"}, **PLAIN)
-    assert_equal(paged, stock_trace(model, n_prompt=LONG, **PLAIN))
+    stats = exact(model, LONG, {**DIRECT, "staging": "1000TiB"}, **PLAIN)
     assert (stats["store"], stats["bytes_read"]) == ("mmap", 0)
     [notice] = notices(stats)
     assert "paged through the page cache" in notice and "no memory for staging" in notice
@@ -131,11 +126,10 @@ def test_no_memory_to_read_with(native, synthetic, stock_trace):
 @pytest.mark.parametrize("budget", ["min", "50%"])
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("staging", [1, "64MiB", None])
-def test_ways_of_reading(native, synthetic, stock_trace, io, kind, budget, prefetch, staging):
+def test_ways_of_reading(synthetic, exact, io, kind, budget, prefetch, staging):
     model = synthetic(type=kind)
     rotary = {"budget": budget, "store": "direct", "prefetch": prefetch, "staging": staging}
-    paged, stats = paged_trace(model, LONG, rotary, **PLAIN)
-    assert_equal(paged, stock_trace(model, n_prompt=LONG, **PLAIN))
+    stats = exact(model, LONG, rotary, **PLAIN)
     check_figures(stats, io)
     layer = stats["layers"][0]
     if staging == 1:
@@ -151,48 +145,43 @@ def test_ways_of_reading(native, synthetic, stock_trace, io, kind, budget, prefe
         assert stats["prefetch_accuracy"] is None
 
 
-def test_all_experts_by_threads(native, synthetic, stock_trace, monkeypatch):
+def test_all_experts_by_threads(synthetic, exact, monkeypatch):
     monkeypatch.setenv("ROTARY_IO", "threads")
     model = synthetic(type="q4_0")
-    paged, stats = paged_trace(model, LONG, {"budget": "100%", "store": "direct"}, **PLAIN)
-    assert_equal(paged, stock_trace(model, n_prompt=LONG, **PLAIN))
+    stats = exact(model, LONG, {"budget": "100%", "store": "direct"}, **PLAIN)
     assert (stats["io"], stats["path"]) == ("threads", "resident")
 
 
 @pytest.mark.parametrize(("n_prompt", "n_ubatch"), [(1, 128), (40, 1), (LONG, 128)])
-def test_batches(native, synthetic, stock_trace, n_prompt, n_ubatch):
+def test_batches(synthetic, exact, n_prompt, n_ubatch):
     # One token at a time finds what it wants predicted; 100 at once want all experts, in 4 slots.
     options = {"n_ubatch": n_ubatch, "n_batch": n_ubatch}
     model = synthetic(type="q4_0")
-    paged, stats = paged_trace(model, n_prompt, {**DIRECT, "staging": 1}, **options)
-    assert_equal(paged, stock_trace(model, n_prompt=n_prompt, **options))
+    stats = exact(model, n_prompt, {**DIRECT, "staging": 1}, **options)
     check_figures(stats)
     assert (stats["waves"] > 0) == (n_ubatch > 1 and n_prompt > 1)
 
 
-def test_two_threads(native, synthetic, stock_trace):
+def test_two_threads(synthetic, exact):
     threads = {"n_threads": 2, "n_threads_batch": 2}
     model = synthetic(type="q4_0")
-    paged, stats = paged_trace(model, LONG, DIRECT, n_decode=4, **PLAIN, **threads)
-    assert_equal(paged, stock_trace(model, n_prompt=LONG, n_decode=4, **PLAIN, **threads))
+    stats = exact(model, LONG, DIRECT, n_decode=4, **PLAIN, **threads)
     check_figures(stats)
 
 
-def test_partial_offload(native, tiny_model, stock_trace):
+def test_partial_offload(tiny_model, exact):
     # The experts of the layers that stay away are not paged, and are as resident as other weights.
     rotary = {"budget": "min", "store": "direct"}
-    paged, stats = paged_trace(tiny_model, LONG, rotary, n_gpu_layers=3, **PLAIN)
-    assert_equal(paged, stock_trace(tiny_model, n_prompt=LONG, **PLAIN))
+    stats = exact(tiny_model, LONG, rotary, n_gpu_layers=3, **PLAIN)
     check_figures(stats)
     assert 0 < stats["n_layers"] < 6
     left = (6 - stats["n_layers"]) * stats["expert_bytes"] // stats["n_layers"]
     assert stats["resident_bytes"] > left
 
 
-def test_files_that_cannot_be_read_directly(native, tiny_model, stock_trace):
+def test_files_that_cannot_be_read_directly(tiny_model, exact):
     # Without mmap, experts are in memory already. It is said, and it runs.
-    paged, stats = paged_trace(tiny_model, LONG, DIRECT, use_mmap=False, **PLAIN)
-    assert_equal(paged, stock_trace(tiny_model, n_prompt=LONG, **PLAIN))
+    stats = exact(tiny_model, LONG, DIRECT, use_mmap=False, **PLAIN)
     assert (stats["store"], stats["io"], stats["bytes_read"]) == ("memory", "none", 0)
     assert any("loaded without mmap" in notice for notice in stats["notices"])
 

@@ -17,10 +17,8 @@ SHORT, LONG = 12, 100
 
 @pytest.mark.parametrize("n_prompt", [SHORT, LONG])
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_tiny_model(native, tiny_model, stock_trace, budget, n_prompt):
-    stock = stock_trace(tiny_model, n_prompt=n_prompt, n_ubatch=32)
-    paged, stats = paged_trace(tiny_model, n_prompt, budget, n_ubatch=32)
-    assert_equal(paged, stock)
+def test_tiny_model(tiny_model, exact, budget, n_prompt):
+    stats = exact(tiny_model, n_prompt, budget, n_ubatch=32)
     assert stats["active"]
     if budget == "min":
         assert stats["n_slots"] == 4
@@ -30,22 +28,18 @@ def test_tiny_model(native, tiny_model, stock_trace, budget, n_prompt):
 @pytest.mark.parametrize("kind", ["q4_0", "q4_k", "q8_0", "q6_k", "f16"])
 @pytest.mark.parametrize("budget", ["min", "50%", "100%"])
 @pytest.mark.parametrize("repack", [True, False])
-def test_quantisations(native, synthetic, stock_trace, kind, budget, repack):
+def test_quantisations(synthetic, exact, kind, budget, repack):
     model = synthetic(type=kind)
-    stock = stock_trace(model, n_prompt=LONG, n_ubatch=32, use_extra_bufts=repack)
-    paged, _ = paged_trace(model, LONG, {"budget": budget, "repack": repack}, n_ubatch=32)
-    assert_equal(paged, stock)
+    exact(model, LONG, {"budget": budget, "repack": repack}, n_ubatch=32)
 
 
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("repack", [True, False])
-def test_batches_beyond_the_slots(native, synthetic, stock_trace, direct, repack):
+def test_batches_beyond_the_slots(synthetic, exact, direct, repack):
     # 100 tokens in one ubatch want all 16 experts; there are 4 slots. Directly from the mapping, or in waves.
     model = synthetic(type="q4_0")
-    stock = stock_trace(model, n_prompt=LONG, n_ubatch=128, use_extra_bufts=repack)
     rotary = {"budget": "min", "direct": direct, "repack": repack}
-    paged, stats = paged_trace(model, LONG, rotary, n_ubatch=128)
-    assert_equal(paged, stock)
+    stats = exact(model, LONG, rotary, n_ubatch=128)
     if not direct:
         assert stats["waves"] > 0 and stats["bypassed"] == 0
 
@@ -61,34 +55,26 @@ def test_batches_beyond_the_slots(native, synthetic, stock_trace, direct, repack
     ],
 )
 @pytest.mark.parametrize("budget", ["min", "50%"])
-def test_architectures_and_files(native, synthetic, stock_trace, shape, options, budget):
+def test_architectures_and_files(synthetic, exact, shape, options, budget):
     model = synthetic(shape, **options)
-    stock = stock_trace(model, n_prompt=LONG, n_ubatch=32)
-    paged, _ = paged_trace(model, LONG, budget, n_ubatch=32)
-    assert_equal(paged, stock)
+    exact(model, LONG, budget, n_ubatch=32)
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
-def test_without_mmap(native, synthetic, stock_trace, kind):
+def test_without_mmap(synthetic, exact, kind):
     model = synthetic(type=kind)
-    stock = stock_trace(model, n_prompt=LONG, n_ubatch=32, use_mmap=False)
-    paged, _ = paged_trace(model, LONG, "min", n_ubatch=32, use_mmap=False)
-    assert_equal(paged, stock)
+    exact(model, LONG, "min", n_ubatch=32, use_mmap=False)
 
 
-def test_partial_offload(native, tiny_model, stock_trace):
-    stock = stock_trace(tiny_model, n_prompt=LONG, n_ubatch=32)
-    paged, stats = paged_trace(tiny_model, LONG, "min", n_ubatch=32, n_gpu_layers=3)
-    assert_equal(paged, stock)
+def test_partial_offload(tiny_model, exact):
+    stats = exact(tiny_model, LONG, "min", n_ubatch=32, n_gpu_layers=3)
     assert 0 < stats["n_layers"] < 6
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
-def test_two_threads(native, synthetic, stock_trace, kind):
+def test_two_threads(synthetic, exact, kind):
     threads = {"n_threads": 2, "n_threads_batch": 2}
-    stock = stock_trace(synthetic(type=kind), n_prompt=LONG, n_decode=2, n_ubatch=32, **threads)
-    paged, _ = paged_trace(synthetic(type=kind), LONG, "min", n_decode=2, n_ubatch=32, **threads)
-    assert_equal(paged, stock)
+    exact(synthetic(type=kind), LONG, "min", n_decode=2, n_ubatch=32, **threads)
 
 
 def test_off_after_the_library_was_loaded(native, tiny_model, stock_trace):

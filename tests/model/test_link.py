@@ -79,9 +79,9 @@ def test_lookups_on_the_device(synthetic, stock_trace, late, shape, options):
         assert stats["waits"] == stats["lookups"] - stats["device_lookups"], "no wait for those"
         assert stats["hits"] + stats["misses"] == stats["requests"] and stats["misses"] > 0
         assert stats["bytes_paged"] > 0 and stats["evictions"] > 0
-        # Each layer but the first is foretold from the second token on; synthetic routers are easily guessed.
-        n_foretold = 11 * (stats["n_layers"] - 1)
-        assert stats["predicted"] == n_foretold * stats["n_expert_used"]
+        # Each layer but the first is predicted from the second token on; synthetic routers are easy to guess.
+        n_predicted = 11 * (stats["n_layers"] - 1)
+        assert stats["predicted"] == n_predicted * stats["n_expert_used"]
         assert 0.8 < stats["predicted_right"] / stats["predicted"] <= 1
         assert 0 <= stats["late_hits"] <= stats["prefetch_used"] <= stats["prefetched"] <= stats["predicted"]
 
@@ -142,7 +142,7 @@ def run_without_outputs(model, config, n_decode):
 
 
 def test_layers_that_nobody_wants_the_output_of(synthetic, stock_trace, late):
-    # The last layer is foretold again and again, and looked up once.
+    # The last layer is predicted again and again, and looked up once.
     model = synthetic(type="q8_0")
     found, stats = apart(run_without_outputs, model, {"budget": "50%"}, 6, environment=late)
     stock = stock_trace(model, n_prompt=LONG, use_extra_bufts=False, n_ubatch=2)["logits"][LONG - 1 :]
@@ -249,11 +249,11 @@ def test_auto_takes_what_the_device_has(tiny_model, stock_trace, late):
         assert said == (size == "in pieces"), stats["notices"]
 
 
-# ---- where host memory cannot be locked
+# ---- where host memory cannot be pinned
 
 
 @pytest.mark.parametrize("budget", ["min", "50%"])
-def test_ways_of_locking(synthetic, stock_trace, late, budget):
+def test_ways_of_pinning(synthetic, stock_trace, late, budget):
     model = synthetic(type="q4_0")
     stock = stock_trace(model, n_prompt=LONG, **CPU)
     ways = {
@@ -598,7 +598,7 @@ def test_each_event_that_cannot_be_had(synthetic, stock_trace, late):
         assert text in heard, text
 
 
-def test_each_page_locked_memory_that_cannot_be_had(synthetic, stock_trace, late):
+def test_each_pinned_memory_that_cannot_be_had(synthetic, stock_trace, late):
     model = synthetic(type="q8_0", layers=2)
     configs = [
         {"budget": "50%"},
@@ -678,7 +678,7 @@ def load_an_adapter_late(model, adapter, configs):
     return found
 
 
-def test_experts_that_come_late_are_page_locked(tiny_model, stock_trace, late, lora_adapter):
+def test_experts_that_come_late_are_pinned(tiny_model, stock_trace, late, lora_adapter):
     adapter = lora_adapter(tiny_model, ("ffn_down_exps.weight",))
     configs = [{"budget": "50%", "pin": pin} for pin in ("auto", "on", "off")]
     stock, *found = apart(load_an_adapter_late, tiny_model, adapter, configs, environment=late)

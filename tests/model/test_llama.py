@@ -8,7 +8,6 @@ import inspect
 import json
 import logging
 import pickle
-import subprocess
 import sys
 import threading
 
@@ -22,7 +21,7 @@ from rotary_llamacpp.errors import BudgetError, DeviceError, LibraryError, Model
 from rotary_llamacpp.native import binding as _native
 from rotary_llamacpp.native import pools as native_pools
 from rotary_llamacpp.runtime import paging
-from tests.support import ROOT
+from tests.support.processes import python
 from tests.support.tracing import OPTIONS, trace
 
 PROMPT = "In the beginning"
@@ -245,7 +244,7 @@ def test_announces_what_it_chose(make, caplog):
 def said_by(*lines):
     """What a program writes to standard error."""
     code = "\n".join(["from rotary_llamacpp import *", *lines])
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    ran = python(code)
     assert ran.stdout == ""
     return ran.stderr
 
@@ -510,7 +509,7 @@ def test_the_hook_reaches_only_its_own_thread(native, monkeypatch):
 
 def test_importing_the_package_loads_nothing(native):
     code = "import sys, rotary_llamacpp; sys.exit('llama_cpp' in sys.modules or 'cffi' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    python(code)
 
 
 def test_embeddings_and_chat_pass_through(make):

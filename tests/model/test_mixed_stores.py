@@ -19,6 +19,7 @@ from rotary_llamacpp.gguf_files.header import read_header
 from rotary_llamacpp.native import binding as _native
 from rotary_llamacpp.runtime import paging
 from rotary_llamacpp.runtime.paging import Paging
+from tests.support import shards
 from tests.support.paged import assert_equal, load_late, make
 from tests.support.processes import Apart, apart
 from tests.support.tracing import OPTIONS, trace
@@ -258,11 +259,11 @@ def test_a_shard_with_another_devices_experts_is_not_copied(native, late, synthe
     stock = stock_trace(model, n_prompt=PROMPT, use_extra_bufts=False, **PLAIN)
     found, n_copied = apart(run_split, model, environment={**late, "LATE_DEVICES": "2"})
     assert_equal(found, stock)
-    shards = sorted(model.parent.glob(model.name.replace("-00001-", "-*-")))
-    tensors = [tensor for path in shards for tensor in read_header(path).tensors]
+    paths = shards(model)
+    tensors = [tensor for path in paths for tensor in read_header(path).tensors]
     dense = sum(tensor.n_bytes for tensor in tensors if "_exps" not in tensor.name)
     edges = sum("_exps" in tensor.name for tensor in tensors) * 2 * mmap.PAGESIZE
-    assert 0 < n_copied <= dense + edges + len(shards) * (mmap.PAGESIZE + 16384)
+    assert 0 < n_copied <= dense + edges + len(paths) * (mmap.PAGESIZE + 16384)
 
 
 def run_split(model):

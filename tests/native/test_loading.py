@@ -5,12 +5,9 @@ API."""
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from rotary_llamacpp.host import machine
 from rotary_llamacpp.native import binding as _native
 from tests.support import ROOT
 from tests.support.compiled import preload
+from tests.support.processes import python
 
 OTHER_MACHINE = {"x86_64": 183}.get(platform.machine(), 62)  # aarch64, or x86_64
 
@@ -136,15 +134,7 @@ def trial(native, tmp_path):
                 print(_native.load().device_count(), "devices")
             except LibraryError as error:
                 print(error)"""
-        environment = {**os.environ, **preload(tmp_path, source)}
-        ran = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        ran = python(program, **preload(tmp_path, source))
         assert ran.stderr == ""
         return ran.stdout.splitlines()[-1]
 

@@ -144,11 +144,10 @@ def test_routers_are_the_default(native, tiny_model):
 
 @pytest.mark.model
 @pytest.mark.parametrize("prefetch", ["auto", "router"])
-def test_routers_that_cannot_be_read(native, synthetic, stock_trace, prefetch):
+def test_routers_that_cannot_be_read(synthetic, exact, prefetch):
     # A quantised router lies in the CPU's repacked layout, which nobody can read: announced, and right.
     model = synthetic(type="q4_0", routers="q4_0")
-    paged, stats = paged_trace(model, 40, {"budget": "min", "store": "direct", "prefetch": prefetch}, 40)
-    assert_equal(paged, stock_trace(model, n_prompt=40, n_decode=40))
+    stats = exact(model, 40, {"budget": "min", "store": "direct", "prefetch": prefetch}, 40)
     [notice] = notices(stats)
     assert "the router of layer 0, and maybe others, cannot be applied early" in notice
     if prefetch == "auto":
@@ -214,9 +213,8 @@ def test_a_predictor_that_fails_is_heard_of(native, tiny_model):
 
 
 @pytest.mark.model
-def test_names_that_are_none(native, tiny_model, stock_trace):
-    paged, stats = paged_trace(tiny_model, 20, {**DIRECT, "prefetch": Nonsense})
-    assert_equal(paged, stock_trace(tiny_model, n_prompt=20, **PLAIN))
+def test_names_that_are_none(tiny_model, exact):
+    stats = exact(tiny_model, 20, {**DIRECT, "prefetch": Nonsense})
     assert 0 < stats["predicted"] <= 2 * stats["lookups"], "two of four are no experts"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from rotary_llamacpp import policies, simulation
 from rotary_llamacpp.native import replay as _replay
-from tests.support.paged import assert_equal, make, notices, paged_trace
+from tests.support.paged import make, notices, paged_trace
 from tests.support.processes import ONE_ARENA, apart
 from tests.support.tracing import trace
 
@@ -26,7 +26,7 @@ def run(native, layers, n_slots, n_tokens, least, policy="lru", n_expert=32):
     """A cache after `n_tokens`; layers[il](t) are the experts that a layer uses for token t."""
     cache = _replay.Cache(native, policy, n_expert, n_slots, least)
     for t in range(n_tokens):
-        for layer, ids in enumerate(token(*(its(t) for its in layers))):
+        for layer, ids in enumerate(token(*(choose(t) for choose in layers))):
             cache.resolve(layer, ids)
     return cache
 
@@ -106,12 +106,12 @@ def test_policies_are_told(native):
 @pytest.mark.parametrize("which", ["qwen", "gemma"])
 def test_real_routing(native, shared_trace, which):
     trace = shared_trace(which)
-    for share, least_gain in ((0.125, -0.003), (0.25, 0.001), (0.5, 0.001)):
+    for share, min_gain in ((0.125, -0.003), (0.25, 0.001), (0.5, 0.001)):
         slots = simulation.slots_for(trace, share)
         even, adaptive = (
             simulation.replay(trace, "recall", slots, adaptive=on).hit_rate for on in (False, True)
         )
-        assert adaptive - even > least_gain
+        assert adaptive - even > min_gain
 
 
 # ---- in a model
@@ -121,12 +121,10 @@ def test_real_routing(native, shared_trace, which):
 @pytest.mark.parametrize("store", ["mmap", "direct"])
 @pytest.mark.parametrize("repack", [True, False])
 @pytest.mark.parametrize(("shape", "kind"), [("test", "q4_0"), ("test", "q4_k_m"), ("test-gpt-oss", "mxfp4")])
-def test_the_same_logits(native, synthetic, stock_trace, shape, kind, repack, store):
+def test_the_same_logits(synthetic, exact, shape, kind, repack, store):
     model = synthetic(shape, type=kind, locality=0.4)
-    plain = {} if repack else {"use_extra_bufts": False}
     rotary = {"budget": "6 slots", "store": store, "repack": repack}
-    paged, stats = paged_trace(model, 30, rotary, n_decode=150)
-    assert_equal(paged, stock_trace(model, n_prompt=30, n_decode=150, **plain))
+    stats = exact(model, 30, rotary, n_decode=150)
     layers = stats["layers"]
     if kind != "q4_k_m":  # whose layers give none away
         assert stats["slot_moves"] > 0 and len({layer["n_slots"] for layer in layers}) > 1
@@ -137,10 +135,9 @@ def test_the_same_logits(native, synthetic, stock_trace, shape, kind, repack, st
 
 @pytest.mark.model
 @pytest.mark.parametrize("store", ["mmap", "direct"])
-def test_moves_in_the_trained_model(native, tiny_model, stock_trace, store):
+def test_moves_in_the_trained_model(tiny_model, exact, store):
     rotary = {"budget": "50%", "store": store, "repack": False}
-    paged, stats = paged_trace(tiny_model, 30, rotary, n_decode=200)
-    assert_equal(paged, stock_trace(tiny_model, n_prompt=30, n_decode=200, use_extra_bufts=False))
+    stats = exact(tiny_model, 30, rotary, n_decode=200)
     slots = [layer["n_slots"] for layer in stats["layers"]]
     assert stats["slot_moves"] > 0 and sum(slots) == 6 * 16 and len(set(slots)) > 1
     _, even = paged_trace(tiny_model, 30, {**rotary, "split": "even"}, n_decode=200)

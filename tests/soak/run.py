@@ -621,7 +621,7 @@ def main() -> int:
         parser.error(f"no such ingredient: {', '.join(unknown)}; there are {', '.join(INGREDIENTS)}")
     if ONE_HEAP not in os.environ:
         os.environ[ONE_HEAP] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])  # read when a process begins
+        os.execv(sys.executable, sys.orig_argv)  # it is read when a process begins
     return soak(names, given.minutes, given.seed, given.threads)
 
 

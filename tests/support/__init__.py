@@ -10,6 +10,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -36,3 +37,16 @@ def no_hang() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def write_all(writer: Any) -> None:
+    """What a gguf.GGUFWriter has, to its file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def shards(first: Path) -> list[Path]:
+    """The files of a split model."""
+    return sorted(first.parent.glob(first.name.replace("-00001-", "-*-")))

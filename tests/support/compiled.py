@@ -126,4 +126,4 @@ class Disk(Knobs):
 
     def mend(self) -> None:
         """No more failures, and full speed."""
-        self.set(fail_at=0, delay_us=0, hold_at=0, withheld=0, most=0)
+        self.set(fail_at=0, delay_us=0, hold_at=0, withheld=0, max=0)

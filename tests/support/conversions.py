@@ -13,6 +13,7 @@ from gguf import GGUFReader, GGUFWriter
 
 from rotary_llamacpp.gguf_files.fields import raw_fields
 from rotary_llamacpp.gguf_files.header import GGUFHeader, read_header
+from tests.support import write_all
 
 MIB = 1 << 20
 SHAPE = {"layers": 2, "embd": 256, "ff": 256, "experts": 8, "used": 2}
@@ -57,10 +58,7 @@ def write_legacy(model: Path, path: Path) -> None:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, data, tensor in reversed(singles):
         writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
 
 
 def at_call(number: int, function: Callable[..., Any], fault: BaseException) -> Callable[..., Any]:

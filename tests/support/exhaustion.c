@@ -33,7 +33,7 @@
 #include <unistd.h>
 #include <unwind.h>
 
-enum { MOST_SITES = 4096 };
+enum { MAX_SITES = 4096 };
 
 // knobs
 atomic_long exhaust_on   = 0;
@@ -46,7 +46,7 @@ atomic_long exhaust_ring = 0;
 atomic_long exhaust_calls  = 0; // while on
 atomic_long exhaust_failed = 0;
 atomic_long exhaust_sites  = 0;
-long        exhaust_offset[MOST_SITES + 1]; // of the place in the library, by its number
+long        exhaust_offset[MAX_SITES + 1]; // of the place in the library, by its number
 
 static char         wanted[32];
 static char         library[64] = "libggml-rotary";
@@ -109,7 +109,7 @@ static long number_of(long offset) {
     while (i <= exhaust_sites && exhaust_offset[i] != offset) {
         i++;
     }
-    if (i > exhaust_sites && i <= MOST_SITES) {
+    if (i > exhaust_sites && i <= MAX_SITES) {
         exhaust_offset[i] = offset;
         exhaust_sites     = i;
     }

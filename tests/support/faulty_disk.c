@@ -23,13 +23,13 @@
 #include <unistd.h>
 
 // Reads of at most this many bytes come whole: where a read that came short goes on, at least so much is asked for.
-enum { LEAST = 4096 };
+enum { MIN_BYTES = 4096 };
 
 // knobs
 long disk_delay_us  = 0;   // that each read takes longer
 long disk_hold_at   = 0;   // number of the first pread() that waits, as do all after it, until this is 0 again; 0: none
 long disk_withheld  = 0;   // bytes that a read comes short of what was asked
-long disk_most      = 0;   // bytes that a read gives at most; 0: no limit
+long disk_max       = 0;   // bytes that a read gives at most; 0: no limit
 long disk_fail_at   = 0;   // number of the first read that fails; 0: none
 long disk_n_fail    = 0;   // and how many do
 long disk_error     = EIO; // with this; 0: end of file. io_uring always says EBADF
@@ -75,10 +75,10 @@ static int fails(long number, off_t from, size_t size) {
 
 // What is given of `size` bytes: less than that, in multiples of `unit`, or all.
 static size_t given(size_t size, size_t unit) {
-    size_t less = disk_withheld > 0 && size > LEAST ? size - (size_t) disk_withheld : size;
-    less        = disk_most > 0 && less > (size_t) disk_most ? (size_t) disk_most : less;
+    size_t less = disk_withheld > 0 && size > MIN_BYTES ? size - (size_t) disk_withheld : size;
+    less        = disk_max > 0 && less > (size_t) disk_max ? (size_t) disk_max : less;
     less        = less < size ? less / unit * unit : size;
-    less        = less < LEAST && size > LEAST ? LEAST : less;
+    less        = less < MIN_BYTES && size > MIN_BYTES ? MIN_BYTES : less;
     atomic_fetch_add(&disk_short, less < size);
     atomic_fetch_add(&disk_odd, less < size && less % 512 != 0);
     return less;
@@ -150,7 +150,7 @@ static void hold(struct io_uring_sqe * sqe) {
 // Ends the reads held so far; io_uring goes on by itself.
 void disk_let_go(void) {
     void * memory = NULL;
-    if (posix_memalign(&memory, LEAST, HELD) != 0) {
+    if (posix_memalign(&memory, MIN_BYTES, HELD) != 0) {
         abort();
     }
     for (long i = 0; i < atomic_load(&disk_held); i++) {
@@ -183,7 +183,7 @@ static void spoil(unsigned n) {
             sqe->len      = (unsigned) -ECANCELED;
             continue;
         }
-        sqe->len = (unsigned) given(sqe->len, LEAST);
+        sqe->len = (unsigned) given(sqe->len, MIN_BYTES);
         if (disk_hold > 0) {
             disk_hold--;
             hold(sqe);

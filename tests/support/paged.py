@@ -21,7 +21,7 @@ from gguf import GGUFWriter
 from rotary_llamacpp import Llama
 from rotary_llamacpp.gguf_files.header import read_header
 from rotary_llamacpp.native import binding as _native
-from tests.support import ROOT
+from tests.support import ROOT, write_all
 from tests.support.processes import has_io_uring, reads_directly
 from tests.support.tracing import OPTIONS, trace
 
@@ -119,8 +119,5 @@ def write_adapter(path: Path, model: Path, names: tuple[str, ...], seed: int = 0
             for half, shape in (("a", (*experts, 4, n_in)), ("b", (*experts, n_out, 4))):
                 values = rng.normal(scale=0.05, size=shape).astype(np.float32)
                 writer.add_tensor(f"{tensor.name}.lora_{half}", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return path

@@ -87,6 +87,15 @@ def apart(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return process.result()
 
 
+def python(code: str, *args: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, which finds the package and the tests; it must end well."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_S, check=False)
+    assert ran.returncode == 0, f"ended with {ran.returncode}: {ran.stderr[-2000:]}"
+    return ran
+
+
 # Where address space is limited: glibc reserves 64 MiB of it for the first allocation of each thread.
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 

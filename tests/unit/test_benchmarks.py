@@ -298,10 +298,10 @@ def test_plans_are_held_against_runs(native, tiny_model, monkeypatch):
     assert [row[1].strip() for row in table] == [
         "stock", "100%, mmap", "25%, mmap", "100%, direct", "25%, direct",
     ]  # fmt: skip
-    foretold = [float(row[5]) for row in table]
-    assert foretold[0] == foretold[1] == foretold[3] > foretold[2] > 0
+    predicted = [float(row[5]) for row in table]
+    assert predicted[0] == predicted[1] == predicted[3] > predicted[2] > 0
     # What is missed is read at 1 GB/s there, and copied at 5 GB/s here.
-    assert float(table[4][5]) < foretold[2]
+    assert float(table[4][5]) < predicted[2]
 
 
 def test_runs_beside_other_processes_are_repeated(monkeypatch):

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from gguf import GGUFReader
 
 from rotary_llamacpp.errors import ModelError
 from rotary_llamacpp.gguf_files.header import read_header
-from tests.support import HANG_S, ROOT
+from tests.support.processes import python
 
 
 def test_agrees_with_ggufs_reader(tiny_model):
@@ -77,12 +75,7 @@ print(peak_kib() - before)
 
 def measured(script: str, *arguments: Path) -> tuple[str, int, int]:
     """What a script says in three lines, in a process of its own: a text, calls, KiB of memory."""
-    ran = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=HANG_S,
-        check=True,
-    )  # fmt: skip
-    said, n_calls, kib = ran.stdout.splitlines()
+    said, n_calls, kib = python(script, *arguments).stdout.splitlines()
     return said, int(n_calls), int(kib)
 
 

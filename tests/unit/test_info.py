@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,8 @@ from gguf import GGUFWriter
 from rotary_llamacpp.errors import ModelError
 from rotary_llamacpp.gguf_files.info import ModelInfo
 from rotary_llamacpp.planning import shapes
-from tests.support import ROOT
+from tests.support import ROOT, write_all
+from tests.support.processes import python
 
 
 def test_tiny_model(tiny_model):
@@ -101,10 +100,7 @@ def test_expert_counts_per_layer_chunk_experts_and_companions(tmp_path):
         writer.add_tensor(f"blk.{il}.ffn_down_exps.scale", np.zeros(n_expert, np.float32))
         writer.add_tensor(f"blk.{il}.ffn_up_shexp.weight", np.zeros((2, 32), np.float32))
     writer.add_tensor("blk.1.ffn_up_chexps.weight", np.zeros((2, 4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     info = ModelInfo.read(path)
     found = [
         (layer.il, layer.kind, layer.n_expert, layer.n_expert_used, layer.expert_bytes)
@@ -120,10 +116,7 @@ def test_disagreeing_expert_tensors_are_refused(tmp_path):
     writer = GGUFWriter(path, "qwen3moe")
     writer.add_tensor("blk.0.ffn_up_exps.weight", np.zeros((4, 2, 32), np.float32))
     writer.add_tensor("blk.0.ffn_down_exps.weight", np.zeros((5, 2, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     with pytest.raises(ModelError, match="layer 0"):
         ModelInfo.read(path)
 
@@ -145,9 +138,8 @@ def test_to_dict_is_json(tiny_model):
 def test_reads_without_native_library_and_llama_cpp(tiny_model, tmp_path):
     (tmp_path / "llama_cpp.py").write_text("raise ImportError('llama_cpp must not be needed')")
     code = f"import rotary_llamacpp as r; print(r.ModelInfo.read({str(tiny_model)!r}).n_expert)"
-    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "ROTARY_LIBRARY": "/nonexistent.so"}
-    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert ran.stdout.strip() == "32", ran.stderr
+    ran = python(code, PYTHONPATH=f"{tmp_path}:{ROOT}", ROTARY_LIBRARY="/nonexistent.so")
+    assert ran.stdout.strip() == "32"
 
 
 def test_never_reads_the_weights(tiny_model, tmp_path):
