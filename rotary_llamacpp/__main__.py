@@ -16,18 +16,17 @@ from .host.interrupts import exiting
 
 def main() -> None:
     """Run the command."""
+    _write_any_text()
     try:
         with exiting():
             from .cli import main as commands
+        commands()
     except ImportError as error:
         said = " ".join(str(error).split())
         _end(
             f"{error.name or 'python'}: cannot be imported, {said}; rotary needs it; install it again with "
             "`pip install --force-reinstall rotary-llamacpp`"
         )
-    _write_any_text()
-    try:
-        commands()
     except OSError as error:
         _end(
             f"{error.filename or 'output'}: {error.strerror or error}; all of it is wanted; try another place"

@@ -4,14 +4,13 @@ llama_cpp."""
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
 
 from .errors import BudgetError, RotaryError
-from .gguf_files.info import ModelInfo
 from .policies import AUTO, NATIVE, Factory
 from .predictors import NAMES as PREDICTORS
 from .predictors import Factory as PredictorFactory
@@ -90,28 +89,6 @@ class Budget:
         """A budget of `percent` of the experts."""
         return cls("share", percent, f"{Decimal(f'{percent:.10g}'):f}%")  # the library reads no exponent
 
-    def check(self, info: ModelInfo, given: object) -> None:
-        """Refuse a budget, written as `given`, that cannot hold one token's experts of this model.
-
-        Raises
-        ------
-        BudgetError
-            Its message names the minimum.
-        """
-        least = info.min_budget_bytes
-        n_bytes = {
-            "share": round(info.expert_bytes * self.amount / 100),
-            "bytes": self.amount,
-            "slots": least * self.amount / info.n_expert_used,
-        }.get(self.kind, least)
-        if n_bytes < least:
-            n_used, n_layers = info.n_expert_used, len(info.layers)
-            raise BudgetError(
-                f"{info.path.name}: budget {given} is {n_bytes / MIB:.1f} MiB; one token's {n_used} experts "
-                f"per layer take {least / MIB:.1f} MiB in {n_layers} layers; "
-                f'use "min", "{n_used} slots" or {math.ceil(least / MIB)}MiB'
-            )
-
 
 @dataclass(frozen=True)
 class RotaryConfig:
@@ -179,7 +156,7 @@ class RotaryConfig:
     verbose: bool | None = None
 
     def __post_init__(self) -> None:
-        Budget.parse(self.budget)
+        self.parsed_budget  # noqa: B018 (refuses what is none)
         for size in (self.margin, self.staging):
             if size is not None:
                 parse_bytes(size)
@@ -207,6 +184,11 @@ class RotaryConfig:
                 f"inner {self.inner!r}: not a device name; a text such as CPU or CUDA0; "
                 "see `rotary doctor` for the names"
             )
+
+    @functools.cached_property
+    def parsed_budget(self) -> Budget:
+        """The budget as the native library takes it."""
+        return Budget.parse(self.budget)
 
     @property
     def margin_bytes(self) -> int:

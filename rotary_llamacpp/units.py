@@ -43,6 +43,23 @@ def parse_size(value: str) -> int:
     return n_bytes
 
 
+def parse_shares(text: str) -> list[float]:
+    """ "5,12.5" as shares of 1.
+
+    Raises
+    ------
+    RotaryError
+        Not numbers, or not above 0 and up to 100.
+    """
+    try:
+        found = [float(each.strip().removesuffix("%")) / 100 for each in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        raise RotaryError(f"budgets {text!r}: not percentages; above 0, up to 100; such as 12.5,25")
+    return found
+
+
 def number_and_unit(value: object) -> tuple[str, str]:
     """A number as its digits, and its unit in small letters; neither if it is no such text."""
     try:

@@ -49,6 +49,20 @@ def test_help(rotary_command):
         assert not command or "Example:" in ran.stdout
 
 
+def test_the_version_takes_no_heavy_import():
+    code = """if True:
+        import sys
+        from rotary_llamacpp.__main__ import main
+        sys.argv[1:] = ["--version"]
+        try:
+            main()
+        finally:
+            print({"numpy", "gguf", "llama_cpp", "cffi"} & sys.modules.keys(), file=sys.stderr)
+    """
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "version" in ran.stdout and ran.stderr == "set()\n"
+
+
 def test_options_of_the_store_are_in_the_help(rotary_command):
     said = rotary_command("run", "--help").stdout
     for part in ("--store [auto|mmap|direct]", "--no-prefetch", "--staging SIZE", "--no-progress"):

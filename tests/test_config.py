@@ -13,6 +13,7 @@ from conftest import ROOT
 from rotary_llamacpp.config import Budget, RotaryConfig
 from rotary_llamacpp.errors import BudgetError, RotaryError
 from rotary_llamacpp.gguf_files.info import ModelInfo
+from rotary_llamacpp.runtime.paging import check_budget
 from rotary_llamacpp.units import parse_bytes, parse_size
 
 
@@ -175,12 +176,12 @@ def test_check_against_a_model(tiny_model):
     info = ModelInfo.read(tiny_model)  # 4 of 32 experts used: 12.5 %
     least = info.min_budget_bytes
     for budget in ("auto", "min", "12.5%", "4 slots", least, "1TiB"):
-        Budget.parse(budget).check(info, budget)
+        check_budget(Budget.parse(budget), info, budget)
     for budget in ("12.4%", "3 slots", least - 1, "1"):
         words = rf'tiny-moe.*budget {budget} is .*use "min", "4 slots" or 3MiB'
         with pytest.raises(BudgetError, match=words):
-            Budget.parse(budget).check(info, budget)
-    Budget.parse("3MiB").check(info, "3MiB")  # what the message names is enough
+            check_budget(Budget.parse(budget), info, budget)
+    check_budget(Budget.parse("3MiB"), info, "3MiB")  # what the message names is enough
 
 
 def test_a_number_without_end_is_refused_at_once():

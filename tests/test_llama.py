@@ -22,6 +22,7 @@ from tracing import OPTIONS, trace
 from rotary_llamacpp import Llama, RotaryConfig
 from rotary_llamacpp.errors import BudgetError, DeviceError, LibraryError, ModelError, RotaryError
 from rotary_llamacpp.native import binding as _native
+from rotary_llamacpp.native import pools as native_pools
 from rotary_llamacpp.runtime import paging
 
 PROMPT = "In the beginning"
@@ -350,7 +351,7 @@ def test_auto_falls_back_with_a_warning(tiny_model, monkeypatch, caplog):
         Llama(str(tiny_model), rotary=RotaryConfig(), **OPTIONS)
 
 
-@pytest.mark.parametrize("where", [(_native.Pool, "prepare"), (_native.Library, "devices_for")])
+@pytest.mark.parametrize("where", [(native_pools.Pool, "prepare"), (_native.Library, "devices_for")])
 def test_auto_falls_back_when_there_is_no_room_or_no_device(native, tiny_model, where, monkeypatch, caplog):
     def refuse(*_):
         raise BudgetError("tiny-moe: no room left; 0 MiB; free some")
@@ -427,12 +428,12 @@ def test_missing_model_raises_what_stock_raises(native):
 def test_stock_failing_later_closes_the_pool(native, tiny_model, monkeypatch):
     pools = []
 
-    class Pool(_native.Pool):
+    class Pool(native_pools.Pool):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             pools.append(self)
 
-    monkeypatch.setattr(_native, "Pool", Pool)
+    monkeypatch.setattr(native_pools, "Pool", Pool)
     monkeypatch.setattr(llama_api, "llama_init_from_model", lambda *_: None)
     with pytest.raises(ValueError, match="context"):
         Llama(str(tiny_model), rotary="min", **OPTIONS)
@@ -526,7 +527,7 @@ def test_nothing_native_is_asked_while_the_interpreter_ends(make, monkeypatch):
     pool = llama._rotary.pools
     with monkeypatch.context() as patch:
         patch.setattr(sys, "is_finalizing", lambda: True)
-        patch.setattr(_native.Pool, "stats", lambda self: pytest.fail("cffi may be gone"))
-        patch.setattr(_native.Pool, "close", lambda self: pytest.fail("cffi may be gone"))
+        patch.setattr(native_pools.Pool, "stats", lambda self: pytest.fail("cffi may be gone"))
+        patch.setattr(native_pools.Pool, "close", lambda self: pytest.fail("cffi may be gone"))
         llama.close()
     pool.close()

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.model
 SHORT_OF_MEMORY = """if True:
     import json, resource, sys
     from rotary_llamacpp import Llama
-    from rotary_llamacpp.native import binding as _native
+    from rotary_llamacpp.native import pools
     budget, room = sys.argv[2], int(sys.argv[3])
-    prepare = _native.Pool.prepare
+    prepare = pools.Pool.prepare
 
     def prepare_with_little(pool):
         pages = int(open("/proc/self/statm").read().split()[0])
@@ -37,7 +37,7 @@ SHORT_OF_MEMORY = """if True:
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
-    _native.Pool.prepare = prepare_with_little
+    pools.Pool.prepare = prepare_with_little
     try:
         llama = Llama(sys.argv[1], rotary={"budget": budget}, n_ctx=64, n_threads=1, verbose=False)
         llama.eval([1, 2, 3])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import RotaryError
 from ..policies import NATIVE
 from ..predictors import NAMES
-from ..simulation.comparison import check_names, compare_trace, percent, shares
+from ..simulation.comparison import check_names, compare_trace, percent
 from ..simulation.replays import Link, misses_of, parse_rate, slots_for
 from ..traces.archive import DECODE, Trace, load, writing
 from .drawing import COLOURS, LEFT, WIDTH, key, plot, svg
@@ -86,15 +86,16 @@ def report(
 
 
 def write_report(
-    trace_file: str, output: str, policies: list[str], budgets: str, link: str, compute_us: float, depth: int
-) -> None:
+    trace_file: str, output: str, policies: list[str], budgets: list[float], link: str, compute_us: float,
+    depth: int,
+) -> None:  # fmt: skip
     """Write the page of a trace, names and files checked."""
     check_names("policy", policies, NATIVE)
     medium = Link(parse_rate(link), compute_us)
     trace = load(trace_file)
     if trace.tokens(DECODE) == 0:
         raise RotaryError(f"{trace_file}: nothing was decoded; answers are needed; record it with -n")
-    page = report(trace, policies, shares(budgets), medium, list(NAMES), depth)
+    page = report(trace, policies, budgets, medium, list(NAMES), depth)
     with writing(output) as file:
         file.write(page.encode())
 

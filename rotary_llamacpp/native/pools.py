@@ -15,16 +15,146 @@ from typing import Any
 import numpy as np
 
 from ..config import Budget, RotaryConfig
+from ..errors import RotaryError
 from ..policies import AUTO
 from ..predictors import ROUTER, PrefetchPolicy
 from ..predictors import Factory as PredictorFactory
 from ..traces.profiles import Profile
-from . import binding
+from .binding import Library, native_log_muted
 from .own import OwnPolicy, OwnPredictor, named_or_own
 
 # Of several devices' figures, what is not their sum.
 _LARGEST = ("n_expert", "n_expert_used", "repacked")
 _PATHS = ("slots", "mapped", "resident")  # the first that any device has says how the model runs
+
+
+class Pool:
+    """The slots of one model on one device. Close it after the model's buffers are gone."""
+
+    def __init__(
+        self,
+        lib: Library,
+        device: int,
+        *,
+        budget: str,
+        model: str,
+        margin_bytes: int,
+        repack: bool,
+        direct: bool,
+        store: str,
+        prefetch: bool,
+        staging_bytes: int,
+        pin: str,
+        policy: tuple[str, Any],
+        predictor: tuple[str, Any],
+        adaptive: bool,
+    ) -> None:
+        """`policy` and `predictor`: a name, and the caller's own calls or NULL, which must live as long."""
+        self.lib = lib
+        self.device = device
+        self._own = (policy[1], predictor[1])
+        # The texts must outlive the call only; the library copies them.
+        named = (budget, model, store, pin, policy[0], predictor[0])
+        texts = [lib.ffi.new("char[]", text.encode()) for text in named]
+        config = lib.ffi.new("rotary_config *", {
+            "struct_size": lib.ffi.sizeof("rotary_config"), "budget": texts[0], "model": texts[1],
+            "margin_bytes": margin_bytes, "repack": repack, "direct": direct, "store": texts[2],
+            "prefetch": prefetch, "staging_bytes": staging_bytes, "pin": texts[3],
+            "policy": texts[4], "own_policy": policy[1],
+            "predictor": texts[5], "own_predictor": predictor[1], "adaptive": adaptive,
+        })  # fmt: skip
+        with native_log_muted():
+            self._pool = lib.c.rotary_pool_open(device, config)
+        if not self._pool:
+            lib.check(lib.c.rotary_last_status())
+
+    def prepare(self) -> None:
+        """Resolve the budget and allocate the slots now."""
+        with native_log_muted():
+            self.lib.check(self.lib.c.rotary_pool_prepare(self._pool))
+
+    def set_budget(self, text: str) -> None:
+        """Change the budget; the slots are allocated anew, cold, at the next graph or `prepare`."""
+        with native_log_muted():
+            self.lib.check(self.lib.c.rotary_pool_set_budget(self._pool, text.encode()))
+
+    def stats(self) -> dict[str, Any]:
+        """The fields of struct rotary_stats, `path`, `store` and `io` by name."""
+        return self._fields("rotary_stats", self.lib.c.rotary_pool_stats)
+
+    def layer_stats(self) -> list[dict[str, Any]]:
+        """The fields of struct rotary_layer_stats for each paged layer.
+
+        Of fewer while another thread's loading, as of an adapter, makes this pool form its layers anew.
+        """
+        layers: list[dict[str, Any]] = []
+        with native_log_muted(), contextlib.suppress(RotaryError):
+            for i in range(self.stats()["n_layers"]):
+                layers.append(self._fields("rotary_layer_stats", self.lib.c.rotary_pool_layer_stats, i))
+        return layers
+
+    def _fields(self, struct: str, function: Any, *args: int) -> dict[str, Any]:
+        ffi = self.lib.ffi
+        out = ffi.new(f"{struct} *")
+        self.lib.check(function(self._pool, *args, out))
+        fields = {name: getattr(out, name) for name, _ in ffi.typeof(struct).fields if name != "reserved"}
+        for name in fields.keys() & {"path", "store", "io"}:
+            constant = ffi.typeof(f"enum rotary_{name}").elements[fields[name]]
+            fields[name] = constant.removeprefix(f"ROTARY_{name.upper()}_").lower()
+        return fields
+
+    def trace(self, on: bool) -> None:
+        """Record routings from now on, or stop."""
+        self.lib.check(self.lib.c.rotary_pool_trace(self._pool, on))
+
+    def read_trace(self) -> tuple[list[int], int]:
+        """Take what has been recorded, as numbers (rotary.h), and how many lookups were dropped so far."""
+        ffi, dropped = self.lib.ffi, self.lib.ffi.new("uint64_t *")
+        n = self.lib.c.rotary_pool_trace_read(self._pool, ffi.NULL, -1, dropped)
+        records = ffi.new("int32_t[]", max(n, 1))
+        n = self.lib.c.rotary_pool_trace_read(self._pool, records, n, dropped)
+        return ffi.unpack(records, n) if n else [], dropped[0]
+
+    def warm(self, layer: int, experts: list[int]) -> None:
+        """What a layer's slots begin with, the most wanted first. Before they are allocated."""
+        self.lib.check(self.lib.c.rotary_pool_warm(self._pool, layer, experts, len(experts)))
+
+    def learn(self, layer: int, popularity: Any, pairs: Any, n_tokens: int) -> None:
+        """What a profile says of a layer, float32 [n_expert], [n_expert, n_expert] or None; before that."""
+        ffi = self.lib.ffi
+        self.lib.check(
+            self.lib.c.rotary_pool_learn(
+                self._pool, layer, ffi.from_buffer("float[]", popularity),
+                ffi.NULL if pairs is None else ffi.from_buffer("float[]", pairs), len(popularity), n_tokens,
+            )
+        )  # fmt: skip
+
+    def predictor_name(self) -> str:
+        """Who names what comes ahead; empty where nothing does."""
+        text = self.lib.ffi.new("char[]", 64)
+        self.lib.c.rotary_pool_predictor(self._pool, text, len(text))
+        return self.lib.text(text)
+
+    def policy_name(self) -> str:
+        """The eviction policy that was chosen."""
+        return self.lib.text(self.lib.c.rotary_pool_policy(self._pool))
+
+    def notices(self) -> list[str]:
+        """Fallbacks and choices worth saying, in the order they were made."""
+        texts: list[str] = []
+        while pointer := self.lib.c.rotary_pool_notice(self._pool, len(texts)):
+            texts.append(self.lib.text(pointer))
+        return texts
+
+    def reset_counters(self) -> None:
+        """Start counting anew."""
+        self.lib.c.rotary_pool_reset_counters(self._pool)
+
+    def close(self) -> None:
+        """Drop the pool. Idempotent."""
+        if self._pool:
+            pool, self._pool = self._pool, None
+            self.lib.c.rotary_pool_close(pool)
 
 
 class Pools:
@@ -38,20 +168,20 @@ class Pools:
         Name for messages.
     """
 
-    def __init__(self, lib: binding.Library, devices: list[int], config: RotaryConfig, model: str) -> None:
+    def __init__(self, lib: Library, devices: list[int], config: RotaryConfig, model: str) -> None:
         self.lib = lib
         self.inner_device = ", ".join(lib.inner(device) for device in devices)
-        self._budget = Budget.parse(config.budget)
+        self._budget = config.parsed_budget
         self._own = None if isinstance(config.policy, str) else OwnPolicy(lib, config.policy, self._shape)
         self._predictors: list[OwnPredictor] = []
         self._profile: Profile | None = None
         # Not for what stands in for routers only where there are none: tables of pairs are large.
         self._learns = isinstance(config.prefetch, str) and config.prefetch not in (AUTO, ROUTER)
-        self._pools: list[binding.Pool] = []
+        self._pools: list[Pool] = []
         try:
             for device in devices:
                 self._pools.append(
-                    binding.Pool(
+                    Pool(
                         lib,
                         device,
                         budget=self._budget.text,
@@ -161,7 +291,7 @@ class Pools:
             pool.trace(on)
 
     def read_trace(self) -> tuple[list[int], int]:
-        """As `binding.Pool.read_trace`, device by device."""
+        """As `Pool.read_trace`, device by device."""
         numbers: list[int] = []
         n_dropped = 0
         for pool in self._pools:
@@ -177,7 +307,7 @@ class Pools:
                 pool.set_budget(str(math.ceil(self._budget.amount * share / sum(n_bytes))))
 
     def stats(self) -> dict[str, Any]:
-        """As `binding.Pool.stats`, of all devices together."""
+        """As `Pool.stats`, of all devices together."""
         every = [stats for pool in self._pools if (stats := pool.stats())["n_layers"] > 0]
         every = every or [self._pools[0].stats()]
         if len(every) == 1:

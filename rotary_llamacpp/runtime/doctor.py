@@ -35,6 +35,10 @@ class Check:
     detail: str
     advice: str = ""
 
+    def __str__(self) -> str:
+        advice = f" -> {self.advice}" if self.advice else ""
+        return f"{self.verdict:<4}  {self.name:<17} {self.detail}{advice}"
+
 
 def examine(model: str | None = None) -> Iterator[Check]:
     """Run the checks, most basic first; those that need the native library follow only if it loads.

@@ -94,6 +94,9 @@ def load(
     config: RotaryConfig | None,
     *,
     n_ctx: int | None = None,
+    n_threads: int | None = None,
+    n_threads_batch: int | None = None,
+    seed: int | None = None,
     verbose: bool = False,
     watcher: Watcher | None = None,
     **kwargs: Any,
@@ -111,8 +114,8 @@ def load(
     info = ModelInfo.read(model)
     interrupted = threading.Event()
     n_cpus = machine.cpu_count()
-    kwargs["n_threads"] = kwargs.get("n_threads") or max(1, n_cpus // 2)
-    kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or n_cpus
+    if seed is not None:
+        kwargs["seed"] = seed
 
     @llama_api.llama_progress_callback
     def on_progress(fraction: float, _: Any) -> bool:
@@ -132,6 +135,8 @@ def load(
                 rotary=config,
                 verbose=verbose,
                 n_ctx=n_ctx or min(_DEFAULT_CTX, info.n_ctx_train or _DEFAULT_CTX),
+                n_threads=n_threads or max(1, n_cpus // 2),
+                n_threads_batch=n_threads_batch or n_threads or n_cpus,
                 **kwargs,
             )
     except RotaryError:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import sys
 import threading
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Budget, RotaryConfig
-from ..errors import ModelError, RotaryError
+from ..errors import BudgetError, ModelError, RotaryError
 from ..gguf_files.info import ModelInfo
 from ..native import binding
 from ..native.pools import Pools
@@ -97,8 +98,7 @@ class Paging:
         if not info.is_moe:
             logger.log(self.level, "%s: dense model, paging does not apply", info.path.name)
             return self.step_aside("dense model, paging does not apply", kwargs)
-        budget = Budget.parse(config.budget)
-        budget.check(info, config.budget)
+        check_budget(config.parsed_budget, info, config.budget)
         lib = binding.load()
         devices = lib.devices_for(config.inner or ("CPU" if self.given_n_gpu_layers == 0 else None))
         self.pools = Pools(lib, devices, config, info.path.name)
@@ -236,7 +236,7 @@ class Paging:
                     "model has one; load the model with rotary="
                 )
             parsed = Budget.parse(budget)
-            parsed.check(self.info, budget)
+            check_budget(parsed, self.info, budget)
             self.pools.set_budget(parsed)
 
     def reset(self) -> None:
@@ -259,6 +259,29 @@ class Paging:
         if self.given_n_gpu_layers is not None:
             state["n_gpu_layers"] = self.given_n_gpu_layers
         return state
+
+
+def check_budget(budget: Budget, info: ModelInfo, given: object) -> None:
+    """Refuse a budget, written as `given`, that cannot hold one token's experts of this model.
+
+    Raises
+    ------
+    BudgetError
+        Its message names the minimum.
+    """
+    minimum = info.min_budget_bytes
+    n_bytes = {
+        "share": round(info.expert_bytes * budget.amount / 100),
+        "bytes": budget.amount,
+        "slots": minimum * budget.amount / info.n_expert_used,
+    }.get(budget.kind, minimum)
+    if n_bytes < minimum:
+        n_used, n_layers = info.n_expert_used, len(info.layers)
+        raise BudgetError(
+            f"{info.path.name}: budget {given} is {n_bytes / MIB:.1f} MiB; one token's {n_used} experts "
+            f"per layer take {minimum / MIB:.1f} MiB in {n_layers} layers; "
+            f'use "min", "{n_used} slots" or {math.ceil(minimum / MIB)}MiB'
+        )
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ..config import RotaryConfig
 from ..errors import RotaryError
@@ -39,7 +38,7 @@ def record(
     model: str,
     prompts: list[str],
     n_predict: int,
-    config: RotaryConfig,
+    config: RotaryConfig | None,
     *,
     temp: float = 0.8,
     seed: int | None = None,
@@ -62,15 +61,16 @@ def record(
     Raises
     ------
     RotaryError
-        The model has no experts, or a prompt does not fit into the context.
+        The model has no experts, paging is off, or a prompt does not fit into the context.
     Exception
         What failed, or KeyboardInterrupt, before anything was recorded.
     """
     info = ModelInfo.read(model)
     if not info.is_moe:
         raise RotaryError(f"{info.path.name}: dense model, nothing is routed; a MoE model; choose another")
-    options: dict[str, Any] = {} if seed is None else {"seed": seed}
-    llama = load(model, config, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, **options)
+    if config is None:
+        raise RotaryError(f"{info.path.name}: paging is off, so nothing is routed by it; give a budget")
+    llama = load(model, config, n_ctx=n_ctx, n_threads=n_threads, seed=seed)
     interrupted = threading.Event()
     failed: Exception | None = None
     number = 0

@@ -15,23 +15,6 @@ from ..traces.profiles import load as load_profile
 from .replays import Link, belady, parse_rate, predictor, replay, slots_for
 
 
-def shares(text: str) -> list[float]:
-    """ "5,12.5" as shares of 1.
-
-    Raises
-    ------
-    RotaryError
-        Not numbers, or not above 0 and up to 100.
-    """
-    try:
-        found = [float(each.strip().removesuffix("%")) / 100 for each in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < share <= 1 for share in found):
-        raise RotaryError(f"budgets {text!r}: not percentages; above 0, up to 100; such as 12.5,25")
-    return found
-
-
 def compare(
     trace_file: str,
     policies: Iterable[str],

@@ -127,6 +127,13 @@ class Trace:
         rows = np.ones(len(self.step), bool) if phase is None else self.phase == phase
         return len(np.unique(np.stack([self.sequence[rows], self.step[rows]]), axis=1).T)
 
+    def describe(self) -> str:
+        """One line of text."""
+        return (
+            f"{self.tokens()} tokens in {len(self.layers)} layers, "
+            f"{self.experts.shape[1]} of {self.n_expert} experts each"
+        )
+
     def select(self, rows: NDArray[Any]) -> Trace:
         """The trace of these rows alone."""
         arrays = {name: getattr(self, name)[rows] for name in _ARRAYS}
