@@ -23,9 +23,10 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
 
-from benchmarks.common import MIB, MODELS, cpu_name, in_process, synthetic
+from benchmarks.common import MODELS, cpu_name, in_process, synthetic
 from benchmarks.disks import drop, fill_cache
 from rotary_llamacpp.host.machine import cpu_count
+from rotary_llamacpp.units import MIB
 
 
 def timed(source: str, target: str, verify: bool) -> dict:

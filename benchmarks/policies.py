@@ -27,6 +27,7 @@ from rotary_llamacpp.native import binding as _native  # noqa: E402
 from rotary_llamacpp.native import replay as _replay  # noqa: E402
 from rotary_llamacpp.predictors import NAMES, Router  # noqa: E402
 from rotary_llamacpp.traces import DECODE, Trace, load  # noqa: E402
+from rotary_llamacpp.units import parse_rate  # noqa: E402
 
 PROMPTS = ["In the beginning", "The whale", "It was a dark night, and", "My dear Watson,"]
 
@@ -169,7 +170,7 @@ def main(
     traces = {path.name: load(path) for path in files}
     if model is not None:
         traces[model.name] = record_one(model)
-    medium = simulation.Link(simulation.parse_rate(link), 1000 * compute)
+    medium = simulation.Link(parse_rate(link), 1000 * compute)
     for name, trace in traces.items():
         for share in (float(each) / 100 for each in budgets.split(",")):
             slots = simulation.slots_for(trace, share)[0]

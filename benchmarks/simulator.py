@@ -29,9 +29,10 @@ import click  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.cgroups import group, join  # noqa: E402
-from benchmarks.common import MIB, cpu_name, in_process  # noqa: E402
+from benchmarks.common import cpu_name, in_process  # noqa: E402
 from benchmarks.disks import block_device  # noqa: E402
 from rotary_llamacpp.simulation import Outcome  # noqa: E402
+from rotary_llamacpp.units import MIB  # noqa: E402
 
 PROMPT = "In the beginning"
 

@@ -237,7 +237,7 @@ def test_announces_what_it_chose(make, caplog):
         make({"budget": "25%", "verbose": True}, use_mmap=False)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
-    for part in ("tiny-moe-q8_0.gguf", "on CPU", "4.8 of 19.1 MiB", "8 of 32 slots per layer"):
+    for part in ("tiny-moe-q8_0.gguf", "on CPU", "4.8 MiB of 19.1 MiB", "8 of 32 slots per layer"):
         assert part in lines[0]
     assert "store mmap" in lines[0] and "store memory" in lines[1]
 

@@ -13,8 +13,10 @@ from paged import assert_equal, paged_trace
 from rotary_llamacpp import Llama, RotaryConfig, policies, simulation, traces
 from rotary_llamacpp.cli import main
 from rotary_llamacpp.errors import ReadError, RotaryError
+from rotary_llamacpp.host.files import check_writable
 from rotary_llamacpp.predictors import NAMES, PrefetchPolicy
 from rotary_llamacpp.runtime.recording import record
+from rotary_llamacpp.units import parse_rate
 
 np = pytest.importorskip("numpy")
 
@@ -179,7 +181,7 @@ def test_where_a_trace_goes_is_tried_first(native, tiny_model, tmp_path, monkeyp
         assert ended.value.code == 2 and f"rotary: {out}: cannot be written" in capsys.readouterr().err
     kept = tmp_path / "kept.trace"
     kept.write_text("an older trace")
-    traces.check_writable(kept)
+    check_writable(kept)
     assert kept.read_text() == "an older trace" and sorted(tmp_path.iterdir()) == [kept, prompts]
 
 
@@ -380,10 +382,10 @@ def test_predictors(native, recorded, name):
     ("text", "rate"), [("25GB/s", 25000), ("500MiB/s", 524.288), ("pcie4x16", 25000), ("1.5KB/s", 0.0015)]
 )
 def test_rates(text, rate):
-    assert simulation.parse_rate(text) == pytest.approx(rate)
+    assert parse_rate(text) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("text", ["", "25", "GB/s", "-1GB/s", "0MB/s", "nanGB/s", "25GB", "pcie9"])
 def test_no_rates(text):
     with pytest.raises(RotaryError, match="not a rate"):
-        simulation.parse_rate(text)
+        parse_rate(text)

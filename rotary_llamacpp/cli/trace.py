@@ -24,8 +24,8 @@ from .options import example, generation, paging
 def command(model: str, prompt_file: str, output: str, config: RotaryConfig | None, **asked: Any) -> None:
     """Record which experts a model chooses while it answers prompts."""
     with exiting():
+        from ..host.files import check_writable
         from ..runtime.recording import read_prompts, record
-        from ..traces import check_writable
 
     prompts = read_prompts(prompt_file)
     check_writable(output)

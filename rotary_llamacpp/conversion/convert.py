@@ -25,13 +25,13 @@ from ..gguf_files.header import GGUFHeader, read_header
 from ..gguf_files.info import read_shards
 from ..gguf_files.layout import PAGE, Layout, check_alignment, lay_out
 from ..traces import profiles
+from ..units import mib
 from . import copying, folders, quantising
 from . import journal as journals
 from .quantising import Wish
 
 HISTORY_KEY = "rotary.convert.history"  # array of strings: one line a conversion, the oldest first
 _LONGEST_HISTORY = 32
-_MIB = 1 << 20
 
 Say = Callable[[str], object]
 Bar = Callable[[str, int], AbstractContextManager[copying.Progress]]  # of what, how many bytes
@@ -141,7 +141,7 @@ class _Work:
             folders.converter()
             self.folder_bytes = sum(file.stat().st_size for file in inputs if file.suffix == ".safetensors")
             self.description = (
-                f"{source}: {self.folder_bytes / _MIB:.1f} MiB of safetensors; llama.cpp's converter makes a "
+                f"{source}: {mib(self.folder_bytes)} of safetensors; llama.cpp's converter makes a "
                 "GGUF of it first, and what is in that is known then"
             )
         else:
@@ -157,8 +157,8 @@ class _Work:
             self.planned, lines = quantising.planned(wish, headers)
             lines.insert(0, f"quantise        {wish}")
         if self.planned:
-            mib = sum(tensor.n_bytes for tensor in self.planned.tensors) / _MIB
-            lines[0] += f"; {mib:.1f} MiB more are taken meanwhile"
+            meanwhile = sum(tensor.n_bytes for tensor in self.planned.tensors)
+            lines[0] += f"; {mib(meanwhile)} more are taken meanwhile"
         self.layout = self._lay_out([self.planned] if self.planned else headers)
         self.description = "\n".join([self.layout.describe(), *lines])
 
@@ -233,7 +233,7 @@ class _Work:
         sources = [header.path for header in headers]
         journal.begin(layout)
         if journal.done != [0, 0]:
-            self.say(f"going on after {self._done_bytes(journal) / _MIB:.1f} MiB that are done")
+            self.say(f"going on after {mib(self._done_bytes(journal))} that are done")
         with self.bar("copy", layout.n_bytes) as progress:
             copying.copy(layout, sources, journal, progress)
         self._check_unchanged()
@@ -291,7 +291,7 @@ class _Work:
         free = shutil.disk_usage(folder).free
         if wanted > free:
             raise RotaryError(
-                f"{folder}: {wanted / _MIB:.0f} MiB wanted, {free / _MIB:.0f} MiB free; "
+                f"{folder}: {mib(wanted, 0)} wanted, {mib(free, 0)} free; "
                 "the source stays beside the result; free some space, or write to another disk"
             )
 
@@ -327,11 +327,11 @@ class _Work:
         return sum(output.n_bytes for output in self.layout.outputs[:file]) + n_bytes if self.layout else 0
 
     def _interrupted(self, journal: journals.Journal) -> str:
-        done, total = self._done_bytes(journal) / _MIB, self.layout.n_bytes / _MIB if self.layout else 0
+        total = mib(self.layout.n_bytes if self.layout else 0)
         parts = self.out.with_name(f"{self.out.name.removesuffix('.gguf')}*.part*")
         return (
-            f"interrupted after {done:.1f} of {total:.1f} MiB; the same command goes on from there; "
-            f"{parts} can be removed otherwise"
+            f"interrupted after {mib(self._done_bytes(journal))} of {total}; the same command goes on from "
+            f"there; {parts} can be removed otherwise"
         )
 
 

@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from ..errors import ModelError, RotaryError
 from ..gguf_files.header import read_header
 from ..gguf_files.layout import Layout, Output
+from ..units import MIB
 from .journal import Journal, part
 
-CHUNK_BYTES = 32 << 20  # copied between two looks at signals and at the clock
-_BUFFER_BYTES = 8 << 20  # where the kernel does not copy
-_NOTE_BYTES = 256 << 20  # copied between two notes of how far it is
+CHUNK_BYTES = 32 * MIB  # copied between two looks at signals and at the clock
+_BUFFER_BYTES = 8 * MIB  # where the kernel does not copy
+_NOTE_BYTES = 256 * MIB  # copied between two notes of how far it is
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
 Progress = Callable[[int], object]  # is called with bytes that are done now

@@ -27,6 +27,7 @@ from ..gguf_files import imatrices
 from ..gguf_files.header import GGUFHeader, TensorInfo
 from ..host.children import child
 from ..host.machine import cpu_count
+from ..units import MIB
 
 # ggml_quantize_chunk() aborts for these.
 _NO_QUANTISER = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
@@ -35,7 +36,7 @@ _MIXTURES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXF
 _NO_BLOCKS = ("F32", "F16", "BF16")
 _OURS = "Error: "  # begins a line of this module, and of none of llama.cpp's
 _EXPERTS = r"^blk\.\d+\.ffn_(gate|up|down|gate_up)(_exps|_chexps|\.\d+)\.weight$"
-_BUFFER_BYTES = 256 << 20  # of rows that the quantiser holds at once; its own default is 8 GiB
+_BUFFER_BYTES = 256 * MIB  # of rows that the quantiser holds at once; its own default is 8 GiB
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[")
 _CHANGED = re.compile(r"size = [^\n]* MiB -> [^\n]* MiB \((\w+)\)")
 

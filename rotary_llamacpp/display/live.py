@@ -22,7 +22,7 @@ from ..errors import RotaryError
 from ..runtime.figures import Figures, prompt_share
 from ..runtime.generation import Watcher
 from ..runtime.llama import Llama
-from ..units import MIB
+from ..units import mib, percent
 
 _INTERVAL_SECONDS = 0.25
 _Progress = tuple[float | None, list[str]]  # what is done of the phase, 0 to 1, None if unknown; figures
@@ -187,7 +187,7 @@ def poll(figures: Figures) -> list[str]:
     since = figures.poll()
     parts = []
     if figures.stats["hit_rate"] is not None:
-        parts.append(f"hits {100 * figures.stats['hit_rate']:.1f} %")
+        parts.append(f"hits {percent(figures.stats['hit_rate'])}")
     if figures.stats["store"] == "direct":
-        parts.append(f"disk {(since.per_second('bytes_read') or 0) / MIB:.0f} MiB/s")
+        parts.append(f"disk {mib(since.per_second('bytes_read') or 0, 0)}/s")
     return parts

@@ -26,8 +26,7 @@ from rich.text import Text
 from ..runtime.figures import Figures, Interval, prompt_share
 from ..runtime.generation import Watcher
 from ..runtime.llama import Llama
-from ..simulation.comparison import percent
-from ..units import MIB
+from ..units import decimal, mib, percent, span
 
 _INTERVAL_SECONDS = 0.25
 _N_POLLS = 60  # columns of the sparkline
@@ -148,7 +147,7 @@ def _progress(view: View, width: int, symbols: Symbols) -> list[Text]:
         parts.insert(0, bar)
     rows = _row(view.phase, parts, width)
     if view.figures is not None:
-        speeds = [_plain(f"{_number(view.now)} now"), _plain(f"{_number(view.average)} average")]
+        speeds = [_plain(f"{decimal(view.now)} now"), _plain(f"{decimal(view.average)} average")]
         rows += _row("tok/s", speeds, width)
     return rows
 
@@ -177,7 +176,7 @@ def _figures(figures: Figures, width: int, symbols: Symbols) -> list[Text]:
     each = [layer["n_slots"] for layer in stats["layers"]]
     slots = [
         f"{sum(layer['n_resident'] for layer in stats['layers'])} of {sum(each)} used",
-        f"{_range(each)} for {stats['n_expert']} experts a layer",
+        f"{span(each)} for {stats['n_expert']} experts a layer",
         f"on {stats['inner_device']}",
         f"policy {stats['policy']}",
     ]
@@ -210,7 +209,7 @@ def _times(last: Interval, n_columns: int, symbols: Symbols) -> list[Text]:
     for share, (name, colour), symbol in zip(shares, names, symbols.shares, strict=True):
         upto += share
         bar.append(symbol * (round(n_columns * upto) - len(bar)), colour)
-        parts.append(Text.assemble((symbol, colour), f" {name} {100 * share:.0f} %"))
+        parts.append(Text.assemble((symbol, colour), f" {name} {percent(share, 0)}"))
     return [*parts, bar]
 
 
@@ -254,18 +253,9 @@ def _plain(text: str) -> Text:
     return Text(text)
 
 
-def _range(numbers: Sequence[int]) -> str:
-    least, most = min(numbers, default=0), max(numbers, default=0)
-    return f"{least}" if least == most else f"{least} to {most}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
 def _speed(interval: Interval, counter: str) -> str:
     n_bytes = interval.per_second(counter)
-    return "-" if n_bytes is None else f"{n_bytes / MIB:.1f} MiB/s"
+    return "-" if n_bytes is None else f"{mib(n_bytes)}/s"
 
 
 # ---- the terminal

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RotaryError
+from ..host.files import writing
 from ..policies import NATIVE
 from ..predictors import NAMES
-from ..simulation.comparison import check_names, compare_trace, percent
-from ..simulation.replays import Link, misses_of, parse_rate, slots_for
-from ..traces.archive import DECODE, Trace, load, writing
+from ..simulation.comparison import check_names, compare_trace
+from ..simulation.replays import Link, misses_of, slots_for
+from ..traces.archive import DECODE, Trace, load
+from ..units import MIB, parse_rate, percent, ratio
 from .drawing import COLOURS, LEFT, WIDTH, key, plot, svg
 
 _STYLE = """
@@ -52,7 +54,7 @@ def report(
     rows = compare_trace(trace, policies, budgets, None)
     share = sorted(budgets)[len(budgets) // 2]
     timed = compare_trace(trace, [policies[-1]], [share], link, ["none", *predictors], depth)
-    sizes = sorted({f"{n_bytes / 2**20:.2f}" for n_bytes in trace.expert_bytes.values()}, key=float)
+    sizes = sorted({f"{n_bytes / MIB:.2f}" for n_bytes in trace.expert_bytes.values()}, key=float)
     name = html.escape(str(trace.about.get("model", "a model")).rsplit("/", 1)[-1])
     n_decoded = trace.tokens(DECODE)
     parts = [
@@ -117,7 +119,7 @@ def _heat_map(trace: Trace) -> str:
                 cells.append(
                     f'<rect x="{LEFT + x * width:.2f}" y="{y * height:.1f}" width="{width:.2f}" '
                     f'height="{height:.1f}" fill="rgb({shade},{shade},255)">'
-                    f"<title>layer {layer}, expert {expert}: {100 * count[expert]:.1f} % of tokens</title>"
+                    f"<title>layer {layer}, expert {expert}: {percent(count[expert])} of tokens</title>"
                     "</rect>"
                 )
     total = height * len(trace.layers)
@@ -168,7 +170,7 @@ def _ahead(rows: list[dict[str, Any]]) -> str:
         body.append(
             [
                 row["predictor"],
-                percent(used / ahead if ahead else None),
+                percent(ratio(used, ahead)),
                 percent(used / missed if ahead and missed else None),
                 percent(1 - row["late_hits"] / used if used else None),
                 percent(row["hit_rate"]),

@@ -6,7 +6,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Sequence
 
+from gguf.constants import GGUFValueType
+
 from .header import GGUFHeader
+
+_INTEGERS = {"H": GGUFValueType.UINT16, "I": GGUFValueType.UINT32, "i": GGUFValueType.INT32}
 
 
 def text_bytes(value: str) -> bytes:
@@ -22,12 +26,16 @@ def encode(key: str, value: int | str | bytes | Sequence[str], kind: str = "I") 
     """
     name = text_bytes(key)
     if isinstance(value, int):
-        return name + struct.pack("<I" + kind, {"H": 2, "I": 4, "i": 5}[kind], value)
+        return name + struct.pack("<I" + kind, _INTEGERS[kind], value)
     if isinstance(value, str):
-        return name + struct.pack("<I", 8) + text_bytes(value)
+        return name + struct.pack("<I", GGUFValueType.STRING) + text_bytes(value)
     if isinstance(value, bytes):
-        return name + struct.pack("<IIQ", 9, 0, len(value)) + value
-    return name + struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text_bytes, value))
+        return name + struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.UINT8, len(value)) + value
+    return (
+        name
+        + struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, len(value))
+        + b"".join(map(text_bytes, value))
+    )
 
 
 def raw_fields(header: GGUFHeader, keys: Collection[str] | None = None) -> dict[str, bytes]:
@@ -45,7 +53,7 @@ def raw_fields(header: GGUFHeader, keys: Collection[str] | None = None) -> dict[
 def array_bytes(raw: bytes, key: str) -> bytes | None:
     """The value of a field that `encode` made of bytes; None if it is of another type."""
     at = len(text_bytes(key))
-    if raw[at : at + 8] != struct.pack("<II", 9, 0):
+    if raw[at : at + 8] != struct.pack("<II", GGUFValueType.ARRAY, GGUFValueType.UINT8):
         return None
     return raw[at + 16 :]
 
@@ -53,7 +61,7 @@ def array_bytes(raw: bytes, key: str) -> bytes | None:
 def array_strings(raw: bytes, key: str) -> list[str]:
     """The value of a field that `encode` made of strings; empty if it is of another type."""
     at = len(text_bytes(key))
-    if raw[at : at + 8] != struct.pack("<II", 9, 8):
+    if raw[at : at + 8] != struct.pack("<II", GGUFValueType.ARRAY, GGUFValueType.STRING):
         return []
     found = []
     at += 16

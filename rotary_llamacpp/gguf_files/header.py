@@ -10,24 +10,25 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import errno
 import itertools
 import mmap
 import os
-import stat
 import struct
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGML_QUANT_SIZES, GGUFValueType
 
 from ..errors import ModelError
+from ..host.files import check_regular
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING = 8
-_ARRAY = 9
+_SCALARS: dict[int, str] = {  # struct's codes
+    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
+}  # fmt: skip
 _LONGEST_KEPT_ARRAY = 4096  # per-layer values are kept, vocabularies are walked over
 _MOST_KEPT_VALUES = 1 << 20  # of arrays in all; what comes after is walked over
 _MOST_KEPT_BYTES = 1 << 24  # of keys in all, and of strings; chat templates are some thousand
@@ -80,18 +81,6 @@ class GGUFHeader:
     tensors: tuple[TensorInfo, ...]
     fields: tuple[Field, ...]
     alignment: int
-
-
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse what would never end, or never begin: a folder, a pipe, a device.
-
-    Raises
-    ------
-    OSError
-        It is no regular file, or there is none.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
@@ -208,12 +197,12 @@ class _Cursor:
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
-        if kind == _STRING:
+        if kind == GGUFValueType.STRING:
             return self.string()
-        if kind != _ARRAY:
+        if kind != GGUFValueType.ARRAY:
             raise self.damaged(f"unknown value type {kind}")
         item = self.scalar("I")
-        if item == _STRING:
+        if item == GGUFValueType.STRING:
             self.pass_strings(self.count(8))
             return None
         if item not in _SCALARS:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..units import mib, percent
 from .header import GGUFHeader, TensorInfo, read_header
 
 # The tensors that llama.cpp multiplies with MUL_MAT_ID. Their .bias and .scale companions stay resident.
@@ -131,18 +132,17 @@ class ModelInfo:
 
     def describe(self) -> str:
         """The same as a few lines of text; consecutive layers that are alike share a line."""
-        mib = 1024 * 1024
         lines = [
             f"{self.path.name}: {self.name}, {self.architecture}, {self.n_layer} layers, "
-            f"{self.file_bytes / mib:.1f} MiB in {len(self.files)} file{'s' if len(self.files) > 1 else ''}"
+            f"{mib(self.file_bytes)} in {len(self.files)} file{'s' if len(self.files) > 1 else ''}"
         ]
         if not self.is_moe:
             return "\n".join([*lines, "dense model: paging does not apply"])
         lines += [
-            f"experts         {self.expert_bytes / mib:10.1f} MiB, can be paged",
-            f"other weights   {self.resident_bytes / mib:10.1f} MiB, stay resident",
-            f"minimum budget  {self.min_budget_bytes / mib:10.1f} MiB "
-            f"({100 * self.min_budget_bytes / self.expert_bytes:.1f} % of the experts)",
+            f"experts         {mib(self.expert_bytes):>14}, can be paged",
+            f"other weights   {mib(self.resident_bytes):>14}, stay resident",
+            f"minimum budget  {mib(self.min_budget_bytes):>14} "
+            f"({percent(self.min_budget_bytes / self.expert_bytes)} of the experts)",
         ]
         runs: list[list[LayerInfo]] = []
         for layer in self.layers:
@@ -155,7 +155,7 @@ class ModelInfo:
             which = f"layer {one.il}" if len(run) == 1 else f"layers {one.il}-{run[-1].il}"
             lines.append(
                 f"{which}: {one.n_expert} experts, {one.n_expert_used} used per token, "
-                f"{one.expert_bytes / mib:.3f} MiB each, {one.layer_bytes / mib:.1f} MiB per layer, "
+                f"{mib(one.expert_bytes, 3)} each, {mib(one.layer_bytes)} per layer, "
                 f"{' and '.join(one.types)}"
             )
         return "\n".join(lines)

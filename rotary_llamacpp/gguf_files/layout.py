@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import RotaryError
+from ..units import mib
 from .fields import encode, raw_fields, text_bytes
 from .header import GGUFHeader
 from .info import SHARD
@@ -28,7 +29,6 @@ from .weights import Weight, weights_of
 PAGE = 4096  # bytes; what every disk of today can read directly
 SECTOR = 512  # bytes; what most can
 OURS = "rotary."  # keys of this package begin so
-_MIB = 1 << 20
 _MOST_SHARDS = 65535  # split.count is 16 bits
 
 
@@ -70,8 +70,8 @@ class Layout:
         n_files = len(self.outputs)
         files = f"in {n_files} files, the last {self.outputs[-1].path.name}" if n_files > 1 else "in 1 file"
         lines = [
-            f"{self.outputs[0].path}: {self.n_bytes / _MIB:.1f} MiB {files}",
-            f"resident        {resident / _MIB:10.1f} MiB, {len(placed) - len(experts)} tensors, in front",
+            f"{self.outputs[0].path}: {mib(self.n_bytes)} {files}",
+            f"resident        {mib(resident):>14}, {len(placed) - len(experts)} tensors, in front",
         ]
         if not experts:
             lines.append("dense model: no experts, only the alignment changes")
@@ -79,7 +79,7 @@ class Layout:
             layers = len({weight.layer for weight, _ in experts})
             joined = f", {self.joined} of them joined from one tensor an expert" if self.joined else ""
             what = f"{len(experts)} tensors of {layers} layers{joined}"
-            lines.append(f"experts         {n_bytes / _MIB:10.1f} MiB, {what}")
+            lines.append(f"experts         {mib(n_bytes):>14}, {what}")
             lines += _direct_lines(experts)
         lines.append(f"alignment       {self.alignment} bytes")
         return "\n".join([*lines, *self.notes])

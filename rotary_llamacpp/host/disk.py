@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RotaryError
-from ..units import MIB
+from ..units import MIB, mib
 from . import file_systems
 from .machine import busy_seconds, kernel_seconds
 
-_SAMPLE_BYTES = 256 << 20
+_SAMPLE_BYTES = 256 * MIB
 _SAMPLE_SECONDS = 2.0
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = MIB
 _READERS = 4
 
 
@@ -66,7 +66,7 @@ def measure(model: Path | None) -> tuple[ColdRead, Path]:
         except OSError as error:
             refused.append(f"{folder}: {error.strerror}")
     raise RotaryError(
-        f"disk: a temporary file cannot be measured, {', '.join(refused)}; {_SAMPLE_BYTES // MIB} MiB are "
+        f"disk: a temporary file cannot be measured, {', '.join(refused)}; {mib(_SAMPLE_BYTES, 0)} are "
         "written and read; name a model, which is read where it lies"
     )
 
@@ -85,7 +85,7 @@ def _read_sample(folder: Path) -> ColdRead:
         raise _in_memory(folder, name)
     about = os.statvfs(folder)
     if (free := about.f_bavail * about.f_frsize) < 2 * _SAMPLE_BYTES:
-        raise RotaryError(f"{folder}: {free // MIB} MiB are free; make room")
+        raise RotaryError(f"{folder}: {mib(free, 0)} are free; make room")
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:  # without a name: it ends with this process
         deadline = time.monotonic() + _SAMPLE_SECONDS
         block = os.urandom(_BLOCK_BYTES)
@@ -120,7 +120,7 @@ def read_cold(path: Path) -> ColdRead:
     after = file_systems.storage_reads(path)
     if before is not None and after is not None and after - before < found.n_bytes / 2:
         raise RotaryError(
-            f"{path}: of {found.n_bytes / MIB:.0f} MiB, {(after - before) / MIB:.0f} MiB came from storage "
+            f"{path}: of {mib(found.n_bytes, 0)}, {mib(after - before, 0)} came from storage "
             "and the rest from memory; that says nothing of a disk; measure while no program has it open"
         )
     return found

@@ -19,7 +19,6 @@ import numpy as np
 from ..errors import LibraryError
 from . import binding
 
-F32, F16, I32, I64 = 0, 1, 26, 27  # enum ggml_type
 _TRIES, _SECONDS = 7, 1.5
 
 

@@ -18,16 +18,18 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import LibraryError
-from .ggml import F16, F32, I32, I64, Device, extents, strides, timed
+from ..units import MIB
+from .ggml import Device, extents, strides, timed
 
+F16, F32, I32, I64 = (GGMLQuantizationType[name] for name in ("F16", "F32", "I32", "I64"))
 # Of experts. More than caches hold, of their pages' addresses too: with 256 MiB kernels seem a sixth faster
 # than they are in a model.
-_MOST_BYTES = 768 << 20
-_MATRIX_BYTES = 64 << 20
-_READ_BYTES = 192 << 20  # by one graph of decode
+_MOST_BYTES = 768 * MIB
+_MATRIX_BYTES = 64 * MIB
+_READ_BYTES = 192 * MIB  # by one graph of decode
 _MOST_NODES = 256  # a graph of ggml_new_graph() has room for 2048, inputs included
-_MOST_LAYERS, _CACHE_BYTES = 16, 256 << 20
-_LINK_BYTES = 128 << 20
+_MOST_LAYERS, _CACHE_BYTES = 16, 256 * MIB
+_LINK_BYTES = 128 * MIB
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,8 @@ from ..host import disk, machine
 from ..native import binding
 from ..native.kernels import KernelRates, LayerShape, Matrices, measure_layer, measure_link
 from ..native.kernels import measure as measure_matrices
-from ..simulation.replays import parse_rate
-from ..units import MIB, parse_size
+from ..units import MIB, parse_rate, parse_size, size
 from .footprint import Footprint
-from .options import size
 from .roofline import Machine, Request
 
 # Stand-ins where nothing was said or measured. Of their makers, but for the efficiencies.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ..config import Budget
 from ..errors import BudgetError
 from ..gguf_files.info import LayerInfo
+from ..units import mib
 
 
 def divide(budget: str, layers: Sequence[LayerInfo], free_bytes: int, name: str) -> tuple[list[int], int]:
@@ -35,8 +36,8 @@ def divide(budget: str, layers: Sequence[LayerInfo], free_bytes: int, name: str)
     least = sum(layer.chosen_bytes for layer in layers)
     if wanted < least:
         raise BudgetError(
-            f"{name}: budget {budget} is {wanted / 2**20:.1f} MiB; one token's experts take "
-            f"{least / 2**20:.1f} MiB in {len(layers)} layers; "
+            f"{name}: budget {budget} is {mib(wanted)}; one token's experts take "
+            f"{mib(least)} in {len(layers)} layers; "
             + ("free memory" if parsed.kind == "auto" else "raise it or free memory")
         )
     if parsed.kind == "slots":

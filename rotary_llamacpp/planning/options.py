@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
 from ..gguf_files.info import LayerInfo
-from ..units import MIB
+from ..units import MIB, percent, size
 from .division import divide
 from .hits import uniform
 from .roofline import (
@@ -51,7 +51,7 @@ from .roofline import (
 )  # fmt: skip
 
 ROTARY_GAIN = 1.05  # less than this is not worth another backend
-_PERCENT = f"{100 * (ROTARY_GAIN - 1):.0f} %"
+_PERCENT = percent(ROTARY_GAIN - 1, 0)
 _FIT_MARGIN = 1024 * MIB  # what llama.cpp's --fit leaves free of a GPU
 # What stock gets out of page faults however fast the disk is, from this project's benchmarks/beyond_ram.py
 # (Q8_0, loop device over memory, 35 and 60 % of the model's size: 0.8 and 0.9 GB/s).
@@ -118,7 +118,7 @@ def recommend(case: Case, found: Sequence[Option]) -> tuple[Option | None, str]:
             return best, f"stock llama.cpp cannot run it here ({stock.problem})"
         gain = stock.seconds(case.request) / best.seconds(case.request)
         if gain >= ROTARY_GAIN:
-            hits = f"{100 * (best.hit_rate or 0):.0f} % of the chosen experts are in slots"
+            hits = f"{percent(best.hit_rate, 0)} of the chosen experts are in slots"
             return best, (
                 f"{gain:.2f} times as fast as stock's best ({stock.name}) for a prompt of "
                 f"{case.request.prompt} tokens and an answer of {case.request.answer}: "
@@ -382,11 +382,6 @@ def _hit_rate(case: Case, slots: Sequence[int]) -> float:
 
 
 # ---- words
-
-
-def size(n_bytes: float) -> str:
-    """Bytes for people."""
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / MIB:.1f} MiB"
 
 
 def _bytes(layers: Sequence[LayerInfo]) -> int:

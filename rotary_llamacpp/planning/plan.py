@@ -13,15 +13,15 @@ from ..config import STORES, Budget
 from ..display.drawing import standalone
 from ..errors import RotaryError
 from ..gguf_files.info import read_shards
+from ..host.files import writing
 from ..host.machine import cpu_count
-from ..simulation.comparison import percent
 from ..traces import archive as traces
 from ..traces import profiles
+from ..units import GIB, percent, size, span
 from . import calibration, footprint, hits, shapes
-from .options import Option, at_budgets, options, recommend, size
+from .options import Option, at_budgets, options, recommend
 from .roofline import Case, Cost, Request
 
-GIB = 2**30
 _PLOTTED = (0.05, 0.0625, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _WORDS = {"vram": "VRAM", "ram": "memory", "vram rate": "VRAM read", "ram rate": "weights read by CPU"}
 
@@ -48,7 +48,7 @@ def make(
     Parameters
     ----------
     vram, ram, link, disk, ram_rate, vram_rate, budget, store : str
-        Sizes as `rotary_llamacpp.units.parse_size`, rates as `rotary_llamacpp.simulation.parse_rate`, the
+        Sizes as `rotary_llamacpp.units.parse_size`, rates as `rotary_llamacpp.units.parse_rate`, the
         budget and the store as of `rotary_llamacpp.RotaryConfig`.
     trace, profile : str
         Files that say how much is hit; ``"auto"`` is the profile beside the model or in it, ``"off"`` none.
@@ -200,10 +200,8 @@ def _machine(case: Case) -> list[str]:
 
 
 def _slots(option: Option) -> str:
-    least, most = min(option.n_slots), max(option.n_slots)
-    each = str(least) if least == most else f"{least} to {most}"
     return (
-        f"{option.name}: {each} slots per layer in {size(option.budget_bytes or 0)}, store "
+        f"{option.name}: {span(option.n_slots)} slots per layer in {size(option.budget_bytes or 0)}, store "
         f"{option.store}; {percent(option.hit_rate)} hits expected, {percent(option.uniform_hit_rate)} "
         "if routing had no locality"
     )
@@ -301,5 +299,5 @@ def write_plot(plan: Plan, output: str) -> None:
         if option.decode is not None and not option.is_rotary:
             lines[option.name] = [(end / GIB, option.decode.rate) for end in (min(reach), max(reach))]
     figure = standalone(lines, f"{plan.case.print.name}: decode tok/s by budget", "GiB for experts")
-    with traces.writing(output) as file:
+    with writing(output) as file:
         file.write(figure.encode())

@@ -19,7 +19,7 @@ from .. import pinned
 from ..errors import RotaryError
 from ..host import disk, machine
 from ..native import binding
-from ..units import MIB
+from ..units import MIB, mib
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 
@@ -135,10 +135,10 @@ def _memory() -> Check:
     available = machine.available_memory()
     if available is None:
         return Check("memory", WARN, "the kernel does not say how much is free", "give a budget, not auto")
-    detail = f"{available // MIB} MiB available"
+    detail = f"{mib(available, 0)} available"
     total, installed = machine.total_memory(), machine.installed_memory()
     if total is not None and installed is not None and total < installed:
-        detail += f", by a cgroup's limit of {total // MIB} MiB"
+        detail += f", by a cgroup's limit of {mib(total, 0)}"
     if available < 1024 * MIB:
         return Check("memory", WARN, detail, "close other programs or give a small budget")
     return Check("memory", OK, detail)
@@ -148,7 +148,7 @@ def _memlock() -> Check:
     limit = machine.memlock_limit()
     if limit is None:
         return Check("page-lock limit", OK, "unlimited")
-    detail = f"{limit // MIB} MiB (RLIMIT_MEMLOCK)"
+    detail = f"{mib(limit, 0)} (RLIMIT_MEMLOCK)"
     lib = binding.loaded()
     if lib is None or lib.default_inner == ["CPU"]:
         return Check("page-lock limit", OK, f"{detail}; the CPU inner device locks nothing")
@@ -166,7 +166,7 @@ def _disk(model: str | None) -> Check:
         detail, _, advice = str(error).rpartition("; ")
         return Check("disk", WARN, f"not measured: {detail}", advice)
     where = place if model else f"a temporary file in {place}"
-    detail = f"{found.rate / MIB:.0f} MiB/s reading {found.n_bytes // MIB} MiB of {where} ({found.how})"
+    detail = f"{mib(found.rate, 0)}/s reading {mib(found.n_bytes, 0)} of {where} ({found.how})"
     if found.rate < _SLOW_DISK:
         return Check(
             "disk", WARN, detail, "keep the model on a faster disk, or give a budget that holds most experts"

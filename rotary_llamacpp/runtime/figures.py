@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from ..units import ratio
 from .llama import Llama
 
 
@@ -33,7 +34,7 @@ class Interval:
 
     def per_second(self, counter: str) -> float | None:
         """How fast a counter grew, in its own unit."""
-        return _ratio(self.after[counter] - self.before[counter], self.seconds)
+        return ratio(self.after[counter] - self.before[counter], self.seconds)
 
     def share_of_time(self, counter: str) -> float:
         """Part of the wall time that went to what a counter of microseconds counts.
@@ -111,8 +112,4 @@ def _between(first: tuple[float, dict[str, Any]], last: tuple[float, dict[str, A
 
 
 def _hit_rate(before: dict[str, Any], after: dict[str, Any]) -> float | None:
-    return _ratio(after["hits"] - before["hits"], after["requests"] - before["requests"])
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+    return ratio(after["hits"] - before["hits"], after["requests"] - before["requests"])

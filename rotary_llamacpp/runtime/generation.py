@@ -19,7 +19,7 @@ from ..gguf_files.info import ModelInfo
 from ..host import machine
 from ..host.interrupts import noted
 from ..native.stock import llama_api
-from ..units import MIB
+from ..units import decimal, mib, percent, span
 from .llama import Llama
 from .paging import default_model_params
 
@@ -63,26 +63,24 @@ class Generation:
     def summary(self) -> str:
         """The same in one line."""
         parts = [
-            f"{self.completion_tokens} tokens at {_rate(self.tokens_per_second)}",
-            f"prompt {self.prompt_tokens} at {_rate(self.prompt_tokens_per_second)}",
+            f"{self.completion_tokens} tokens at {decimal(self.tokens_per_second)} tok/s",
+            f"prompt {self.prompt_tokens} at {decimal(self.prompt_tokens_per_second)} tok/s",
         ]
         stats = self.rotary
         if stats["active"]:
             slots = [layer["n_slots"] for layer in stats["layers"]] or [stats["n_slots"]]
-            each = str(min(slots)) if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
-            hits = "no request" if stats["hit_rate"] is None else f"hit rate {100 * stats['hit_rate']:.1f} %"
             parts += [
-                hits,
-                f"{stats['bytes_paged'] / MIB:.1f} MiB paged",
-                f"{each} of {stats['n_expert']} slots per layer in "
-                f"{stats['budget_bytes'] / MIB:.1f} MiB on {stats['inner_device']}",
+                "no request" if stats["hit_rate"] is None else f"hit rate {percent(stats['hit_rate'])}",
+                f"{mib(stats['bytes_paged'])} paged",
+                f"{span(slots)} of {stats['n_expert']} slots per layer in {mib(stats['budget_bytes'])} on "
+                f"{stats['inner_device']}",
             ]
             if stats["store"] == "direct":
                 speed, accuracy = stats["read_bandwidth"], stats["prefetch_accuracy"]
                 parts += [
                     "store direct",
-                    "nothing read" if speed is None else f"{speed / MIB:.1f} MiB/s from disk",
-                    "no prefetch" if accuracy is None else f"prefetch accuracy {100 * accuracy:.1f} %",
+                    "nothing read" if speed is None else f"{mib(speed)}/s from disk",
+                    "no prefetch" if accuracy is None else f"prefetch accuracy {percent(accuracy)}",
                 ]
         else:
             parts.append(f"not paged: {stats['reason']}")
@@ -238,7 +236,3 @@ def llama_is_eog(llama: Llama, token: int) -> bool:
 
 def _per_second(n_tokens: int, seconds: float) -> float | None:
     return n_tokens / seconds if n_tokens > 0 and seconds > 0 else None
-
-
-def _rate(tokens_per_second: float | None) -> str:
-    return "- tok/s" if tokens_per_second is None else f"{tokens_per_second:.1f} tok/s"

@@ -29,7 +29,7 @@ from ..native import binding
 from ..native.pools import Pools
 from ..native.stock import llama_api
 from ..traces import profiles
-from ..units import MIB
+from ..units import MIB, mib, ratio
 
 _construction = threading.RLock()
 _NOT_PAGED: dict[str, Any] = {
@@ -140,9 +140,9 @@ class Paging:
         stats = self.stats()
         logger.log(
             self.level,
-            "%s: experts paged on %s, budget %.1f of %.1f MiB, %d of %d slots per layer, store %s, path %s",
-            os.path.basename(llama.model_path), stats["inner_device"], stats["budget_bytes"] / MIB,
-            stats["expert_bytes"] / MIB, stats["n_slots"], stats["n_expert"], stats["store"],
+            "%s: experts paged on %s, budget %s of %s, %d of %d slots per layer, store %s, path %s",
+            os.path.basename(llama.model_path), stats["inner_device"], mib(stats["budget_bytes"]),
+            mib(stats["expert_bytes"]), stats["n_slots"], stats["n_expert"], stats["store"],
             stats["path"],
         )  # fmt: skip
 
@@ -200,7 +200,7 @@ class Paging:
             self.notice(text)
         figures = {name: value for name, value in self.pools.stats().items() if name in _NOT_PAGED}
         layers = [
-            {**layer, "hit_rate": _ratio(layer["hits"], layer["requests"])}
+            {**layer, "hit_rate": ratio(layer["hits"], layer["requests"])}
             for layer in self.pools.layer_stats()
         ]
         self._last = {
@@ -278,24 +278,20 @@ def check_budget(budget: Budget, info: ModelInfo, given: object) -> None:
     if n_bytes < minimum:
         n_used, n_layers = info.n_expert_used, len(info.layers)
         raise BudgetError(
-            f"{info.path.name}: budget {given} is {n_bytes / MIB:.1f} MiB; one token's {n_used} experts "
-            f"per layer take {minimum / MIB:.1f} MiB in {n_layers} layers; "
+            f"{info.path.name}: budget {given} is {mib(n_bytes)}; one token's {n_used} experts "
+            f"per layer take {mib(minimum)} in {n_layers} layers; "
             f'use "min", "{n_used} slots" or {math.ceil(minimum / MIB)}MiB'
         )
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
 
 
 def _rates(figures: dict[str, Any]) -> dict[str, float | None]:
     used = figures["prefetch_used"]
     return {
-        "hit_rate": _ratio(figures["hits"], figures["requests"]),
-        "read_bandwidth": _ratio(1e6 * figures["bytes_read"], figures["read_us"]),
-        "prefetch_accuracy": _ratio(used, figures["prefetched"]),
-        "prefetch_coverage": _ratio(used, figures["misses"]),
-        "prefetch_timeliness": _ratio(used - figures["late_hits"], used),
+        "hit_rate": ratio(figures["hits"], figures["requests"]),
+        "read_bandwidth": ratio(1e6 * figures["bytes_read"], figures["read_us"]),
+        "prefetch_accuracy": ratio(used, figures["prefetched"]),
+        "prefetch_coverage": ratio(used, figures["misses"]),
+        "prefetch_timeliness": ratio(used - figures["late_hits"], used),
     }
 
 

@@ -12,7 +12,8 @@ from ..predictors import NAMES, PrefetchPolicy
 from ..traces.archive import Trace, load
 from ..traces.profiles import Profile
 from ..traces.profiles import load as load_profile
-from .replays import Link, belady, parse_rate, predictor, replay, slots_for
+from ..units import parse_rate, percent, ratio
+from .replays import Link, belady, predictor, replay, slots_for
 
 
 def compare(
@@ -118,13 +119,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             used, ahead, late = row["prefetch_used"], row["prefetched"], row["late_hits"]
             cells += [
                 percent(row["byte_hit_rate"]), f"{row['tokens_per_second']:.1f}",
-                f"{row['stall_us'] / 1000:.2f}", percent(used / ahead if ahead else None),
+                f"{row['stall_us'] / 1000:.2f}", percent(ratio(used, ahead)),
                 percent(1 - late / used if used else None),
             ]  # fmt: skip
         lines.append("  ".join(cell.rjust(9) for cell in cells))
     return lines
-
-
-def percent(value: float | None) -> str:
-    """A share as text, "-" if there is none."""
-    return "-" if value is None else f"{100 * value:.1f} %"

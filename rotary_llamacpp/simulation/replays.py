@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RotaryError
 from ..native import binding
 from ..native.replay import Cache, Foresight
 from ..policies import Factory
@@ -261,29 +260,3 @@ def belady(trace: Trace, n_slots: Sequence[int]) -> Outcome:
             for expert in sorted(kept, key=kept.__getitem__)[n_slots[index] :]:
                 del kept[expert]
     return out
-
-
-def parse_rate(text: str) -> float:
-    """Bytes a microsecond of "25GB/s", "500MiB/s" or "pcie4x16".
-
-    Raises
-    ------
-    RotaryError
-        Anything else.
-    """
-    known = {"pcie3x16": 12.5e9, "pcie4x8": 12.5e9, "pcie4x16": 25e9, "pcie5x16": 52e9}  # as published
-    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
-    if text in known:
-        return known[text] / 1e6
-    for unit, factor in units.items():
-        number = text.removesuffix("/s").removesuffix(unit)
-        if number != text and text.endswith(unit + "/s"):
-            try:
-                rate = float(number) * factor / 1e6
-            except ValueError:
-                break
-            if 0 < rate < 1e9:
-                return rate
-    raise RotaryError(
-        f"link {text!r}: not a rate; such as 25GB/s, 500MiB/s, or {', '.join(known)}; correct it"
-    )

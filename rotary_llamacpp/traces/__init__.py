@@ -5,6 +5,6 @@
 a model's layers choose most often.
 """
 
-from .archive import DECODE, PREFILL, Trace, check_writable, load
+from .archive import DECODE, PREFILL, Trace, load
 
-__all__ = ["DECODE", "PREFILL", "Trace", "check_writable", "load"]
+__all__ = ["DECODE", "PREFILL", "Trace", "load"]

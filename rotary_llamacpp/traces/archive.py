@@ -9,78 +9,28 @@ expert_bytes, behind comment lines with the layers' sizes.
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import errno
 import json
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RotaryError
-from ..gguf_files.header import check_regular
 from ..gguf_files.info import MOST_EXPERTS
+from ..host.files import check_regular, writing
 
 PREFILL, DECODE = 0, 1
 FORMAT = 1
 _CSV_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
 _MOST_ROWS = 1 << 28  # of one archive: what a header may ask for
 MOST_PAIRS = 1 << 27  # of experts in layers: predictors have tables of them
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Try to write a file before what it is for is worked out; one that exists stays as it is.
-
-    Raises
-    ------
-    RotaryError
-        It cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        temporary.touch()
-        temporary.unlink()
-    except OSError as error:
-        raise _not_written(path, error) from error
-
-
-def _not_written(path: Path, error: OSError) -> RotaryError:
-    return RotaryError(f"{path}: cannot be written, {error.strerror}; a folder that can; choose another")
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file that has its name once it is whole.
-
-    Raises
-    ------
-    RotaryError
-        It cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise _not_written(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @dataclass

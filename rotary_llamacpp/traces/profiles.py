@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from ..errors import RotaryError
 from ..gguf_files.fields import array_bytes, raw_fields
-from ..gguf_files.header import check_regular, read_header
-from .archive import DAMAGED, MOST_PAIRS, Trace, writing
+from ..gguf_files.header import read_header
+from ..host.files import check_regular, writing
+from .archive import DAMAGED, MOST_PAIRS, Trace
 
 FORMAT = 1
 KEY = "rotary.profile"  # of the model's metadata: array of bytes, the archive
