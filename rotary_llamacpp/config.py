@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a user can ask of paging, checked before anything is loaded. Pure logic: knows neither ggml nor
-llama_cpp."""
+"""Options of paging, checked before anything is loaded. Pure logic: imports neither ggml nor llama_cpp."""
 
 from __future__ import annotations
 
@@ -20,10 +19,8 @@ STORES = ("auto", "mmap", "direct")
 PINS = ("auto", "on", "off")
 SPLITS = ("adaptive", "even")
 
-_ACCEPTED = (
-    "accepted are auto, min, a share (25% or 0.25), a size (8GiB), bytes or slots per layer (16 slots)"
-)
-_MOST_SLOTS = 2**31 - 1
+_ACCEPTED = "give auto, min, a share (25% or 0.25), a size (8GiB), bytes or slots per layer (16 slots)"
+_MAX_SLOTS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Budget:
         BudgetError
             It is none of the accepted forms.
         """
-        refusal = BudgetError(f"budget {shown(value)}: not understood; {_ACCEPTED}; correct the budget")
+        refusal = BudgetError(f"budget {shown(value)}: not understood; {_ACCEPTED}")
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise refusal
         if isinstance(value, float):
@@ -57,14 +54,12 @@ class Budget:
         amount = float(number)
         if unit == "%":
             if amount > 100:
-                raise BudgetError(
-                    f"budget {shown(value)}: more than all experts; at most 100%; lower the budget"
-                )
+                raise BudgetError(f"budget {shown(value)}: more than all experts; give at most 100%")
             return cls.share(amount)
         if unit == "" and "." in number:
             return cls._share_of_one(amount, refusal)
         if unit.startswith("slot"):
-            if amount > _MOST_SLOTS or amount != int(amount):
+            if amount > _MAX_SLOTS or amount != int(amount):
                 raise refusal
             return cls("slots", int(amount), f"{int(amount)} slots")
         n_bytes = whole_bytes(number, unit) if unit in UNITS else None
@@ -117,25 +112,27 @@ class RotaryConfig:
         available memory.
     prefetch : bool, str or class
         With the direct store, read the experts that the next layers will probably want while the disk is
-        idle; on a GPU, copy them while the link is. True is ``"auto"``: named by the next layers' routers,
-        or by ``"mixed"`` where those cannot be applied early. Else a name of
-        `rotary_llamacpp.predictors.NAMES`, or a class such as those there, called in Python, slower; neither
-        on a GPU that resolves lookups itself. False: off.
+        idle; on a GPU, copy them while the link is idle. True or ``"auto"`` predicts with the next layers'
+        routers, or with ``"mixed"`` where those cannot be applied early. A name is one of
+        `rotary_llamacpp.predictors.NAMES`; a class is one such as `rotary_llamacpp.predictors` has, called
+        in Python and slower. A GPU that resolves lookups itself takes neither. False is off.
     staging : int or str, optional
         Bytes of memory for reads in flight, with the direct store.
     pin : str
-        Whether experts may be page-locked in host memory, where a GPU can read them: ``"auto"``, if they take
-        no more than three quarters of the available memory; ``"on"``; ``"off"``. Without, the host copies.
+        Whether to pin experts in host memory, where a GPU can read them: ``"auto"``, if they take at most
+        three quarters of the available memory; ``"on"``; ``"off"``. Experts that are not pinned are copied by
+        the host.
     policy : str or class
-        Who leaves when a slot is wanted: a name of `rotary_llamacpp.policies.NATIVE`; ``"auto"``, the best
-        that can run where lookups are resolved; or a class such as those in `rotary_llamacpp.policies`,
-        called in Python, slower.
+        Which expert to evict when a slot is needed: a name of `rotary_llamacpp.policies.NATIVE`; ``"auto"``,
+        the best policy that can run where lookups are resolved; or a class such as those in
+        `rotary_llamacpp.policies`, called in Python and slower.
     split : str
-        How slots are divided between layers: ``"adaptive"``, evenly at first, then one after the other to
-        where they serve more, on the CPU; ``"even"``, evenly for good.
+        How slots are divided between layers: ``"adaptive"`` begins evenly, then rebalances one slot after the
+        other to where it saves more misses, on the CPU; ``"even"`` stays even.
     profile : str
-        What slots begin with: ``"auto"``, what the file that ``rotary profile`` has written beside the model
-        says, or what ``rotary convert`` has stored in it, if there is one; a profile's path; or ``"off"``.
+        Which experts fill the slots at first: ``"auto"``, those of the profile that ``rotary profile`` wrote
+        beside the model or ``rotary convert`` stored in it, if there is one; those of a profile at this path;
+        or ``"off"``, none.
     verbose : bool, optional
         Say what was chosen in one line on the logger ``rotary_llamacpp``; by default where ``Llama`` is
         verbose. Warnings are always logged.
@@ -161,27 +158,25 @@ class RotaryConfig:
             if size is not None:
                 parse_bytes(size)
         if self.store not in STORES:
-            raise RotaryError(
-                f"store {self.store!r}: not understood; accepted are {', '.join(STORES)}; correct the store"
-            )
+            raise RotaryError(f"store {self.store!r}: not known; give one of {', '.join(STORES)}")
         if self.pin not in PINS:
-            raise RotaryError(f"pin {self.pin!r}: not understood; accepted are {', '.join(PINS)}; correct it")
+            raise RotaryError(f"pin {self.pin!r}: not known; give one of {', '.join(PINS)}")
         if not isinstance(self.profile, str) or not self.profile:
-            raise RotaryError(f"profile {self.profile!r}: not a path; or auto, or off; correct it")
+            raise RotaryError(f"profile {self.profile!r}: neither auto, off nor a path")
         if not callable(self.policy) and self.policy not in (AUTO, *NATIVE):
             raise RotaryError(
-                f"policy {self.policy!r}: not known; {', '.join((AUTO, *NATIVE))} or a class; correct it"
+                f"policy {self.policy!r}: not known; give one of {', '.join((AUTO, *NATIVE))} or a class"
             )
         if not callable(self.prefetch) and self.prefetch not in (True, False, AUTO, *PREDICTORS):
             raise RotaryError(
-                f"prefetch {self.prefetch!r}: not known; True, False, {', '.join((AUTO, *PREDICTORS))} or a "
-                "class; correct it"
+                f"prefetch {self.prefetch!r}: not known; give one of True, False, "
+                f"{', '.join((AUTO, *PREDICTORS))} or a class"
             )
         if self.split not in SPLITS:
-            raise RotaryError(f"split {self.split!r}: not known; {', '.join(SPLITS)}; correct it")
+            raise RotaryError(f"split {self.split!r}: not known; give one of {', '.join(SPLITS)}")
         if self.inner is not None and not (isinstance(self.inner, str) and self.inner.strip()):
             raise RotaryError(
-                f"inner {self.inner!r}: not a device name; a text such as CPU or CUDA0; "
+                f"inner {self.inner!r}: not a device name; use a name such as CPU or CUDA0; "
                 "see `rotary doctor` for the names"
             )
 
@@ -197,14 +192,14 @@ class RotaryConfig:
 
     @property
     def staging_bytes(self) -> int:
-        """Memory for reads in flight, 0 for the native library's default."""
+        """Bytes of memory for reads in flight, 0 for the native library's default."""
         return 0 if self.staging is None else parse_bytes(self.staging)
 
     @classmethod
     def from_any(
         cls, value: RotaryConfig | Mapping[str, Any] | str | int | float | None
     ) -> RotaryConfig | None:
-        """The config that the ``rotary`` argument of ``Llama`` stands for; None when it turns paging off.
+        """Make a configuration of the ``rotary`` argument of ``Llama``; None when that turns paging off.
 
         Raises
         ------
@@ -216,8 +211,7 @@ class RotaryConfig:
             unknown = sorted(set(value) - set(known))
             if unknown:
                 raise RotaryError(
-                    f"rotary: unknown option {', '.join(map(repr, unknown))}; "
-                    f"known are {', '.join(known)}; correct the name"
+                    f"rotary: unknown option {', '.join(map(repr, unknown))}; known are {', '.join(known)}"
                 )
             value = dict(value)
             return None if _is_off(value.get("budget", "auto")) else cls(**value)

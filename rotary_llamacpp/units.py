@@ -67,7 +67,7 @@ def parse_rate(text: str) -> float:
         if 0 < rate < 1e9:
             return rate
     raise RotaryError(
-        f"link {text!r}: not a rate; such as 25GB/s, 500MiB/s, or {', '.join(_LINKS)}; correct it"
+        f"link {text!r}: not a rate; write for example 25GB/s, 500MiB/s, or {', '.join(_LINKS)}"
     )
 
 
@@ -84,7 +84,9 @@ def parse_shares(text: str) -> list[float]:
     except ValueError:
         found = []
     if not found or not all(0 < share <= 1 for share in found):
-        raise RotaryError(f"budgets {text!r}: not percentages; above 0, up to 100; such as 12.5,25")
+        raise RotaryError(
+            f"budgets {text!r}: not percentages above 0 and up to 100; write for example 12.5,25"
+        )
     return found
 
 

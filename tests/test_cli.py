@@ -263,7 +263,7 @@ def test_nonsense_budget(tiny_model, refusal, budget):
 @pytest.mark.parametrize(("option", "value"), [("store", "disk"), ("store", ""), ("staging", "much")])
 def test_nonsense_store(tiny_model, refusal, option, value):
     said = refusal("run", tiny_model, "-p", "x", f"--{option}", value)
-    assert repr(value) in said and said.count("; ") == 2
+    assert repr(value) in said and said.count("; ") >= 1
 
 
 @pytest.mark.parametrize("name", ["BUDGET", "MARGIN", "STAGING", "RAM", "STORE", "PIN"])

@@ -132,7 +132,7 @@ def test_store():
     default = RotaryConfig()
     assert (default.store, default.prefetch, default.staging_bytes) == ("auto", True, 0)
     for nonsense in ("", "Direct", "disk", None, True, 1, ["mmap"]):
-        with pytest.raises(RotaryError, match=r"^store .*not understood; .*auto, mmap, direct; ") as caught:
+        with pytest.raises(RotaryError, match=r"^store .*not known; .*auto, mmap, direct") as caught:
             RotaryConfig(store=nonsense)
         assert "\n" not in str(caught.value)
     for nonsense in ("much", "25%", "16 slots", -1):

@@ -210,10 +210,10 @@ def test_command(rotary_command, tiny_model, tmp_path):
     ran = rotary_command("convert", tiny_model, out, "--verify")
     assert ran.returncode == 0 and ran.stdout.strip() == str(out) and "verified" in ran.stderr
     ran = rotary_command("convert", tiny_model, out)
-    assert ran.returncode == 2 and "is there already; --force" in ran.stderr
+    assert ran.returncode == 2 and "exists; give --force" in ran.stderr
     assert rotary_command("convert", tiny_model, out, "--force").returncode == 0
     for options, text in (
-        (["--experts", "Q3_K_M"], "type 'Q3_K_M': nothing is"),
+        (["--experts", "Q3_K_M"], "type 'Q3_K_M': not a type"),
         (["--type", "(=Q8_0"], "regular expression"),
         (["--type", "Q8_0"], "PATTERN=TYPE"),
         (["--alignment", "48"], "powers of two"),

@@ -90,7 +90,7 @@ def test_folders_go_through_llama_cpps_converter(folder, results, tiny_model, tm
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (Options(), "is there already; --force"),
+        (Options(), "exists; give --force"),
         (Options(wish=Wish("NOPE")), "type 'NOPE'"),
         (Options(wish=Wish(types=("(=Q8_0",))), "regular expression"),
         (Options(alignment=48), "powers of two"),
@@ -228,7 +228,7 @@ def test_folders_that_cannot_be_converted(folder, results, tmp_path, monkeypatch
     with pytest.raises(RotaryError, match=r"no_such_module cannot be imported.*pip install -r"):
         convert(folder, results / "out.gguf")
     monkeypatch.setenv("ROTARY_LLAMA_CPP_DIR", str(tmp_path))
-    with pytest.raises(RotaryError, match=r"not there.*make setup"):
+    with pytest.raises(RotaryError, match=r"missing.*make setup"):
         convert(folder, results / "out.gguf")
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"1 safetensors files and no config\.json"):

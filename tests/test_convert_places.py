@@ -44,7 +44,7 @@ def test_somebody_elses_temporary_files_are_left(tiny_model, tmp_path, name, lin
     else:
         (tmp_path / name).write_text("theirs")
     wish = Wish("Q4_0") if "quantised" in name else Wish()
-    with pytest.raises(RotaryError, match=r"is there already|symbolic links"):
+    with pytest.raises(RotaryError, match=r"exists and is|symbolic links"):
         convert(tiny_model, tmp_path / "out.gguf", Options(wish=wish))
     assert (tmp_path / name).read_text() == theirs.read_text() == "theirs"
     assert_nothing_else(tmp_path, tmp_path / name, theirs)
@@ -58,11 +58,11 @@ def test_somebody_elses_temporary_files_are_left(tiny_model, tmp_path, name, lin
         ("", "is a folder"),
         ("folder", "is a folder"),
         ("none/out.gguf", "no such folder"),
-        ("model.gguf.part", "is read and written"),
-        ("model.gguf", "is read and written"),  # by its temporary name
-        ("a.profile", "is read and written"),
-        ("dangling", "is there already; --force"),
-        ("loop", "is there already; --force"),
+        ("model.gguf.part", "not converted in place"),
+        ("model.gguf", "not converted in place"),  # by its temporary name
+        ("a.profile", "not converted in place"),
+        ("dangling", "exists; give --force"),
+        ("loop", "exists; give --force"),
     ],
 )
 def test_places_that_are_refused(tiny_model, tmp_path, monkeypatch, out, text, dry_run):
@@ -195,7 +195,7 @@ def test_a_file_made_meanwhile_is_left(tiny_model, tmp_path, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(os, "copy_file_range", meddle)
-    with pytest.raises(RotaryError, match="was made by another meanwhile; --force"):
+    with pytest.raises(RotaryError, match="appeared during the conversion; give --force"):
         convert(tiny_model, out)
     assert out.read_text() == "theirs"
     assert_nothing_else(tmp_path, out)

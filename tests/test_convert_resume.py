@@ -90,7 +90,7 @@ def test_another_conversion_begins_anew(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", real)
     said: list[str] = []
     paths = convert(tiny_model, out, Options(alignment=512), say=said.append)
-    assert "another conversion was begun here; this one begins anew" in said
+    assert "another conversion was begun here; this one starts over" in said
     assert_nothing_else(tmp_path, *paths)
     assert tensor_bytes(read_shards(paths[0])) == tensor_bytes([read_header(tiny_model)])
 
@@ -150,7 +150,7 @@ def test_what_is_quantised_is_kept_when_the_copy_is_interrupted(tiny_model, tmp_
     monkeypatch.setattr(quantising, "quantise", lambda *_: pytest.fail("it was quantised again"))
     said: list[str] = []
     convert(tiny_model, out, options, say=said.append)
-    assert "going on with out.gguf.quantised.part, which is whole" in said
+    assert "going on with out.gguf.quantised.part, which is complete" in said
     assert_nothing_else(tmp_path, out)
 
 

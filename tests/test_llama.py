@@ -390,7 +390,7 @@ def test_refusals_leave_nothing_behind(native, tiny_model, rotary, kind, reason,
 
 def stricter(monkeypatch, path):
     """A limit of our reader that stock has not, and this model is beyond."""
-    monkeypatch.setattr("rotary_llamacpp.gguf_files.header._MOST_TENSORS", 3)
+    monkeypatch.setattr("rotary_llamacpp.gguf_files.header._MAX_TENSORS", 3)
     return path
 
 

@@ -61,7 +61,7 @@ def test_an_exception_is_raised_once(native, tiny_model, expected):
     stats = llama.rotary_stats()
     assert stats["policy"] == "lru" and stats["evictions"] > 0
     [notice] = stats["notices"]
-    assert notice == f"Fails: raised LookupError: {failed.value}; lru takes its place"
+    assert notice == f"Fails: raised LookupError: {failed.value}; lru replaces it"
     llama.rotary_set_budget("min")
     assert np.array_equal(logits(llama), expected)
     llama.close()
@@ -91,7 +91,7 @@ def test_a_predictors_exception_is_raised_once(native, tiny_model, expected):
     assert np.array_equal(logits(llama), expected)
     stats = llama.rotary_stats()
     assert stats["predictor"] == "" and any(
-        text == "NamesNothing: raised LookupError: no idea; nothing comes ahead from now on"
+        text == "NamesNothing: raised LookupError: no idea; nothing is prefetched from now on"
         for text in stats["notices"]
     )
     llama.close()

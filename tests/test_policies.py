@@ -183,6 +183,6 @@ def test_unknown_policies(native):
         _replay.Cache(native, "mru", 8, [2])
     with pytest.raises(RotaryError, match="layer 1 has 9 slots for 8 experts"):
         _replay.Cache(native, "lru", 8, [2, 9])
-    with pytest.raises(RotaryError, match="policy 'mru': not known; auto, lru, "):
+    with pytest.raises(RotaryError, match="policy 'mru': not known; give one of auto, lru, "):
         RotaryConfig(policy="mru")
     assert native.text(native.c.rotary_policy_names()) == ",".join(policies.NATIVE)

@@ -20,7 +20,7 @@ PLAIN = {"use_extra_bufts": False}
 
 def pair(native, name, n_layers, n_expert, n_used):
     return (
-        _replay.Foresight(native, name, n_layers, n_expert, n_used),
+        _replay.NativePredictor(native, name, n_layers, n_expert, n_used),
         predictors.REFERENCES[name](n_layers, n_expert, n_used),
     )
 
@@ -223,12 +223,12 @@ def test_names_that_are_none(native, tiny_model, stock_trace):
 
 def test_unknown_predictors(native):
     with pytest.raises(RotaryError, match="predictor oracle: not known; auto,router,previous,"):
-        _replay.Foresight(native, "oracle", 2, 8, 2)
+        _replay.NativePredictor(native, "oracle", 2, 8, 2)
     with pytest.raises(
-        RotaryError, match="prefetch 'oracle': not known; True, False, auto, router, previous"
+        RotaryError, match="prefetch 'oracle': not known; give one of True, False, auto, router, previous"
     ):
         RotaryConfig(prefetch="oracle")
-    with pytest.raises(RotaryError, match="split 'odd': not known; adaptive, even"):
+    with pytest.raises(RotaryError, match="split 'odd': not known; give one of adaptive, even"):
         RotaryConfig(split="odd")
     names = native.text(native.c.rotary_predictor_names())
     assert names == ",".join(predictors.FROM_ROUTINGS) == ",".join(predictors.REFERENCES)

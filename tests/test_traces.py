@@ -224,7 +224,7 @@ def test_report(recorded, tmp_path, rotary_command):
     assert [each.text for each in root.iter("h2")][:2] == ["Which experts are chosen", "Policies by budget"]
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page and "src=" not in page
     rows = [[cell.text for cell in row] for row in root.iter("tr")]
-    assert [row[0] for row in rows] == ["ahead", "none", *NAMES]
+    assert [row[0] for row in rows] == ["prefetch", "none", *NAMES]
     svgs = list(root.iter("svg"))
     assert len(svgs) == 4 and len(list(svgs[0].iter("rect"))) > 6 * 20
     assert len(list(svgs[1].iter("polyline"))) == 4 and len(list(svgs[2].iter("polyline"))) == 3
@@ -259,7 +259,7 @@ def test_damaged_files(recorded, tmp_path):
         try:
             found = traces.load(tmp_path / "bad")
         except RotaryError as error:
-            assert str(error).count("; ") >= 2
+            assert str(error).count("; ") >= 1
         else:
             assert found.experts.max() < found.n_expert
 

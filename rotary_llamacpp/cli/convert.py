@@ -16,9 +16,9 @@ from .options import NO_PROGRESS, Size, example
     "--split-size",
     metavar="SIZE",
     type=Size(),
-    help="Most bytes of a file, such as 40GB.  [default: one file]",
+    help="Maximum size of a file, such as 40GB.  [default: one file]",
 )
-@click.option("--alignment", default=4096, show_default=True, help="Of every tensor, in bytes.")
+@click.option("--alignment", default=4096, show_default=True, help="Alignment of every tensor, in bytes.")
 @click.option(
     "--profile",
     default="auto",
@@ -34,7 +34,7 @@ from .options import NO_PROGRESS, Size, example
     "types",
     multiple=True,
     metavar="PATTERN=TYPE",
-    help="Type of tensors whose name has this regular expression; the first that fits counts, before the two "
+    help="Type of tensors whose name has this regular expression; the first match counts, before the two "
     "above.",
 )
 @click.option(

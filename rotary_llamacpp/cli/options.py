@@ -103,7 +103,7 @@ COMPUTE = click.option(
     default=3.0,
     show_default=True,
     type=Number(min=0, min_open=True),
-    help="Milliseconds of a token whose experts are all there.",
+    help="Milliseconds of a token whose experts are all resident.",
 )
 
 
@@ -139,7 +139,7 @@ _PAGING = {  # by field of RotaryConfig
         default=AUTO,
         show_default=True,
         metavar=choice((AUTO, *PREDICTORS)),
-        help="Who names what is read ahead; auto is the next layers' routers, or what can stand in for them.",
+        help="What predicts the experts to prefetch; auto is the next layers' routers, or a substitute.",
     ),
     "staging": click.option(
         "--staging", metavar="SIZE", help="Memory for direct reads in flight, such as 64MiB."
@@ -149,22 +149,21 @@ _PAGING = {  # by field of RotaryConfig
         default="auto",
         show_default=True,
         metavar=choice(PINS),
-        help="Page-lock the experts in host memory for a GPU; auto does if they take at most 3/4 of what is "
-        "available.",
+        help="Pin the experts in host memory for a GPU; auto does if they take at most 3/4 of free memory.",
     ),
     "policy": click.option(
         "--policy",
         default=AUTO,
         show_default=True,
         metavar=choice((AUTO, *NATIVE)),
-        help="Who leaves when a slot is wanted; auto is the best that can run where lookups are resolved.",
+        help="Which expert to evict; auto is the best policy that can run where lookups are resolved.",
     ),
     "split": click.option(
         "--split",
         default=SPLITS[0],
         show_default=True,
         metavar=choice(SPLITS),
-        help="Whether slots move to the layers where they serve more, on the CPU, or stay evenly divided.",
+        help="Rebalance slots to the layers where they save more misses, on the CPU, or divide them evenly.",
     ),
     "profile": click.option(
         "--profile",
@@ -174,7 +173,7 @@ _PAGING = {  # by field of RotaryConfig
     ),
 }
 _NO_PREFETCH = click.option(
-    "--no-prefetch", is_flag=True, help="Do not read ahead what the next layers may want."
+    "--no-prefetch", is_flag=True, help="Do not prefetch what the next layers may want."
 )
 
 

@@ -14,18 +14,24 @@ from .options import BUDGET, CTX, JSON, STORE, example
 
 @click.command(epilog=example("rotary plan qwen3-30b-a3b --vram 12GiB --ram 64GiB --link pcie4x16"))
 @click.argument("model")
-@click.option("--type", "type_name", help="Of a named shape: q4_k_m, q8_0, ...  [default: the usual one]")
+@click.option(
+    "--type", "type_name", help="Type of a named shape: q4_k_m, q8_0, ...  [default: the usual one]"
+)
 @click.option("--vram", help="GPU memory, such as 24GiB; 0 is none.  [default: what is free here]")
 @click.option("--ram", help="Memory that can be taken, such as 64GiB.  [default: what is available here]")
 @click.option(
     "--link", default="auto", show_default=True, help="Memory to GPU: pcie4x16, 25GB/s; auto is PCIe 4 x16."
 )
 @click.option("--disk", default="auto", show_default=True, help="Direct reads: 3.5GB/s; auto is that.")
-@click.option("--ram-rate", help="At which the CPU reads weights: 58GB/s.  [default: that, or measured]")
-@click.option("--vram-rate", help="At which the GPU reads weights.  [default: 936GB/s, an RTX 3090]")
+@click.option("--ram-rate", help="Rate at which the CPU reads weights: 58GB/s.  [default: that, or measured]")
+@click.option("--vram-rate", help="Rate at which the GPU reads weights.  [default: 936GB/s, an RTX 3090]")
 @CTX
-@click.option("--prompt", type=click.IntRange(min=1), help="Its tokens.  [default: 512, or half the context]")
-@click.option("--answer", type=click.IntRange(min=1), help="Its tokens.  [default: 128, or a quarter of it]")
+@click.option(
+    "--prompt", type=click.IntRange(min=1), help="Tokens of the prompt.  [default: 512, or half the context]"
+)
+@click.option(
+    "--answer", type=click.IntRange(min=1), help="Tokens of the answer.  [default: 128, or a quarter of it]"
+)
 @BUDGET
 @STORE
 @click.option("--trace", help="File of rotary trace: hit rates by replaying it.")
@@ -44,7 +50,7 @@ from .options import BUDGET, CTX, JSON, STORE, example
 @click.option("--plot", "plot_file", type=click.Path(), help="SVG to write: tok/s against budget.")
 @JSON
 def command(model: str, plot_file: str | None, as_json: bool, **asked: Any) -> None:
-    """Foretell speed and memory of a model, a file or a named shape, and say how to run it.
+    """Predict speed and memory of a model, a file or a named shape, and say how to run it.
 
     \b
     Shapes: mixtral-8x7b, mixtral-8x22b, qwen3-30b-a3b, qwen3-235b-a22b,

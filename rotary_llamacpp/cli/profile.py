@@ -14,7 +14,7 @@ from .options import example
 @click.argument("trace_files", metavar="TRACE...", nargs=-1, required=True)
 @click.option("-o", "--output", help="Where to write it.  [default: beside the model]", type=click.Path())
 def command(model: str, trace_files: tuple[str, ...], output: str | None) -> None:
-    """Learn from traces which experts a model wants most, to begin runs with."""
+    """Learn from traces which experts a model wants most, so that runs begin with them."""
     with exiting():
         from .. import traces
         from ..traces import profiles

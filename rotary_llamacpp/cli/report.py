@@ -31,7 +31,9 @@ from .options import COMPUTE, Names, Shares, example
 )
 @click.option("--link", default="pcie4x16", show_default=True, help="As for rotary simulate.")
 @COMPUTE
-@click.option("--depth", default=2, show_default=True, type=click.IntRange(1, 8), help="Layers ahead.")
+@click.option(
+    "--depth", default=2, show_default=True, type=click.IntRange(1, 8), help="Layers to predict ahead."
+)
 def command(trace_file: str, output: str, compute: float, **asked: Any) -> None:
     """Write one HTML page about a trace: what is chosen, policies, prefetch, time."""
     with exiting():

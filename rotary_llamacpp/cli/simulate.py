@@ -39,10 +39,12 @@ from .options import COMPUTE, JSON, Names, Number, Shares, example
     default="none",
     show_default=True,
     type=Names(("none", *PREDICTORS)),
-    help="none or what comes ahead, by commas.",
+    help="Predictors to prefetch with, by commas; none prefetches nothing.",
 )
 @click.option("--profile", help="File of rotary profile: what the transition predictor begins with.")
-@click.option("--depth", default=1, show_default=True, type=click.IntRange(1, 8), help="Layers ahead.")
+@click.option(
+    "--depth", default=1, show_default=True, type=click.IntRange(1, 8), help="Layers to predict ahead."
+)
 @click.option("--split", default=SPLITS[0], show_default=True, type=click.Choice(SPLITS), help="As for run.")
 @JSON
 def command(trace_file: str, compute: float, latency: float, split: str, as_json: bool, **asked: Any) -> None:

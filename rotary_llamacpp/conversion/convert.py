@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What ``rotary convert`` does, in order: read headers, plan, check, prepare, copy, verify, name.
+"""Converts models for ``rotary convert``: reads headers, plans, checks, prepares, copies, verifies and names.
 
-Says what it does by a callback and draws nothing. Whatever fails leaves no file of its own behind; an
-interruption leaves what is done under temporary names, and the same call goes on from there.
+Reports by a callback and draws nothing. A failure leaves no files behind; an interruption leaves what is done
+under temporary names, and the same call goes on from there.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from . import journal as journals
 from .quantising import Wish
 
 HISTORY_KEY = "rotary.convert.history"  # array of strings: one line a conversion, the oldest first
-_LONGEST_HISTORY = 32
+_MAX_HISTORY = 32
 
 Say = Callable[[str], object]
-Bar = Callable[[str, int], AbstractContextManager[copying.Progress]]  # of what, how many bytes
+Bar = Callable[[str, int], AbstractContextManager[copying.Progress]]  # takes a title and a number of bytes
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert.
+    """Options of a conversion.
 
     Attributes
     ----------
     alignment : int
-        Of every tensor, in bytes.
+        Alignment of every tensor, in bytes.
     split_bytes : int or None
-        Most bytes of a file; None is one file.
+        Maximum bytes of a file; None makes one file.
     profile : str
-        ``"auto"`` stores the one beside the source, or what the source has stored; a path; ``"off"`` none.
+        Profile to store: ``"auto"`` is the one beside the source or in it; or a path; ``"off"`` is none.
     wish : Wish
-        Other types of tensors, by llama.cpp's quantiser; nothing is quantised without.
+        Other types of tensors, made by llama.cpp's quantiser; by default nothing is quantised.
     verify : bool
-        Compare every tensor with its source when all is written.
+        Compare every tensor with the source at the end.
     force : bool
-        Replace files that are there.
+        Replace existing files.
     """
 
     alignment: int = PAGE
@@ -86,23 +86,23 @@ def convert(
     source : path-like
         A GGUF file, or the first of its shards, or a Hugging Face folder of safetensors.
     out : path-like
-        File to write; with `Options.split_bytes` its name without ``.gguf`` begins that of the shards.
+        File to write; with `Options.split_bytes`, shards are named after it.
     dry_run : bool
-        Only say what would be done.
+        Only report what would be done.
     say, bar : callable
-        Are called with lines of text; with what is being done and its bytes.
+        Callbacks that get lines of text, and each step with the number of bytes.
 
     Returns
     -------
     list of Path
-        The files, the one to load first; those planned with `dry_run`.
+        Files of the result, or with `dry_run` of the plan; the one to load comes first.
 
     Raises
     ------
     ModelError
         The source is damaged.
     RotaryError
-        It cannot be written, or not so.
+        The result cannot be written, or the options do not fit.
     """
     out = Path(out)
 
@@ -117,17 +117,17 @@ def convert(
         what = f"{error.strerror or error}"
         advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check it"
         raise RotaryError(
-            f"{where}: {what}, nothing is left of the conversion; {advice}, and convert again"
+            f"{where}: {what}, the conversion was undone; {advice}, and convert again"
         ) from error
 
 
 class _Work:
-    """One conversion: what is known before anything is written, and what is done in what order."""
+    """One conversion: plans it when it is made, and runs it."""
 
     def __init__(self, source: Path, out: Path, options: Options, say: Say, bar: Bar) -> None:
         self.source, self.out, self.options, self.say, self.bar = source, out, options, say, bar
         if not out.name or out.is_dir():
-            raise RotaryError(f"{str(out)!r}: is a folder; the result is a file; give its name too")
+            raise RotaryError(f"{str(out)!r}: is a folder; give the name of a file")
         quantising.patterns(options.wish)
         check_alignment(options.alignment)
         self.profile = _profile(source, options)
@@ -142,7 +142,7 @@ class _Work:
             self.folder_bytes = sum(file.stat().st_size for file in inputs if file.suffix == ".safetensors")
             self.description = (
                 f"{source}: {mib(self.folder_bytes)} of safetensors; llama.cpp's converter makes a "
-                "GGUF of it first, and what is in that is known then"
+                "GGUF of it first, and the plan follows"
             )
         else:
             self._plan(read_shards(source))
@@ -164,18 +164,18 @@ class _Work:
 
     @property
     def outputs(self) -> list[Path]:
-        """Names of the result; that of the first alone until more is known."""
+        """Paths of the result; only the first until a folder has been read."""
         return [output.path for output in self.layout.outputs] if self.layout else [self.out]
 
     def _temporary(self) -> dict[Path, int]:
-        """Files that are still to be written under names of their own, and their bytes."""
+        """Temporary files that are still to be written, with their bytes."""
         if self.layout is None:
             return {self.made: self.folder_bytes, journals.part(self.out): self.folder_bytes}
         found = {journals.part(output.path): output.n_bytes for output in self.layout.outputs}
         return found | ({self.quantised: self.planned.n_bytes} if self.planned else {})
 
     def run(self, dry_run: bool) -> list[Path]:
-        """All of it; what is left behind is told where it goes on."""
+        """Run the conversion; return the paths of the result."""
         self._check_places()
         self.say(self.description)
         if dry_run:
@@ -191,7 +191,7 @@ class _Work:
         keep = False
         try:
             if journal.stale:
-                self.say("another conversion was begun here; this one begins anew")
+                self.say("another conversion was begun here; this one starts over")
             layout = self._write(journal)
             with copying.undisturbed():
                 copying.give_names(layout, force=self.options.force)
@@ -208,7 +208,7 @@ class _Work:
         return self.outputs
 
     def _write(self, journal: journals.Journal) -> Layout:
-        """All files under temporary names; what they hold."""
+        """Write all files under temporary names; return their layout."""
         journal.claim(self._temporary())
         if self.layout is None:
             if not journal.has(self.made):
@@ -247,9 +247,9 @@ class _Work:
         self, journal: journals.Journal, path: Path, what: str, n_bytes: int,
         make: Callable[[copying.Progress], None],
     ) -> None:  # fmt: skip
-        """A file that the next steps read is there and whole."""
+        """Make a file that the next steps read, unless it is complete already."""
         if journal.has(path):
-            self.say(f"going on with {path.name}, which is whole")
+            self.say(f"going on with {path.name}, which is complete")
         else:
             path.unlink(missing_ok=True)
             with self.bar(what, n_bytes) as progress:
@@ -261,10 +261,7 @@ class _Work:
     def _check_unchanged(self) -> None:
         for path, before in self.before.items():
             if journals.identity(path) != before:
-                raise ModelError(
-                    f"{path}: changed while it was converted; the result would be of two models; "
-                    "convert it again"
-                )
+                raise ModelError(f"{path}: changed while it was converted; convert it again")
 
     def _check_places(self) -> None:
         read = {
@@ -272,18 +269,14 @@ class _Work:
         }
         for path in (*self.outputs, *self._temporary(), journals.note_path(self.out)):
             if os.path.realpath(path) in read:
-                raise RotaryError(
-                    f"{path}: is read and written; a model is not converted in place; give another name"
-                )
+                raise RotaryError(f"{path}: a model is not converted in place; give another name")
         for path in self.outputs:
             if path.is_dir():
-                raise RotaryError(f"{path}: is a folder; the result is a file; give another name")
+                raise RotaryError(f"{path}: is a folder; give another name")
             if os.path.lexists(path) and not self.options.force:
-                raise RotaryError(f"{path}: is there already; --force replaces it; or give another name")
+                raise RotaryError(f"{path}: exists; give --force to replace it, or another name")
         if not self.out.parent.is_dir():
-            raise RotaryError(
-                f"{self.out.parent}: no such folder; the result goes there; make it, or give another"
-            )
+            raise RotaryError(f"{self.out.parent}: no such folder; make it, or give another")
 
     def _check_space(self) -> None:
         folder = self.out.parent
@@ -292,7 +285,7 @@ class _Work:
         if wanted > free:
             raise RotaryError(
                 f"{folder}: {mib(wanted, 0)} wanted, {mib(free, 0)} free; "
-                "the source stays beside the result; free some space, or write to another disk"
+                "free some space, or write to another disk"
             )
 
     def _lay_out(self, headers: list[GGUFHeader]) -> Layout:
@@ -320,7 +313,7 @@ class _Work:
             f"file{'s' * (len(self.headers) > 1)}; alignment {self.options.alignment}"
             + (f"; {wish}" if wish else "")
         )
-        return encode(HISTORY_KEY, [*before, line][-_LONGEST_HISTORY:])
+        return encode(HISTORY_KEY, [*before, line][-_MAX_HISTORY:])
 
     def _done_bytes(self, journal: journals.Journal) -> int:
         file, n_bytes = journal.done
@@ -336,7 +329,7 @@ class _Work:
 
 
 def _profile(source: Path, options: Options) -> Path | None:
-    """The file of the profile to store; None for none."""
+    """Path of the profile to store; None if there is none."""
     if options.profile == "off":
         return None
     path = profiles.beside(source) if options.profile == "auto" else Path(options.profile)

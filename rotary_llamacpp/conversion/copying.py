@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Moves planned files' bytes to where they belong: in constant memory, resumable, named once they are whole.
+"""Copies the bytes of planned files: in constant memory, resumable, and named once they are complete.
 
-Bytes go from file to file inside the kernel, through one buffer where it cannot do that. A thread makes
-what was copied durable and only then notes how far that was, so that the note is true after a power cut too,
-and the disk writes while the next bytes are copied. The thread that calls does everything else.
+Bytes go from file to file inside the kernel, or through one buffer where it cannot do that. A thread makes
+what was copied durable, and notes the position only then, so that the note is true even after a power cut,
+and the disk writes while the next bytes are copied. The calling thread does everything else.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Move:
 
 
 def moves(output: Output, done: int = 0) -> Iterator[_Move]:
-    """What is still to be moved once the first `done` bytes of a file are there."""
+    """Moves that remain when the first `done` bytes of a file are written."""
     for weight, at in output.weights:
         to = at
         for piece in weight.pieces:
@@ -67,7 +67,7 @@ class _Copier:
         self._buffer: memoryview | None = None
 
     def move(self, source: int, result: int, move: _Move) -> int:
-        """Bytes moved, some of the beginning; 0 where the source ends."""
+        """Copy the beginning of a range; return the bytes copied, 0 where the source ends."""
         n_bytes = min(move.n_bytes, CHUNK_BYTES)
         if self.kernel:
             try:
@@ -115,7 +115,7 @@ class _Durable(threading.Thread):
             return self.copied > self.noted
 
     def reached(self, n_bytes: int) -> None:
-        """So much of the file is copied now."""
+        """Report that so many bytes of the file are copied."""
         if self.error:
             raise self.error
         with self._more:
@@ -193,8 +193,8 @@ def _copy_one(
                     n_bytes = copier.move(fds[left.source], fd, left)
                     if n_bytes == 0:
                         raise ModelError(
-                            f"{sources[left.source]}: ends at byte {left.at}, {left.n_bytes} more were there "
-                            "when it was opened; a model does not change meanwhile; convert it again"
+                            f"{sources[left.source]}: ends at byte {left.at}, {left.n_bytes} bytes early; "
+                            "it changed while it was converted; convert it again"
                         )
                     left = _Move(left.source, left.at + n_bytes, left.to + n_bytes, left.n_bytes - n_bytes)
                     progress(left.to - done)  # with the padding before it
@@ -225,7 +225,7 @@ def check_headers(layout: Layout) -> None:
     Raises
     ------
     RotaryError
-        It is not what was planned.
+        A header differs from what was planned.
     """
     for output in layout.outputs:
         header = read_header(part(output.path))
@@ -234,7 +234,7 @@ def check_headers(layout: Layout) -> None:
         if found != planned or header.n_bytes != output.n_bytes:
             raise RotaryError(
                 f"{output.path}: {len(found)} tensors in {header.n_bytes} bytes were written, {len(planned)} "
-                f"in {output.n_bytes} planned; the disk gave back something else; check it with its own tools"
+                f"in {output.n_bytes} planned; check the disk"
             )
 
 
@@ -244,7 +244,7 @@ def verify(layout: Layout, sources: Sequence[Path], progress: Progress = lambda 
     Raises
     ------
     RotaryError
-        One differs.
+        A tensor differs.
     """
     buffers = (np.empty(_BUFFER_BYTES, np.uint8), np.empty(_BUFFER_BYTES, np.uint8))
     with _opened(sources) as fds:
@@ -271,13 +271,13 @@ def _compare(
             name = next(w.name for w, at in output.weights if move.to < at + w.n_bytes)
             raise RotaryError(
                 f"{output.path}: {name} differs from {source} within {n_bytes} bytes from "
-                f"{move.to + begin}; a copy is equal; check disk and memory, try again"
+                f"{move.to + begin}; check disk and memory, and try again"
             )
         progress(n_bytes)
 
 
 def _soon(fd: int, at: int) -> None:
-    """Have the disk read on while what is there is compared; its own read-ahead is short."""
+    """Let the disk read the next blocks while these are compared; the kernel's own read-ahead is short."""
     with contextlib.suppress(OSError):
         os.posix_fadvise(fd, at, 2 * _BUFFER_BYTES, os.POSIX_FADV_WILLNEED)
 
@@ -290,14 +290,14 @@ def _read_into(fd: int, view: NDArray[np.uint8], at: int) -> int:
 
 
 def give_names(layout: Layout, *, force: bool = False) -> None:
-    """Rename the whole files, the one that is loaded last.
+    """Rename the complete files, the first shard last.
 
-    If one cannot be renamed, those that were lose their names again, unless they replaced a file.
+    If one cannot be renamed, those that were renamed are removed, unless they replaced a file.
 
     Raises
     ------
     RotaryError
-        There is a file of such a name, and `force` is not given; or some are replaced and some are not.
+        A file of that name exists, and `force` is not given; or only some files were replaced.
     OSError
         They cannot be renamed.
     """
@@ -305,20 +305,20 @@ def give_names(layout: Layout, *, force: bool = False) -> None:
     replaced: list[Path] = []
     try:
         for output in reversed(layout.outputs):
-            there = os.path.lexists(output.path)
-            if there and not force:
+            exists = os.path.lexists(output.path)
+            if exists and not force:
                 raise RotaryError(
-                    f"{output.path}: was made by another meanwhile; --force replaces it; or give another name"
+                    f"{output.path}: appeared during the conversion; give --force, or another name"
                 )
             os.replace(part(output.path), output.path)
-            (replaced if there else made).append(output.path)
+            (replaced if exists else made).append(output.path)
     except BaseException as error:
         for path in made:
             path.unlink(missing_ok=True)
         if replaced:
             raise RotaryError(
                 f"{output.path}: not replaced, {error}; {len(replaced)} of {len(layout.outputs)} files were, "
-                "and the old model is lost; mend that, and convert again"
+                "and the old model is lost; convert again"
             ) from error
         raise
     with contextlib.suppress(OSError):  # some file systems cannot
@@ -331,9 +331,9 @@ def give_names(layout: Layout, *, force: bool = False) -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Signals that end a process are ignored meanwhile, where this is the thread that Python gives them to.
+    """Ignore signals that end a process, if this is the thread to which Python delivers them.
 
-    A mask would not do: another thread would take the signal, and this one would still be interrupted.
+    A signal mask would not do: another thread would take the signal, and interrupt this one all the same.
     """
     before = {}
     try:

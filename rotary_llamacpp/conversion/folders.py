@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Makes a GGUF of a Hugging Face folder with the converter of the pinned llama.cpp source, as a program.
+"""Converts a Hugging Face folder to GGUF with the program in the pinned llama.cpp source.
 
-That converter knows the architectures; nothing of it is repeated here. It is no part of a wheel, so that the
-source must be there: ROTARY_LLAMA_CPP_DIR, or build/sdist of a checkout, where ``make setup`` unpacks it.
+The program knows the architectures; nothing of it is repeated here. Wheels do not contain it, so the source
+is needed: ROTARY_LLAMA_CPP_DIR, or build/sdist of a checkout, where ``make setup`` unpacks it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _LOOK_S = 0.2  # between two looks at how far it is
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The folder's files, without what conversions put there.
+    """Files of a folder, without those of conversions.
 
     Raises
     ------
     ModelError
-        It is no folder of a model.
+        The folder has no model.
     """
     found = sorted(path for path in folder.iterdir() if path.is_file())
     n_weights = sum(path.suffix == ".safetensors" for path in found)
@@ -40,39 +40,39 @@ def files_of(folder: Path) -> list[Path]:
     if not n_weights or not config:
         raise ModelError(
             f"{folder}: {n_weights} safetensors files and {'a' if config else 'no'} config.json; "
-            "a Hugging Face model has both; give its folder, or a GGUF file"
+            "a Hugging Face model has both; give a folder with both, or a GGUF file"
         )
     return [path for path in found if not path.name.endswith((".gguf", ".part", ".part.json"))]
 
 
 def converter() -> Path:
-    """The pinned source's converter, whose imports are there.
+    """Path of the converter in the pinned source, after checking that it can be run.
 
     Raises
     ------
     RotaryError
-        There is no such source, or an import is missing; the message says what to install.
+        The source or an import is missing; the message says what to install.
     """
     sdist = Path(__file__).resolve().parents[2] / "build" / "sdist"
     unpacked = sdist / f"llama_cpp_python-{pinned.LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
     source = Path(os.environ.get("ROTARY_LLAMA_CPP_DIR", unpacked))
     if not (source / _SCRIPT).is_file():
         raise RotaryError(
-            f"{source / _SCRIPT}: not there; safetensors are read by the converter of llama.cpp's source; "
+            f"{source / _SCRIPT}: missing; safetensors are read by this converter in llama.cpp's source; "
             f"run `make setup` in a checkout, or set ROTARY_LLAMA_CPP_DIR to vendor/llama.cpp of the "
             f"llama-cpp-python {pinned.LLAMA_CPP_PYTHON} sdist"
         )
     missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise RotaryError(
-            f"{_SCRIPT}: {', '.join(missing)} cannot be imported; it needs them to read safetensors; run "
+            f"{_SCRIPT}: {', '.join(missing)} cannot be imported; run "
             f"`pip install -r {source / _REQUIREMENTS}`"
         )
     return source / _SCRIPT
 
 
 def to_gguf(folder: Path, target: Path, progress: Callable[[int], object]) -> None:
-    """Write a folder's model to one GGUF file, in the 16-bit float that it has.
+    """Write the model of a folder to one GGUF file, in the 16-bit float type that it has.
 
     `progress` is called with bytes of that file.
 
@@ -81,7 +81,7 @@ def to_gguf(folder: Path, target: Path, progress: Callable[[int], object]) -> No
     ModelError
         The converter does not know the model, or failed.
     RotaryError
-        It cannot run.
+        The converter cannot run.
     """
     script = converter()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -93,13 +93,12 @@ def to_gguf(folder: Path, target: Path, progress: Callable[[int], object]) -> No
             while process.returncode is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_LOOK_S)
-                there = size(target)
-                progress(there - seen)
-                seen = there
+                written = size(target)
+                progress(written - seen)
+                seen = written
         if process.returncode != 0 or not target.is_file():
             log.seek(0)
             said = [line.strip() for line in log if line.strip()] or [f"exit status {process.returncode}"]
             raise ModelError(
-                f"{folder}: {_SCRIPT} failed, {said[-1]}; it converts what llama.cpp supports; "
-                f"run it by hand for all it says: {script}"
+                f"{folder}: {_SCRIPT} failed, {said[-1]}; run it by hand to see all of its output: {script}"
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Temporary files of a conversion and the note of how far it is, so that an interrupted one goes on."""
+"""Keeps the temporary files and the progress of a conversion, so that an interrupted one can go on."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _BEGIN = b'{"subject": '  # of every journal
 
 
 def part(path: Path) -> Path:
-    """The name of a file that is not whole yet."""
+    """Path of a file while it is not complete."""
     return path.with_name(path.name + ".part")
 
 
 def identity(path: Path) -> list[Any]:
-    """What tells that a file is still the same: its path, bytes and time of change."""
+    """Path, bytes and time of change of a file, to notice that it changed."""
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 def note_path(out: Path) -> Path:
-    """Where the journal of a conversion to `out` is."""
+    """Path of the journal of a conversion to `out`."""
     return part(out).with_name(part(out).name + ".json")
 
 
 def size(path: Path) -> int:
-    """0 where there is no file."""
+    """Bytes of a file; 0 if there is none."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -44,7 +44,7 @@ def size(path: Path) -> int:
 
 
 def _check(names: object, stages: object, layout: object, done: object) -> None:
-    """A ValueError for what no journal says."""
+    """Raise a ValueError for content that no journal has."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("files")
     if not isinstance(stages, dict) or not isinstance(layout, str):
@@ -58,11 +58,11 @@ def _check(names: object, stages: object, layout: object, done: object) -> None:
 
 
 class Journal:
-    """``OUT.part.json``: what is being made out of what, and how many bytes of it are durable.
+    """``OUT.part.json``: sources and results of a conversion, and how many bytes of these are durable.
 
-    Held locked, so that two conversions do not write the same files. Names every temporary file before it is
-    made, by its name alone, and removes no other. Written in place; of one that was cut off meanwhile only
-    that it was one is believed.
+    The journal is locked, so that two conversions do not write the same files. It lists the name of every
+    temporary file before that is made, and removes no other file. It is written in place; one that was cut
+    off is only known to have been a journal.
     """
 
     def __init__(self, out: Path, subject: Mapping[str, Any]) -> None:
@@ -90,7 +90,7 @@ class Journal:
                 os.close(fd)
                 raise RotaryError(
                     f"{out}: being converted by another process, which holds {self.path.name}; "
-                    "one at a time; wait for it or give another name"
+                    "wait for it, or give another name"
                 ) from None
             except OSError:  # a file system without locks
                 return fd
@@ -106,8 +106,8 @@ class Journal:
             return
         if not raw.startswith(_BEGIN):
             raise RotaryError(
-                f"{self.path}: is there already, and no journal of a conversion; its name is needed until "
-                "the result is whole; move it away, or give another name"
+                f"{self.path}: exists and is not the journal of a conversion; "
+                "move it away, or give another name"
             )
         self.stale = True
         try:
@@ -129,28 +129,27 @@ class Journal:
             self.path.with_name(name).unlink(missing_ok=True)
 
     def claim(self, paths: Collection[Path]) -> None:
-        """These temporary files are this conversion's from here on.
+        """Register temporary files as those of this conversion.
 
         Raises
         ------
         RotaryError
-            One is there already, and no conversion's.
+            A file of that name exists and is of no conversion.
         """
         for path in paths:
             if os.path.lexists(path) and path.name not in self._files and not self._cut_off:
                 raise RotaryError(
-                    f"{path}: is there already, and of no conversion; its name is needed until the result is "
-                    "whole; move it away, or give another name"
+                    f"{path}: exists and is of no conversion; move it away, or give another name"
                 )
         self._files |= {path.name for path in paths}
         self.write()
 
     def has(self, path: Path) -> bool:
-        """Whether a temporary input is whole, and still what it was then."""
+        """Whether a temporary input is complete and unchanged."""
         return path.is_file() and self._stages.get(path.name) == identity(path)
 
     def finish(self, path: Path) -> None:
-        """A temporary input is whole; make it durable, then note that."""
+        """Make a temporary input durable, and note that it is complete."""
         with path.open("rb") as file:
             os.fsync(file.fileno())
         self._stages[path.name] = identity(path)
@@ -158,28 +157,28 @@ class Journal:
 
     @property
     def resumable(self) -> bool:
-        """Whether anything is done that need not be done again."""
+        """Whether some work is done that need not be done again."""
         return self.done != [0, 0] or bool(self._stages)
 
     def begin(self, layout: Layout) -> None:
-        """From here on `done` is of this layout; from its start, unless its files are there so far."""
+        """Let `done` count bytes of this layout, from 0 unless the journal's own files are of it already."""
         digest = hashlib.sha256()
         for output in layout.outputs:
             digest.update(os.fsencode(f"{output.path.name}\n{output.n_bytes}\n") + output.header)
-        there = (size(part(output.path)) == output.n_bytes for output in layout.outputs)
+        complete = (size(part(output.path)) == output.n_bytes for output in layout.outputs)
         n_needed = min(self.done[0] + (self.done[1] > 0), len(layout.outputs))
-        if self._layout != digest.hexdigest() or not all(itertools.islice(there, n_needed)):
+        if self._layout != digest.hexdigest() or not all(itertools.islice(complete, n_needed)):
             self.done = [0, 0]
         self._layout = digest.hexdigest()
         self.claim([part(output.path) for output in layout.outputs])
 
     def note(self, file: int, n_bytes: int) -> None:
-        """The first `n_bytes` of this file are durable, and all files before."""
+        """Note that the first `n_bytes` of a file are durable, and all files before it."""
         self.done = [file, n_bytes]
         self.write()
 
     def write(self) -> None:
-        """Make what is known durable."""
+        """Write the journal, durably."""
         assert self._fd is not None
         known = {
             "subject": self.subject, "stages": self._stages, "layout": self._layout,
@@ -191,7 +190,7 @@ class Journal:
         os.fsync(self._fd)
 
     def close(self, *, remove: bool) -> None:
-        """Let go of it once; `remove` it and all temporary files where nothing is left to resume."""
+        """Unlock the journal; `remove` it and all temporary files if nothing is to be resumed. Idempotent."""
         if self._fd is None:
             return
         if remove:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Changes the types of a model's tensors with llama.cpp's own quantiser, in a process of its own.
+"""Changes the types of a model's tensors with llama.cpp's own quantiser, in a child process.
 
-Of its own, because llama_model_quantize() ends for no signal, and aborts the process on what it did not
-expect. The process is this module; it reads JSON from standard input and writes llama.cpp's log to standard
-output. Every tensor gets a rule, so that none of llama.cpp's mixtures is applied.
+A child process, because llama_model_quantize() stops for no signal, and aborts on unexpected input. The child
+runs this module; it reads JSON from standard input and writes llama.cpp's log to standard output. Every
+tensor gets a rule, so that none of llama.cpp's mixtures is applied.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NO_QUANTISER = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
 TYPES = {kind.name: int(kind) for kind in GGMLQuantizationType if kind.name not in _NO_QUANTISER}
 _MIXTURES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}  # general.file_type
 _NO_BLOCKS = ("F32", "F16", "BF16")
-_OURS = "Error: "  # begins a line of this module, and of none of llama.cpp's
+_OURS = "Error: "  # how lines of this module begin, and none of llama.cpp
 _EXPERTS = r"^blk\.\d+\.ffn_(gate|up|down|gate_up)(_exps|_chexps|\.\d+)\.weight$"
 _BUFFER_BYTES = 256 * MIB  # of rows that the quantiser holds at once; its own default is 8 GiB
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[")
@@ -43,17 +43,18 @@ _CHANGED = re.compile(r"size = [^\n]* MiB -> [^\n]* MiB \((\w+)\)")
 
 @dataclass(frozen=True)
 class Wish:
-    """What types are wanted; None keeps those that are there.
+    """Wanted types of tensors; None keeps the type that a tensor has.
 
     Attributes
     ----------
     experts, rest : str or None
-        Types as gguf names them, Q3_K say, of the experts and of all else that llama.cpp quantises.
+        Types as gguf names them, such as Q3_K, of the experts and of everything else that llama.cpp
+        quantises.
     types : tuple of str
-        ``PATTERN=TYPE``, a regular expression found in a tensor's name; the first that is found counts, and
-        before the other two.
+        ``PATTERN=TYPE`` with a regular expression to find in names of tensors; the first match counts, before
+        the other two.
     imatrix : str or None
-        A GGUF of llama-imatrix.
+        Importance matrix, a GGUF of llama-imatrix.
     """
 
     experts: str | None = None
@@ -71,33 +72,29 @@ class Wish:
 
 
 def type_number(name: str) -> int:
-    """Of a type's name in either case.
+    """Number of a type, by name in upper or lower case.
 
     Raises
     ------
     RotaryError
-        There is no such type.
+        Nothing can be quantised to a type of that name.
     """
     if name.upper() not in TYPES:
-        raise RotaryError(
-            f"type {name!r}: nothing is quantised to it; those of a single tensor are {', '.join(TYPES)}; "
-            "give one of them"
-        )
+        raise RotaryError(f"type {name!r}: not a type to quantise tensors to; give one of {', '.join(TYPES)}")
     return TYPES[name.upper()]
 
 
 def patterns(wish: Wish) -> list[tuple[str, int]]:
-    """The patterns of `types` and their types.
+    """Check a wish, and return the patterns of `types` with the numbers of types.
 
     Raises
     ------
     RotaryError
-        The wish cannot be one of any model: a type or a pattern is none, or nothing is to be quantised.
+        A type or a pattern is not valid, or nothing is to be quantised.
     """
     if wish.imatrix and not wish:
         raise RotaryError(
-            f"{wish.imatrix}: an importance matrix, and no type; it is for quantising; "
-            "give --experts, --rest or --type too"
+            f"{wish.imatrix}: an importance matrix is for quantising; give --experts, --rest or --type too"
         )
     for kind in (wish.experts, wish.rest):
         if kind is not None:
@@ -108,24 +105,21 @@ def patterns(wish: Wish) -> list[tuple[str, int]]:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise RotaryError(
-                f"{text}: {error}; a regular expression is wanted before '='; mend it"
-            ) from None
+            raise RotaryError(f"{text}: {error}; write a regular expression before '='") from None
         if not equals or not pattern:
-            raise RotaryError(f"{text}: no type for a pattern; PATTERN=TYPE is wanted; write it so")
+            raise RotaryError(f"{text}: has no type; write PATTERN=TYPE")
         made.append((pattern, type_number(kind)))
     return made
 
 
 def rules(wish: Wish, headers: Sequence[GGUFHeader]) -> list[tuple[str, int]]:
-    """Patterns and types for the quantiser: the first that matches counts, and one matches each tensor."""
+    """Make patterns and types for the quantiser. The first match counts, and every tensor has one."""
     made = patterns(wish)
     tensors = [tensor for header in headers for tensor in header.tensors]
     for pattern, _ in made:
         if not any(re.search(pattern, tensor.name) for tensor in tensors):
             raise RotaryError(
-                f"{headers[0].path}: no tensor's name has {pattern!r}; a pattern is of some; "
-                "mend it, gguf-dump shows names"
+                f"{headers[0].path}: {pattern!r} matches no tensor; gguf-dump shows names of tensors"
             )
     for tensor in tensors:
         is_expert = re.search(_EXPERTS, tensor.name) is not None
@@ -139,7 +133,7 @@ def rules(wish: Wish, headers: Sequence[GGUFHeader]) -> list[tuple[str, int]]:
 
 
 def announced(wish: Wish) -> int | None:
-    """What general.file_type becomes: the experts' type, else the rest's; None with patterns alone."""
+    """Value of general.file_type: the type of the experts, else of the rest; None with patterns alone."""
     kind = wish.experts or wish.rest
     if kind is None:
         return None
@@ -147,8 +141,8 @@ def announced(wish: Wish) -> int | None:
     return int(LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"])
 
 
-def _heeding(wish: Wish) -> str:
-    """A file type to call the quantiser with, which heeds rules only where that has blocks."""
+def _file_type(wish: Wish) -> str:
+    """Name of a file type to call the quantiser with; it applies rules only if that type has blocks."""
     for kind in (wish.experts, wish.rest, *(text.rpartition("=")[2] for text in wish.types)):
         if kind and kind.upper() not in _NO_BLOCKS:
             return _MIXTURES.get(kind.upper(), kind.upper())
@@ -160,10 +154,10 @@ def _request(wish: Wish, headers: Sequence[GGUFHeader], target: Path, dry_run: b
         "source": str(headers[0].path),
         "target": str(target),
         "rules": rules(wish, headers),
-        "file_type": _heeding(wish),
+        "file_type": _file_type(wish),
         "imatrix": wish.imatrix,
         "dry_run": dry_run,
-        # It pads to 32 whatever the source's metadata says, and would say what that says.
+        # The quantiser aligns to 32, and would copy another alignment from the source's metadata.
         "realign": headers[0].alignment != 32,
     }
 
@@ -171,7 +165,7 @@ def _request(wish: Wish, headers: Sequence[GGUFHeader], target: Path, dry_run: b
 def quantise(
     wish: Wish, headers: Sequence[GGUFHeader], target: Path, progress: Callable[[int], object]
 ) -> None:
-    """Write the model with other types to one file; `progress` is called with bytes of the source.
+    """Write the model with other types to one file; call `progress` with bytes of the source.
 
     Raises
     ------
@@ -190,16 +184,16 @@ def quantise(
 
 
 def planned(wish: Wish, headers: Sequence[GGUFHeader]) -> tuple[GGUFHeader | None, list[str]]:
-    """What `quantise` will write, as far as a layout needs it, and lines on what changes.
+    """Predict what `quantise` will write, as far as a layout needs it; return it with lines on what changes.
 
-    None where nothing does. llama.cpp itself says the types.
+    None if nothing changes. llama.cpp itself decides the types, in a dry run.
 
     Raises
     ------
     ModelError
-        llama.cpp does not read this model, or the importance matrix is none.
+        llama.cpp does not read this model, or the importance matrix is not valid.
     RotaryError
-        It quantises this only with an importance matrix, or another one.
+        llama.cpp needs an importance matrix for these types, or another one.
     """
     log = _run(_request(wish, headers, Path(os.devnull), True), headers[0].path, lambda _: None)
     kinds = {}
@@ -208,11 +202,10 @@ def planned(wish: Wish, headers: Sequence[GGUFHeader]) -> tuple[GGUFHeader | Non
         if changed := _CHANGED.search(log, match.end(), following.start() if following else len(log)):
             kinds[match[1]] = type_number(changed[1])
     if not kinds:
-        return None, [f"{' ' * 16}no tensor changes: all are of these types, or llama.cpp quantises none"]
+        return None, [f"{' ' * 16}no tensor changes: all have these types, or llama.cpp quantises none"]
     if "will require an imatrix" in log:
         raise RotaryError(
-            f"{headers[0].path}: {wish} needs an importance matrix; types of so few bits are useless else; "
-            "give --imatrix, or a larger type"
+            f"{headers[0].path}: {wish} needs an importance matrix; give --imatrix, or a larger type"
         )
     tensors, changing, at = [], [], 0
     counts: dict[tuple[str, str], int] = {}
@@ -231,7 +224,7 @@ def planned(wish: Wish, headers: Sequence[GGUFHeader]) -> tuple[GGUFHeader | Non
     if wish.imatrix:
         lines.append(imatrices.coverage(wish.imatrix, changing))
     if any(before not in _NO_BLOCKS for before, _ in counts):
-        lines.append("quantised before: what that lost stays lost; the original gives better")
+        lines.append("quantised before: what that lost stays lost; better start from the original")
     return replace(headers[0], tensors=tuple(tensors), n_bytes=at), [" " * 16 + line for line in lines]
 
 
@@ -249,22 +242,20 @@ def _run(request: Mapping[str, Any], model: Path, on_tensor: Callable[[str], Non
         process.wait()
     if "iostream error" in log:
         raise RotaryError(
-            f"{request['target']}: cannot be written, {_last(log, 'iostream error')}; the quantised model "
-            "goes there first; free some space, and convert again"
+            f"{request['target']}: cannot be written, {_last(log, 'iostream error')}; where the quantised "
+            "model goes first; free some space, and convert again"
         )
     if process.returncode != 0 and (ours := _last(log, _OURS)):
         raise RotaryError(ours.removeprefix(_OURS))
     if process.returncode != 0:
         said = _last(log, "failed to quantize", "GGML_ASSERT")
         why = said or f"the quantiser ended with status {process.returncode}"
-        raise ModelError(
-            f"{model}: not quantised, {why}; llama.cpp quantises models it can load; check model and types"
-        )
+        raise ModelError(f"{model}: not quantised, {why}; check model and types")
     return log
 
 
 def _last(log: str, *words: str) -> str:
-    """The last line with one of these."""
+    """Last line of a log that has one of these words."""
     said = [line.strip() for line in log.splitlines() if any(word in line for word in words)]
     return said[-1] if said else ""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Bars of bytes on standard error, with rate and time left. Loads nothing of llama.cpp, as live.py does."""
+"""Progress bars of bytes on standard error, with rate and time left. Loads nothing of llama.cpp."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 
 class _Terminal:
-    """Standard error, to which what cannot be written is lost: its terminal may be gone meanwhile."""
+    """Standard error that drops what cannot be written, because the terminal may be gone."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
@@ -29,9 +29,7 @@ class _Terminal:
 def bars(
     off: bool = False,
 ) -> Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], object]]]:
-    """Makes bars of bytes with rate and time left, on standard error; ones that show nothing if that is no
-    terminal, or `off`.
-    """
+    """Return a maker of progress bars, which show nothing if `off` or if standard error is not a terminal."""
 
     @contextlib.contextmanager
     def bar(what: str, n_bytes: int) -> Iterator[Callable[[int], object]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lines in SVG, for pages and for files of their own, without anything but text."""
+"""Draws lines in SVG, for pages and for separate files."""
 
 from __future__ import annotations
 

@@ -43,13 +43,10 @@ def watching(off: bool = False, panel: bool = False) -> Iterator[Watcher | None]
         Both `off` and `panel`.
     """
     if off and panel:
-        raise RotaryError(
-            "--live: --no-progress, --json or --verbose is given too; none of them goes with a panel; "
-            "leave it out"
-        )
+        raise RotaryError("--live: cannot be combined with --no-progress, --json or --verbose; leave one out")
     if panel and (reason := _why_no_panel()):
         logging.getLogger("rotary_llamacpp").warning(
-            "--live: no panel, %s; it takes a terminal whose cursor moves; run in one, or leave --live out",
+            "--live: no panel, %s; run in a terminal whose cursor moves, or leave --live out",
             reason,
         )
         panel = False
@@ -79,7 +76,7 @@ def _why_no_panel() -> str | None:
 
 
 class Live(Watcher):
-    """Draws one line at the cursor and takes it away again.
+    """Draws one line at the cursor, and removes it at the end.
 
     Parameters
     ----------
@@ -175,7 +172,7 @@ class Live(Watcher):
                 self._bar = None
 
     def _make_way(self, record: logging.LogRecord) -> None:
-        """Our logger's `handle` meanwhile: a line begins on a clear one, and nothing is drawn over it."""
+        """Handle a record of our logger on a clear line, over which nothing is drawn."""
         with self._drawing:
             if self._bar is not None:
                 self._bar.clear()
@@ -183,7 +180,7 @@ class Live(Watcher):
 
 
 def poll(figures: Figures) -> list[str]:
-    """``["hits 81.2 %", "disk 812 MiB/s"]``, without what does not apply; the disk's since the last poll."""
+    """Poll, and return texts such as ``["hits 81.2 %", "disk 812 MiB/s"]``, the disk since the last poll."""
     since = figures.poll()
     parts = []
     if figures.stats["hit_rate"] is not None:

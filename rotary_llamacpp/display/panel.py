@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The panel of ``rotary run --live``: what a running model does, drawn over and over at the cursor.
+"""The panel of ``rotary run --live``: figures of a running model, drawn repeatedly at the cursor.
 
-A frame is made by `frame`, from figures alone. `Panel` has the terminal and one thread, which polls the
-counters and draws; it takes from the thread that runs the model no more than a few assignments a token.
+`frame` makes a frame from figures alone. `Panel` has the terminal and one thread, which polls the counters
+and draws; the thread that runs the model only makes a few assignments a token.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TIMES = (  # of the thread that computes, one after the other: counter, name, c
 
 
 class Symbols(NamedTuple):
-    """What graphs are made of."""
+    """Characters of graphs."""
 
     levels: str  # of a rate, from 0 to 1
     shares: str  # of time: stall, paging, device, the rest
@@ -55,17 +55,17 @@ ASCII = Symbols("_.:-=+*#", "#=-.", " ", "-")
 
 
 class Tail:
-    """The last lines of a text that grows, broken between words; of the rest nothing is kept."""
+    """The last lines of a growing text, broken between words. Earlier lines are dropped."""
 
     def __init__(self) -> None:
         self._text = ""  # begins where a line does
 
     def add(self, text: str) -> None:
-        """Go on with this. Control characters, which could move the cursor, become spaces."""
+        """Append text. Control characters, which could move the cursor, become spaces."""
         self._text += "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
     def lines(self, width: int) -> list[str]:
-        """A few, of at most `width` columns each."""
+        """The last few lines, of at most `width` columns."""
         starts, column = [0], 0
         for found in re.finditer(r"\n| +|[^ \n]+", self._text):
             at, word = found.start(), found[0]
@@ -91,18 +91,18 @@ class Tail:
 
 @dataclass(frozen=True)
 class View:
-    """What a frame shows, but for the text.
+    """Content of a frame, without the text.
 
     Parameters
     ----------
     phase : str
         ``"loading"``, ``"prompt"`` or ``"tokens"``.
     seconds : float
-        Since the phase began.
+        Seconds since the phase began.
     done : float or None
-        Of the phase, 0 to 1.
+        Share of the phase that is done, 0 to 1.
     amount : str
-        The same in words, such as ``"45 of 128"``.
+        Progress in words, such as ``"45 of 128"``.
     now, average : float or None
         Tokens per second.
     model : str
@@ -122,7 +122,7 @@ class View:
 
 
 def frame(view: View, tail: Tail, width: int, height: int, symbols: Symbols = UNICODE) -> list[Text]:
-    """At most `height` lines of at most `width` columns; all figures where there is room for them."""
+    """Draw at most `height` lines of at most `width` columns, with all figures that have room."""
     above = [_rule(f"rotary {view.model}".rstrip(), width, symbols), *_progress(view, width, symbols)]
     # Last and short, because a terminal shows what is typed behind it.
     below = [Text("Ctrl-C stops, the text stays", "dim")]
@@ -184,7 +184,7 @@ def _figures(figures: Figures, width: int, symbols: Symbols) -> list[Text]:
 
 
 def _strip(window: Interval, n_columns: int, symbols: Symbols) -> list[Text]:
-    """Hit rates, one character a layer, and which is lowest."""
+    """Hit rates, one character a layer, and the lowest one."""
     rates = window.layer_hit_rates
     strip = _levels(rates, symbols)
     parts = [strip[i : i + n_columns] for i in range(0, len(rates), n_columns)]
@@ -200,7 +200,7 @@ def _strip(window: Interval, n_columns: int, symbols: Symbols) -> list[Text]:
 
 
 def _times(last: Interval, n_columns: int, symbols: Symbols) -> list[Text]:
-    """What the time went to, in words and as a bar."""
+    """Causes of the time spent, in words and as a bar."""
     shares = [last.share_of_time(counter) for counter, _, _ in _TIMES]
     shares.append(max(0.0, 1.0 - sum(shares)))
     shares = [share / sum(shares) for share in shares]
@@ -217,7 +217,7 @@ def _times(last: Interval, n_columns: int, symbols: Symbols) -> list[Text]:
 
 
 def _row(label: str, parts: Sequence[Text], width: int) -> list[Text]:
-    """Parts behind a label; those that do not fit go on in the next line."""
+    """Put parts behind a label; those that do not fit go to the next line."""
     rows = [Text.assemble((label.ljust(_LABEL_COLUMNS), "bold"))]
     for part in parts:
         if len(rows[-1]) > _LABEL_COLUMNS:
@@ -262,7 +262,7 @@ def _speed(interval: Interval, counter: str) -> str:
 
 
 class Panel(Watcher):
-    """Draws on a terminal until it is closed, and takes the panel away again.
+    """Draws on a terminal until it is closed, and removes the panel then.
 
     What is written to ``sys.stderr`` meanwhile, such as log messages, appears above.
 
@@ -271,7 +271,7 @@ class Panel(Watcher):
     out : file
         The terminal.
     keep_text : bool
-        Standard output is a terminal too, so text is written there at the end.
+        Write the text to standard output at the end, because that is a terminal too.
     """
 
     def __init__(self, out: TextIO, keep_text: bool) -> None:
@@ -301,7 +301,7 @@ class Panel(Watcher):
         self._thread.start()
 
     def close(self) -> None:
-        """Leave the terminal as it was, and write the text to standard output if it was kept from there."""
+        """Restore the terminal, and write the text to standard output if it was kept back."""
         try:
             self._over = True
             self._wake.set()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One HTML page about a routing trace, without scripts or anything from elsewhere, for ``rotary report``."""
+"""Makes one self-contained HTML page about a routing trace, for ``rotary report``."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def report(
     predictors: Sequence[str],
     depth: int = 1,
 ) -> str:
-    """The page.
+    """Make the page.
 
     Parameters
     ----------
     budgets : list of float
-        Shares of all experts; the one in the middle is looked at closely.
+        Shares of all experts; details are for the one in the middle.
     link : Link
-        For what takes time.
+        Link for estimates of time.
     predictors : list of str
-        Of `rotary_llamacpp.predictors.NAMES`.
+        Names of `rotary_llamacpp.predictors.NAMES`.
     """
     rows = compare_trace(trace, policies, budgets, None)
     share = sorted(budgets)[len(budgets) // 2]
@@ -63,21 +63,20 @@ def report(
         f"{trace.experts.shape[1]} of {trace.n_expert} experts a token and layer; an expert is "
         f"{' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} MiB.</p>",
         "<h2>Which experts are chosen</h2>",
-        "<p>One row a layer, one column an expert, those of a layer in the order of how often they were "
-        "chosen: the more of the colour is at the left, the more a cache can hold.</p>",
+        "<p>One row a layer, one column an expert, sorted by how often the layer chose it: the more colour "
+        "is at the left, the more a cache can hold.</p>",
         _heat_map(trace),
         "<h2>Policies by budget</h2>",
-        "<p>Share of decode's requests that found their expert in its slot. Belady's optimum knows the "
-        "future.</p>",
+        "<p>Share of requests in decode whose expert was resident. Belady's optimum knows the future.</p>",
         _curves(rows),
-        f"<h2>Hit rate as it goes, {100 * share:g} %</h2>",
-        "<p>Of all layers, mean over the last 16 tokens; dashed where the prompt ends.</p>",
+        f"<h2>Hit rate over time, {100 * share:g} %</h2>",
+        "<p>All layers, mean of the last 16 tokens; a dashed line is the end of a prompt.</p>",
         _over_time(trace, policies, share),
-        f"<h2>What comes ahead, {100 * share:g} %, {html.escape(policies[-1])}</h2>",
+        f"<h2>Prefetch, {100 * share:g} %, {html.escape(policies[-1])}</h2>",
         f"<p>Simulated: a link of {link.bytes_per_us / 1000:g} GB/s, {link.compute_us / 1000:g} ms of "
-        f"computing a token, {depth} layers ahead. Accuracy: of what came ahead, what was wanted; coverage: "
-        "of what was missed, what had been named; in time: of that, what was all there.</p>",
-        _ahead(timed),
+        f"computing a token, {depth} layers ahead. Accuracy: share of prefetched experts that were used; "
+        "coverage: share of misses that were prefetched; in time: share of those that were complete.</p>",
+        _prefetch(timed),
         "<h2>Where the time goes</h2>",
         _times(timed, link),
     ]
@@ -91,12 +90,12 @@ def write_report(
     trace_file: str, output: str, policies: list[str], budgets: list[float], link: str, compute_us: float,
     depth: int,
 ) -> None:  # fmt: skip
-    """Write the page of a trace, names and files checked."""
+    """Check names, and write the page of a trace."""
     check_names("policy", policies, NATIVE)
     medium = Link(parse_rate(link), compute_us)
     trace = load(trace_file)
     if trace.tokens(DECODE) == 0:
-        raise RotaryError(f"{trace_file}: nothing was decoded; answers are needed; record it with -n")
+        raise RotaryError(f"{trace_file}: nothing was decoded in it; record one with -n")
     page = report(trace, policies, budgets, medium, list(NAMES), depth)
     with writing(output) as file:
         file.write(page.encode())
@@ -159,19 +158,19 @@ def _window(values: NDArray[Any], n: int) -> NDArray[Any]:
     return total[n:] - total[:-n]
 
 
-def _ahead(rows: list[dict[str, Any]]) -> str:
-    head = ["ahead", "accuracy", "coverage", "in time", "hit rate", "of bytes", "tok/s"]
+def _prefetch(rows: list[dict[str, Any]]) -> str:
+    head = ["prefetch", "accuracy", "coverage", "in time", "hit rate", "of bytes", "tok/s"]
     body = []
     for row in rows:
         if row["policy"] == "belady":
             continue
-        used, ahead = row["prefetch_used"], row["prefetched"]
+        used, prefetched = row["prefetch_used"], row["prefetched"]
         missed = row["misses"] + used - row["late_hits"]
         body.append(
             [
                 row["predictor"],
-                percent(ratio(used, ahead)),
-                percent(used / missed if ahead and missed else None),
+                percent(ratio(used, prefetched)),
+                percent(used / missed if prefetched and missed else None),
                 percent(1 - row["late_hits"] / used if used else None),
                 percent(row["hit_rate"]),
                 percent(row["byte_hit_rate"]),
@@ -200,4 +199,4 @@ def _times(rows: list[dict[str, Any]], link: Link) -> str:
             f"{(link.compute_us + row['stall_us']) / 1000:.2f} ms</text>"
         )
     legend = key({"computing": COLOURS[0], "waiting for experts": COLOURS[1]})
-    return f"<p>Of a token, by what comes ahead.</p>{legend}" + svg("".join(bars), 8 + 26 * len(rows))
+    return f"<p>Time of a token, by predictor.</p>{legend}" + svg("".join(bars), 8 + 26 * len(rows))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Metadata fields of GGUF files as the bytes they are, and the few kinds that this package itself writes."""
+"""Metadata fields of GGUF files as raw bytes, and the few kinds that this package itself writes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ _INTEGERS = {"H": GGUFValueType.UINT16, "I": GGUFValueType.UINT32, "i": GGUFValu
 
 
 def text_bytes(value: str) -> bytes:
-    """Its length and its UTF-8."""
+    """Encode a text as its length and its UTF-8."""
     encoded = value.encode(errors="backslashreplace")  # a file's name may be no text
     return struct.pack("<Q", len(encoded)) + encoded
 
 
 def encode(key: str, value: int | str | bytes | Sequence[str], kind: str = "I") -> bytes:
-    """One key and its value as the format has them.
+    """Encode a key and its value.
 
-    int is of struct's `kind`, H, i or I; str a string; bytes an array of bytes; a sequence one of strings.
+    An int becomes an integer of struct's `kind`, H, i or I; a str a string; bytes an array of bytes; a
+    sequence an array of strings.
     """
     name = text_bytes(key)
     if isinstance(value, int):

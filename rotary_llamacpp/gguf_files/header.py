@@ -29,16 +29,16 @@ _SCALARS: dict[int, str] = {  # struct's codes
     GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?",
     GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
 }  # fmt: skip
-_LONGEST_KEPT_ARRAY = 4096  # per-layer values are kept, vocabularies are walked over
-_MOST_KEPT_VALUES = 1 << 20  # of arrays in all; what comes after is walked over
-_MOST_KEPT_BYTES = 1 << 24  # of keys in all, and of strings; chat templates are some thousand
-_LONGEST_KEY = 65535  # bytes, as the format has it
-_LONGEST_NAME = 63  # bytes of a tensor's, as llama.cpp has it
-_MOST_STRINGS = 1 << 21  # in arrays of one header; large vocabularies with merges are under a million
-_LARGEST = 1 << 29  # bytes of metadata; those of large vocabularies are some ten million
+_MAX_KEPT_ARRAY = 4096  # per-layer values are kept, vocabularies are walked over
+_MAX_KEPT_VALUES = 1 << 20  # of arrays in all; what comes after is walked over
+_MAX_KEPT_BYTES = 1 << 24  # of keys in all, and of strings; chat templates are some thousand
+_MAX_KEY_BYTES = 65535  # bytes, as the format has it
+_MAX_NAME_BYTES = 63  # bytes of a tensor's, as llama.cpp has it
+_MAX_STRINGS = 1 << 21  # in arrays of one header; large vocabularies with merges are under a million
+_MAX_METADATA_BYTES = 1 << 29  # bytes of metadata; those of large vocabularies are some ten million
 # More than any model has. A hole in a file reads as zeros, which are valid entries of no size: without these
 # limits a damaged count in a large file would be walked for hours.
-_MOST_TENSORS, _MOST_FIELDS = 1 << 16, 1 << 14
+_MAX_TENSORS, _MAX_FIELDS = 1 << 16, 1 << 14
 _SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 _TYPE_NAMES = {int(kind): kind.name for kind in GGML_QUANT_SIZES}
 _SIZES.setdefault(42, (64, 18))  # of the pinned llama.cpp, and not yet in every gguf package
@@ -125,17 +125,19 @@ class _Cursor:
             raise ModelError(
                 f"{self.path}: GGUF version {version:#x}; 2 and 3 are supported; convert it again"
             )
-        n_tensors, n_fields = self.count(24, _MOST_TENSORS), self.count(12, _MOST_FIELDS)
+        n_tensors, n_fields = self.count(24, _MAX_TENSORS), self.count(12, _MAX_FIELDS)
         metadata: dict[str, Any] = {}
         fields: dict[str, Field] = {}
         key_bytes = 0
         for _ in range(n_fields):
             start = self.at
-            key = self.name(fields, _LONGEST_KEY)
+            key = self.name(fields, _MAX_KEY_BYTES)
             value = self.value(self.scalar("I"))
             key_bytes += len(key)
-            if self.at > _LARGEST or key_bytes > _MOST_KEPT_BYTES:
-                raise self.damaged(f"metadata of over {_LARGEST} bytes, or {_MOST_KEPT_BYTES} of keys,")
+            if self.at > _MAX_METADATA_BYTES or key_bytes > _MAX_KEPT_BYTES:
+                raise self.damaged(
+                    f"metadata of over {_MAX_METADATA_BYTES} bytes, or {_MAX_KEPT_BYTES} of keys,"
+                )
             fields[key] = Field(key, start, self.at)
             if value is not None:
                 metadata[key] = value
@@ -176,7 +178,7 @@ class _Cursor:
         return tuple(tensors)
 
     def tensor_entry(self, known: Container[str]) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.name(known, _LONGEST_NAME)
+        name = self.name(known, _MAX_NAME_BYTES)
         n_dims = self.scalar("I")
         if n_dims > 8:
             raise self.damaged(f"tensor {name[:64]!r} has {n_dims} dimensions")
@@ -184,7 +186,7 @@ class _Cursor:
         return name, shape, self.scalar("I"), self.scalar("Q")
 
     def name(self, known: Container[str], longest: int) -> str:
-        """A key or a tensor's name, which are not empty and differ; in a damaged file they soon do not."""
+        """Read a key or a tensor's name: not empty, and new; in a damaged file they soon are neither."""
         length = self.scalar("Q")
         if not 0 < length <= longest:
             raise self.damaged(f"a name of {length} bytes, {longest} at most,")
@@ -211,15 +213,15 @@ class _Cursor:
         n_items = self.count(width)
         at = self.at
         self.advance(n_items * width)
-        if n_items > min(_LONGEST_KEPT_ARRAY, _MOST_KEPT_VALUES - self.values):
+        if n_items > min(_MAX_KEPT_ARRAY, _MAX_KEPT_VALUES - self.values):
             return None
         self.values += n_items
         return list(struct.unpack_from(f"<{n_items}{_SCALARS[item]}", self.data, at))
 
     def pass_strings(self, n_items: int) -> None:
         self.strings += n_items
-        if self.strings > _MOST_STRINGS:
-            raise self.damaged(f"{self.strings} strings in arrays, over {_MOST_STRINGS}")
+        if self.strings > _MAX_STRINGS:
+            raise self.damaged(f"{self.strings} strings in arrays, over {_MAX_STRINGS}")
         at, size, data, length_at = self.at, self.size, self.data, struct.Struct("<Q").unpack_from
         for _ in range(n_items):
             if at > size - 8:
@@ -229,10 +231,10 @@ class _Cursor:
         self.at = min(at, size)
         self.advance(at - self.at)
 
-    def count(self, item_bytes: int, most: int | None = None) -> int:
-        """A number of items, each of at least `item_bytes`, that must still fit into the file."""
+    def count(self, item_bytes: int, max_items: int | None = None) -> int:
+        """Read a number of items, each of at least `item_bytes`, that must still fit into the file."""
         n_items = self.scalar("Q")
-        if n_items * item_bytes > self.size - self.at or (most is not None and n_items > most):
+        if n_items * item_bytes > self.size - self.at or (max_items is not None and n_items > max_items):
             raise self.damaged(f"{n_items} items announced")
         return int(n_items)
 
@@ -240,7 +242,7 @@ class _Cursor:
         length = self.scalar("Q")
         at = self.at
         self.advance(length)
-        if length > _MOST_KEPT_BYTES - self.bytes:
+        if length > _MAX_KEPT_BYTES - self.bytes:
             return None
         self.bytes += length
         return self.data[at : self.at].decode("utf-8", "replace")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Importance matrices of llama-imatrix: what they hold, and whether they are of the model to be quantised."""
+"""Reads importance matrices of llama-imatrix, and checks that they are of the model to be quantised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENDS = ("token_embd.weight", "output.weight")
 def load(path: str) -> dict[str, np.ndarray]:
     """Weights of columns by tensor: sums of squares over counts, as llama-quantize takes them.
 
-    A tensor of experts has also the names that its experts have one by one.
+    A tensor of experts is also found under the names of single experts.
     """
     header = read_header(path)
     sums: dict[str, np.ndarray] = {}
@@ -32,7 +32,7 @@ def load(path: str) -> dict[str, np.ndarray]:
         values = sums[f"{name}.in_sum2"]
         if not len(counts) or values.size % len(counts):
             raise ModelError(
-                f"{path}: {values.size} sums and {len(counts)} counts of {name}; a row of sums has a count; "
+                f"{path}: {values.size} sums and {len(counts)} counts of {name}, which do not fit; "
                 "make it again"
             )
         values = values.reshape(len(counts), -1)
@@ -50,14 +50,14 @@ def load(path: str) -> dict[str, np.ndarray]:
 
 
 def coverage(path: str, changing: Sequence[TensorInfo]) -> str:
-    """Line on how much of what changes an importance matrix knows.
+    """Describe in a line how many of the tensors that change an importance matrix covers.
 
-    llama.cpp finds what does not fit when it comes to that tensor, and says nothing where no name fits.
+    llama.cpp notices a misfit only when it reaches that tensor, and nothing where no name fits.
 
     Raises
     ------
     RotaryError
-        It does not fit the model, or lacks a tensor that cannot be quantised without.
+        The matrix does not fit the model, or lacks a tensor that cannot be quantised without it.
     """
     data = load(path)
     n_known = 0
@@ -68,16 +68,16 @@ def coverage(path: str, changing: Sequence[TensorInfo]) -> str:
         if n_found not in (0, n_wanted) and tensor.name not in _ENDS:
             raise RotaryError(
                 f"{path}: {n_found} values for {tensor.name}, which has {n_wanted} columns; the matrix is of "
-                "another model; make one of this"
+                "another model; make one of this model"
             )
         if not n_found and tensor.type_name in _WITH_ONE_ONLY and tensor.name not in _ENDS:
             raise RotaryError(
-                f"{path}: nothing for {tensor.name}, which {tensor.type_name} needs; so few bits are "
-                "useless else; make a matrix of more text, or give that tensor a larger type"
+                f"{path}: nothing for {tensor.name}, which {tensor.type_name} needs; make a "
+                "matrix from more text, or give that tensor a larger type"
             )
     if not n_known:
         raise RotaryError(
             f"{path}: knows none of the {len(changing)} tensors that change; the matrix is of another model; "
-            "make one of this, or leave it out"
+            "make one of this model, or leave it out"
         )
     return f"importance matrix for {n_known} of {len(changing)} tensors"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a model file holds and what paging it takes, read from GGUF headers alone.
+"""Experts and sizes of a model, and what paging it takes, read from GGUF headers alone.
 
 Works without the native library and without llama_cpp, for every architecture: an expert tensor is known by
 its name, never by the architecture. Says nothing about what is loaded; that is ``Llama.rotary_stats()``.
@@ -21,7 +21,7 @@ from .header import GGUFHeader, TensorInfo, read_header
 # The tensors that llama.cpp multiplies with MUL_MAT_ID. Their .bias and .scale companions stay resident.
 EXPERT_TENSOR = re.compile(r"blk\.(\d{1,6})\.ffn_(?:gate|up|down|gate_up)_(exps|chexps)\.weight")
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.")
-MOST_EXPERTS = 1 << 16
+MAX_EXPERTS = 1 << 16
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -86,7 +86,7 @@ class ModelInfo:
 
     @property
     def is_moe(self) -> bool:
-        """Whether there is anything to page."""
+        """Whether the model has experts that can be paged."""
         return bool(self.layers)
 
     @classmethod
@@ -102,7 +102,7 @@ class ModelInfo:
 
     @classmethod
     def of(cls, headers: Sequence[GGUFHeader]) -> ModelInfo:
-        """The same from the headers of a model's files, the first shard's first.
+        """Make it from the headers of a model's files, the first shard first.
 
         Raises
         ------
@@ -131,7 +131,7 @@ class ModelInfo:
         )
 
     def describe(self) -> str:
-        """The same as a few lines of text; consecutive layers that are alike share a line."""
+        """Describe the model in a few lines of text; consecutive layers that are alike share a line."""
         lines = [
             f"{self.path.name}: {self.name}, {self.architecture}, {self.n_layer} layers, "
             f"{mib(self.file_bytes)} in {len(self.files)} file{'s' if len(self.files) > 1 else ''}"
@@ -161,7 +161,7 @@ class ModelInfo:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dicts, lists, strings and numbers, for JSON."""
+        """Convert to plain dicts, lists, strings and numbers, for JSON."""
         plain = asdict(self)
         plain["path"] = str(self.path)
         plain["files"] = [str(file) for file in self.files]
@@ -171,7 +171,7 @@ class ModelInfo:
 
 
 def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
-    """The headers of a model's files, given the first of them.
+    """Read the headers of all files of a model, given the path of the first.
 
     Raises
     ------
@@ -186,9 +186,7 @@ def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
     number = _number(first, "split.no", 0)
     match = SHARD.fullmatch(path.name)
     if number != 0:
-        raise ModelError(
-            f"{path}: shard {number + 1} of {n_split}; a split model is loaded by its first; give that one"
-        )
+        raise ModelError(f"{path}: shard {number + 1} of {n_split}; give the first shard")
     if match is None or int(match[3]) != n_split:
         raise ModelError(
             f"{path}: first of {n_split} shards under another name; llama.cpp finds the others by "
@@ -200,7 +198,7 @@ def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
         if header.metadata.get("split.no") != i:
             raise ModelError(
                 f"{header.path}: split.no is {str(header.metadata.get('split.no'))[:40]}, {i} is expected; "
-                "shards of one model count up; download this one again"
+                "download this shard again"
             )
     n_tensors = sum(len(header.tensors) for header in headers)
     if n_tensors != (n_expected := _number(first, "split.tensors.count", 0)):
@@ -212,13 +210,13 @@ def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
 
 
 def loaded(headers: Sequence[GGUFHeader]) -> tuple[int, list[TensorInfo]]:
-    """How many layers llama.cpp loads, and their tensors: not the last ones, which predict several tokens."""
+    """Number of layers that llama.cpp loads, and their tensors: without those that predict several tokens."""
     arch = headers[0].metadata.get("general.architecture", "unknown")
     n_layer = _number(headers[0], f"{arch}.block_count", 0)
-    n_ahead = _number(headers[0], f"{arch}.nextn_predict_layers", 0)
+    n_extra = _number(headers[0], f"{arch}.nextn_predict_layers", 0)
     tensors = [tensor for header in headers for tensor in header.tensors]
-    if 0 < n_ahead < n_layer:
-        n_layer -= n_ahead
+    if 0 < n_extra < n_layer:
+        n_layer -= n_extra
         tensors = [
             tensor
             for tensor in tensors
@@ -235,7 +233,7 @@ def _number(header: GGUFHeader, key: str, default: int) -> int:
 
 
 def _used(header: GGUFHeader, key: str) -> int | list[int]:
-    """Experts used, one number or one for each layer."""
+    """Number of experts used: one for all layers, or one for each."""
     value = header.metadata.get(key, 1)
     if isinstance(value, list) and all(map(_is_count, value)):
         return value
@@ -263,10 +261,10 @@ def _expert_layers(tensors: list[TensorInfo], used: int | list[int]) -> tuple[La
     layers = []
     for (il, kind), group in sorted(groups.items()):
         n_expert = group[0].shape[2]
-        if not 1 <= n_expert <= MOST_EXPERTS or sum(tensor.n_bytes for tensor in group) < n_expert:
+        if not 1 <= n_expert <= MAX_EXPERTS or sum(tensor.n_bytes for tensor in group) < n_expert:
             raise ModelError(
                 f"layer {il}: {n_expert} experts in {sum(tensor.n_bytes for tensor in group)} bytes; "
-                f"1 to {MOST_EXPERTS} of a byte or more are possible; convert the model again"
+                f"1 to {MAX_EXPERTS} of a byte or more are possible; convert the model again"
             )
         if any(tensor.shape[2] != n_expert for tensor in group):
             shapes = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in group)

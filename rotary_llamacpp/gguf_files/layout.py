@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Where a converted model's tensors go: their order, alignment and shards, and the header that says so.
+"""Lays out a converted model: order, alignment and shards of the tensors, and the headers.
 
-Knows the sources' headers and no weights; copying.py moves those. The format asks every tensor to begin at
+Reads headers of the sources and no weights; copying.py moves those. The format asks every tensor to begin at
 the next multiple of general.alignment after the one before, so one number aligns all of them, and an expert
 inside its tensor begins at a multiple of its own bytes, whatever that number is: `Layout.describe` says where
 that is no page.
@@ -29,7 +29,7 @@ from .weights import Weight, weights_of
 PAGE = 4096  # bytes; what every disk of today can read directly
 SECTOR = 512  # bytes; what most can
 OURS = "rotary."  # keys of this package begin so
-_MOST_SHARDS = 65535  # split.count is 16 bits
+_MAX_SHARDS = 65535  # split.count is 16 bits
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Layout:
-    """All files of the result, and what was found out on the way."""
+    """All files of the result, with notes for the user."""
 
     outputs: tuple[Output, ...]
     alignment: int
@@ -53,12 +53,12 @@ class Layout:
 
     @property
     def n_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(output.n_bytes for output in self.outputs)
 
     @property
     def weights(self) -> list[tuple[Weight, int]]:
-        """Of all files, in order, with offsets in their own."""
+        """Weights of all files, in order, with offsets in their files."""
         return [placed for output in self.outputs for placed in output.weights]
 
     def describe(self) -> str:
@@ -86,7 +86,7 @@ class Layout:
 
 
 def _direct_lines(experts: Sequence[tuple[Weight, int]]) -> list[str]:
-    """How many experts' matrices begin and end where direct reads can, and why the others do not."""
+    """Lines on how many experts' matrices begin and end where direct reads can, and why the others do not."""
     total = aligned = 0
     others: dict[int, int] = {}
     for weight, at in experts:
@@ -114,7 +114,8 @@ def _direct_lines(experts: Sequence[tuple[Weight, int]]) -> list[str]:
 def metadata_of(
     headers: Sequence[GGUFHeader], alignment: int, changes: Mapping[str, bytes | None]
 ) -> tuple[dict[str, bytes], list[str]]:
-    """The result's fields without its shards', encoded; and notes on what the sources' later shards lose.
+    """Encoded fields of the result, without those of shards; and notes on fields of later shards that are
+    lost.
 
     Parameters
     ----------
@@ -142,7 +143,7 @@ def metadata_of(
 
 
 def shard_paths(path: Path, n_split: int) -> list[Path]:
-    """The names that llama.cpp looks for; `path` may be the plain name or that of one of them."""
+    """Paths of shards as llama.cpp looks for them; `path` may be the plain name or that of a shard."""
     match = SHARD.fullmatch(path.name)
     if n_split == 1:
         return [path]
@@ -151,7 +152,7 @@ def shard_paths(path: Path, n_split: int) -> list[Path]:
 
 
 def check_alignment(alignment: int) -> None:
-    """A RotaryError for what llama.cpp does not take."""
+    """Raise a RotaryError for an alignment that llama.cpp does not take."""
     if alignment < 32 or alignment & (alignment - 1) or alignment > 1 << 30:
         raise RotaryError(
             f"alignment: {alignment} bytes; llama.cpp takes powers of two, and its kernels want 32 or more; "
@@ -173,31 +174,31 @@ def lay_out(
     Parameters
     ----------
     headers : sequence of GGUFHeader
-        Of the sources, the first shard first.
+        Headers of the sources, the first shard first.
     alignment : int
-        Of every tensor in bytes, a power of two from 32 on.
+        Alignment of every tensor in bytes, a power of two from 32 on.
     split_bytes : int, optional
-        A file has at most so many bytes, unless its only tensor has more.
+        Maximum bytes of a file, unless a single tensor has more.
     changes : mapping, optional
         As for `metadata_of`.
     described_by : sequence of GGUFHeader, optional
-        Whose metadata the result has; that of `headers` otherwise.
+        Headers whose metadata the result gets; `headers` otherwise.
 
     Raises
     ------
     ModelError
-        The sources contradict themselves.
+        The sources are inconsistent.
     RotaryError
-        The alignment is none, or the result would have too many shards.
+        The alignment is not possible, or the result would have too many shards.
     """
     check_alignment(alignment)
     weights = weights_of(headers)
     fields, notes = metadata_of(described_by or headers, alignment, changes or {})
     joined = sum(len(weight.pieces) > 1 for weight in weights)
     groups = [weights] if split_bytes is None else _shards(weights, fields, alignment, split_bytes)
-    if len(groups) > _MOST_SHARDS:
+    if len(groups) > _MAX_SHARDS:
         raise RotaryError(
-            f"split size: {split_bytes} bytes make {len(groups)} shards; at most {_MOST_SHARDS}; raise it"
+            f"split size: {split_bytes} bytes make {len(groups)} shards; at most {_MAX_SHARDS}; raise it"
         )
     paths = shard_paths(path, len(groups))
     outputs = []

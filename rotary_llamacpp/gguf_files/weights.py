@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The tensors of a model's files in the order that paging wants, and which bytes of those files they are.
+"""Orders the tensors of a model's files as paging wants them, as ranges of bytes of those files.
 
-What is not an expert comes first, in the files' order, then the experts, layer by layer. Where a model has
-one tensor for each expert, these are joined. Tensors that no model has are refused here.
+Everything that is not an expert comes first, in the files' order, then the experts, layer by layer. Where a
+model has one tensor for each expert, these are joined. Impossible tensors are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import ModelError
 from .header import GGUFHeader, TensorInfo
-from .info import EXPERT_TENSOR, MOST_EXPERTS
+from .info import EXPERT_TENSOR, MAX_EXPERTS
 
 # Mixtral's of before April 2024.
 _ONE_EXPERT = re.compile(r"(blk\.(\d{1,6})\.ffn_(?:gate|up|down))\.(\d{1,6})\.weight")
@@ -46,17 +46,17 @@ class Weight:
 
     @property
     def n_bytes(self) -> int:
-        """Without padding."""
+        """Bytes without padding."""
         return sum(piece.n_bytes for piece in self.pieces)
 
     @property
     def n_expert(self) -> int:
-        """1 where it stays resident."""
+        """Number of experts; 1 for a tensor that stays resident."""
         return self.shape[2] if self.layer is not None else 1
 
 
 def weights_of(headers: Sequence[GGUFHeader]) -> list[Weight]:
-    """The sources' tensors, the result's order; those that are one tensor an expert joined.
+    """Weights of the result in order, from the headers of the sources; tensors of single experts are joined.
 
     Raises
     ------
@@ -99,8 +99,7 @@ def _joined(headers: Sequence[GGUFHeader], name: str, experts: dict[int, tuple[i
     for expert in range(n_expert):
         if expert not in experts:
             raise ModelError(
-                f"{headers[0].path}: {name} lacks expert {expert}, {n_expert} are there; "
-                "experts are numbered from 0 without a gap; download it again"
+                f"{headers[0].path}: {name} lacks expert {expert}, has {n_expert} others; download it again"
             )
         tensor = experts[expert][1]
         if (tensor.shape, tensor.type_number) != (first.shape, first.type_number) or len(first.shape) != 2:
@@ -124,9 +123,9 @@ def _check(header: GGUFHeader) -> None:
                 f"{header.path}: {tensor.name} is {list(tensor.shape)}; tensors have at most 4 dimensions, "
                 "and 1 to 2^63 elements; download or convert it again"
             )
-        if EXPERT_TENSOR.fullmatch(tensor.name) and max(tensor.shape[2:], default=1) > MOST_EXPERTS:
+        if EXPERT_TENSOR.fullmatch(tensor.name) and max(tensor.shape[2:], default=1) > MAX_EXPERTS:
             raise ModelError(
-                f"{header.path}: {tensor.name} is {list(tensor.shape)}; a layer has at most {MOST_EXPERTS} "
+                f"{header.path}: {tensor.name} is {list(tensor.shape)}; a layer has at most {MAX_EXPERTS} "
                 "experts; download or convert it again"
             )
         if tensor.offset < end:
@@ -138,4 +137,4 @@ def _check(header: GGUFHeader) -> None:
 
 
 def _twice(path: Path, name: str) -> ModelError:
-    return ModelError(f"{path}: {name} is there twice; a name stands for one tensor; download it again")
+    return ModelError(f"{path}: {name} appears twice; download it again")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Linux control groups that this process is in, of either version: where they are mounted. Changes none.
+"""Finds the Linux control groups of this process, of version 1 and 2. Changes none.
 
 ``/proc/self/cgroup`` has the path of the process's own group as its cgroup namespace shows it,
 ``/proc/self/mountinfo`` what of each hierarchy is mounted where. In a container the two need not fit
@@ -28,7 +28,7 @@ class Group:
 
     @property
     def folders(self) -> list[Path]:
-        """Directory of the process's own group, then of those around it, up to the mount point."""
+        """Directories of the process's own group and of those around it, up to the mount point."""
         return [self.mount.joinpath(*self.inside[:n]) for n in range(len(self.inside), -1, -1)]
 
 
@@ -51,7 +51,7 @@ def own_groups(controller: str, root: Path = HERE) -> list[Group]:
 
 
 def find_groups(controller: str, membership: str, mountinfo: str) -> list[Group]:
-    """The same from the contents of ``/proc/self/cgroup`` and ``/proc/self/mountinfo``."""
+    """Groups by the contents of ``/proc/self/cgroup`` and ``/proc/self/mountinfo``; see `own_groups`."""
     mounts = _mounts(controller, mountinfo)
     if not mountinfo:  # the usual places
         mounts = [(1, "/", f"/sys/fs/cgroup/{controller}"), (2, "/", "/sys/fs/cgroup")]
@@ -61,13 +61,13 @@ def find_groups(controller: str, membership: str, mountinfo: str) -> list[Group]
         version = 2 if not controllers else 1
         if not path or (version == 1 and controller not in controllers.split(",")):
             continue
-        there = [(top, mount) for its, top, mount in mounts if its == version]
+        mounted = [(top, mount) for found_version, top, mount in mounts if found_version == version]
         below = [
             Group(version, Path(mount), names)
-            for top, mount in there
+            for top, mount in mounted
             if (names := _below(path, top)) is not None
         ]
-        found += below or [Group(version, Path(mount), ()) for _, mount in there]
+        found += below or [Group(version, Path(mount), ()) for _, mount in mounted]
     return found
 
 
@@ -76,10 +76,11 @@ def _mounts(controller: str, mountinfo: str) -> list[tuple[int, str, str]]:
     found = []
     for line in mountinfo.splitlines():
         left, _, right = line.partition(" - ")  # before it, fields that vary in number
-        own, its = ([field for field in each.split(" ") if field] for each in (left, right))
-        is_v2 = its[:1] == ["cgroup2"]
-        if len(own) > 4 and (is_v2 or (its[:1] == ["cgroup"] and controller in its[-1].split(","))):
-            found.append((2 if is_v2 else 1, _unescaped(own[3]), _unescaped(own[4])))
+        mount, file_system = ([field for field in each.split(" ") if field] for each in (left, right))
+        is_v2 = file_system[:1] == ["cgroup2"]
+        is_v1 = file_system[:1] == ["cgroup"] and controller in file_system[-1].split(",")
+        if len(mount) > 4 and (is_v2 or is_v1):
+            found.append((2 if is_v2 else 1, _unescaped(mount[3]), _unescaped(mount[4])))
     return found
 
 
@@ -88,14 +89,14 @@ def _unescaped(text: str) -> str:
 
 
 def _below(path: str, top: str) -> tuple[str, ...] | None:
-    """Names that lead from `top` to `path`; None if they do not, as when the path leaves the namespace."""
+    """Names that lead from `top` to `path`; None if none do, as when the path leaves the namespace."""
     names, first = ([name for name in each.split("/") if name] for each in (path, top))
     rest = names[len(first) :]
     return tuple(rest) if names[: len(first)] == first and ".." not in rest else None
 
 
 def read(path: Path) -> str:
-    """Content of a kernel's file; nothing if it is not there or not readable."""
+    """Content of a file of the kernel; empty if it does not exist or is not readable."""
     try:
         return path.read_text(errors="surrogateescape")
     except OSError:
@@ -103,16 +104,16 @@ def read(path: Path) -> str:
 
 
 def read_number(path: Path) -> int | None:
-    """The number in a group's file; None for "max", -1 and a file that is not there."""
+    """Number in a file of a group; None for "max", -1 and a file that does not exist."""
     return number(read(path).partition("\n")[0].strip())
 
 
 def read_fields(path: Path) -> dict[str, int]:
-    """Numbers by name, of a file of lines "name number"."""
+    """Numbers by name in a file of lines "name number"."""
     words = [line.split() for line in read(path).splitlines()]
     return {each[0]: value for each in words if len(each) > 1 and (value := number(each[1])) is not None}
 
 
 def number(text: str) -> int | None:
-    """A whole number that is not negative; None of all else."""
+    """Read a whole number that is not negative; None for anything else."""
     return int(text) if text.isascii() and text.isdigit() else None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Python programs in processes of their own, which end when this one ends, however it does.
+"""Runs Python programs in child processes that end when this process ends, however it ends.
 
-Such a process begins as this module, and asks the kernel for a signal when its parent is gone.
+A child begins as this module, and asks the kernel for a signal when its parent is gone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @contextlib.contextmanager
 def child(program: str, *arguments: str, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A module by its name, or a script by its path; killed when the block is left before it has ended."""
+    """Run a module by name, or a script by path; kill it if the block is left before it has ended."""
     with subprocess.Popen(
         [sys.executable, "-m", __name__, str(os.getpid()), program, *arguments],
         # So that Ctrl-C comes to the parent alone, which ends this one.
@@ -41,7 +41,7 @@ if __name__ == "__main__":
     parent_, program_, *sys.argv[1:] = sys.argv[1:]
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent_):
-        sys.exit("its parent ended before")
+        sys.exit("the parent process has ended")
     if program_.endswith(".py"):
         sys.argv[0], sys.path[0] = program_, str(Path(program_).parent)
         runpy.run_path(program_, run_name="__main__")

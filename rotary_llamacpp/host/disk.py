@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How fast the disk is read past the page cache, and what that takes of the processors.
+"""Measures how fast a disk is read past the page cache, and how much processor time that takes.
 
-What lies in memory is not measured as if it were on a disk: then the reason is an error.
+A file that lies in memory is refused, not measured as if it were on a disk.
 """
 
 from __future__ import annotations
@@ -31,27 +31,28 @@ _READERS = 4
 
 @dataclass(frozen=True)
 class ColdRead:
-    """What was read past the page cache, how, and in what time; `busy` seconds of processors went to it."""
+    """A read past the page cache: its bytes, method and time, and the `busy` seconds of processors."""
 
     n_bytes: int
     seconds: float
     busy: float
     how: str
-    own: bool = False  # `busy` is of this process alone: in a container, the machine's is of others too
+    own: bool = False  # `busy` counts this process alone: in a container, the machine's counts others too
 
     @property
     def rate(self) -> float:
-        """Bytes per second."""
+        """Bytes read per second."""
         return self.n_bytes / max(self.seconds, 1e-9)
 
 
 def measure(model: Path | None) -> tuple[ColdRead, Path]:
-    """Read a file, or a temporary one if None; and the file, or the folder of that.
+    """Read a model, or a temporary file if None; return the result and the file, or the temporary one's
+    folder.
 
     Raises
     ------
     RotaryError
-        It cannot be measured there; for a temporary file, anywhere that one may be written.
+        The disk cannot be measured there, or, for a temporary file, in any folder that may be written.
     OSError
         The file cannot be read.
     """
@@ -67,12 +68,12 @@ def measure(model: Path | None) -> tuple[ColdRead, Path]:
             refused.append(f"{folder}: {error.strerror}")
     raise RotaryError(
         f"disk: a temporary file cannot be measured, {', '.join(refused)}; {mib(_SAMPLE_BYTES, 0)} are "
-        "written and read; name a model, which is read where it lies"
+        "written and read; name a model to read instead"
     )
 
 
 def _folders() -> Iterator[Path]:
-    """Where a temporary file may be on a disk: /tmp lies in memory on many systems."""
+    """Folders for a temporary file; several, because /tmp lies in memory on many systems."""
     seen = set()
     for name in (tempfile.gettempdir(), "/var/tmp", Path.home(), Path.cwd()):
         if (folder := Path(name)).is_dir() and folder not in seen:
@@ -100,19 +101,20 @@ def _read_sample(folder: Path) -> ColdRead:
 
 
 def read_cold(path: Path) -> ColdRead:
-    """Read up to 256 MiB of a file, for at most 2 s, past the page cache, as paging does: a few at a time.
+    """Read up to 256 MiB of a file, for at most 2 s, past the page cache, a few blocks at a time as paging
+    does.
 
     Raises
     ------
     RotaryError
-        The file lies in memory, is none to be read, or is empty.
+        The file lies in memory, is empty, or is not a regular file.
     OSError
         It cannot be read.
     """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode) or about.st_size == 0:
         what = "empty" if stat.S_ISREG(about.st_mode) else "not a file"
-        raise RotaryError(f"{path}: {what}; a disk is measured by reading a file; name a model")
+        raise RotaryError(f"{path}: {what}; name a model to measure the disk with")
     if name := file_systems.in_memory(path):
         raise _in_memory(path, name)
     before = file_systems.storage_reads(path)
@@ -121,7 +123,7 @@ def read_cold(path: Path) -> ColdRead:
     if before is not None and after is not None and after - before < found.n_bytes / 2:
         raise RotaryError(
             f"{path}: of {mib(found.n_bytes, 0)}, {mib(after - before, 0)} came from storage "
-            "and the rest from memory; that says nothing of a disk; measure while no program has it open"
+            "and the rest from memory; measure while no program has the file open"
         )
     return found
 
@@ -134,7 +136,7 @@ def _in_memory(path: Path, name: str) -> RotaryError:
 
 
 def _read_direct(path: Path) -> ColdRead | None:
-    """None where the file system has no direct reads: some refuse to open the file, some to read it."""
+    """Read directly; None where the file system cannot: some refuse to open the file, some to read it."""
     try:
         return _read(path, os.open(path, os.O_RDONLY | os.O_DIRECT), "direct")
     except OSError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Which kind of file system a file lies on, as far as reading it is concerned. Linux only.
+"""Tells kinds of file systems apart, as far as reading is concerned. Linux only.
 
-Asked of statfs: overlays and subvolumes have device numbers that no list of mounts knows.
+Asks statfs, because overlays and subvolumes have device numbers that no list of mounts knows.
 Source: statfs(2), linux/magic.h, Documentation/filesystems/proc.rst (/proc/<pid>/io).
 """
 
@@ -27,22 +27,22 @@ _COUNTED = {
 
 
 def in_memory(path: Path) -> str | None:
-    """Name of the file system if its files lie in memory and nowhere else."""
+    """Name of the file system if it keeps files in memory only, else None."""
     return _IN_MEMORY.get(magic(path))
 
 
 def remote(path: Path) -> str | None:
-    """Name of the file system if another process or machine answers its reads."""
+    """Name of the file system if another process or machine answers reads, else None."""
     return _REMOTE.get(magic(path))
 
 
 def storage_reads(path: Path) -> int | None:
-    """Bytes that this process has read from storage so far; None if reads of `path` may not be counted."""
+    """Bytes that this process has read from storage so far; None if reads of `path` are not counted."""
     return cgroups.read_fields(Path("/proc/self/io")).get("read_bytes:") if magic(path) in _COUNTED else None
 
 
 def magic(path: Path) -> int:
-    """The number by which the kernel knows the file system; 0 where it cannot be had.
+    """The kernel's number for the kind of file system; 0 where it cannot be found out.
 
     Raises
     ------

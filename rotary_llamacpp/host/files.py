@@ -16,24 +16,24 @@ from ..errors import RotaryError
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse what would never end, or never begin: a folder, a pipe, a device.
+    """Refuse a folder, a pipe or a device, whose reading may never end.
 
     Raises
     ------
     OSError
-        It is no regular file, or there is none.
+        The path is not a regular file, or does not exist.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Try to write a file before what it is for is worked out; one that exists stays as it is.
+    """Check early that a file can be written; one that exists stays as it is.
 
     Raises
     ------
     RotaryError
-        It cannot be written.
+        The file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
@@ -47,17 +47,17 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _not_written(path: Path, error: OSError) -> RotaryError:
-    return RotaryError(f"{path}: cannot be written, {error.strerror}; a folder that can; choose another")
+    return RotaryError(f"{path}: cannot be written, {error.strerror}; choose another place")
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file that has its name once it is whole.
+    """Open a file that gets its name once it is complete.
 
     Raises
     ------
     RotaryError
-        It cannot be written.
+        The file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".part")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Ctrl-C where KeyboardInterrupt will not do: while modules are imported, and while llama.cpp calls back.
 
-Imports little itself: it is there before all others. Only the main thread can say what signals do; in others
+Imports little, because it is imported first. Only the main thread can set what signals do; in other threads
 nothing changes.
 """
 
@@ -18,7 +18,7 @@ _Handler = Callable[[int, FrameType | None], object]
 
 
 def exiting() -> contextlib.AbstractContextManager[None]:
-    """Ctrl-C ends the process at once, as the status 130 says. For imports, before anything is written.
+    """Let Ctrl-C end the process at once with status 130. For imports, before anything is written.
 
     An exception there is lost in callbacks of the import system, or becomes an ImportError of a package that
     cannot go on.
@@ -28,12 +28,12 @@ def exiting() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def noted(event: threading.Event, *, and_raised: bool) -> Iterator[None]:
-    """Ctrl-C sets `event`; raised in a destructor or a C callback alone, KeyboardInterrupt would be lost.
+    """Let Ctrl-C set `event`, because a KeyboardInterrupt in a destructor or a C callback is lost.
 
     Parameters
     ----------
     and_raised : bool
-        It is raised as well; else only from the second time on, for who cannot wait.
+        Raise KeyboardInterrupt as well; otherwise only a second Ctrl-C raises it.
     """
 
     def on_interrupt(*_: object) -> None:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What this machine is and what it lets this process have: its CPUs and memory, and which CPU a shared
-library was built for. Loads nothing.
-"""
+"""CPUs and memory that this process may use, and the CPU that a library was built for. Loads nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ HOST_PID_NAMESPACE = 0xEFFFFFFC  # inode of the first one, by the kernel's ABI (
 
 
 def _elf_target(header: bytes) -> tuple[int, int, int]:
-    """Word size, byte order and machine of what an ELF header of 64 bytes begins."""
+    """Word size, byte order and machine in an ELF header of 64 bytes."""
     return header[4], header[5], int.from_bytes(header[18:20], "little" if header[5] == 1 else "big")
 
 
@@ -72,21 +70,21 @@ def check_library_machine(path: Path) -> None:
 
 
 def installed_memory(root: Path = HERE) -> int | None:
-    """Bytes of memory of the machine, whatever cgroups allow."""
+    """Bytes of memory of the machine, regardless of cgroups."""
     found = cgroups.read_fields(root / "proc" / "meminfo").get("MemTotal:")
     return None if found is None else found << 10
 
 
 def total_memory(root: Path = HERE) -> int | None:
-    """Bytes of memory: the machine's, or the tightest limit of the cgroups around this process."""
+    """Bytes of memory of the machine, or the tightest limit of the cgroups around this process."""
     return _memory(root)[0]
 
 
 def available_memory(root: Path = HERE) -> int | None:
     """Bytes that this process can still take without swapping, page cache counted as free.
 
-    The kernel's estimate, or what the tightest of the cgroups around this process leaves. As of
-    ``rotary::host_memory_now``. `root` is what /proc and the mounts of cgroups are below.
+    The kernel's estimate, or what the tightest of the cgroups around this process leaves, as the native
+    library computes it. /proc and the mounts of cgroups are below `root`.
     """
     return _memory(root)[1]
 
@@ -120,7 +118,7 @@ def _memory_limit(folder: Path, version: int, is_own: bool) -> float:
 
 
 def _memory_taken(folder: Path, version: int) -> int:
-    """Bytes charged to a group, without file pages: these are reclaimed before the limit bites."""
+    """Bytes charged to a group without file pages, which are reclaimed before the limit is reached."""
     usage, prefix = ("memory.current", "") if version == 2 else ("memory.usage_in_bytes", "total_")
     stat = cgroups.read_fields(folder / "memory.stat")
     cached = sum(stat.get(f"{prefix}{name}", 0) for name in ("inactive_file", "active_file"))
@@ -128,17 +126,17 @@ def _memory_taken(folder: Path, version: int) -> int:
 
 
 def cpu_count(root: Path = HERE) -> int:
-    """CPUs that this process may keep busy: those that it may run on, and no more than cgroups' quotas.
+    """Number of CPUs that this process may keep busy: by affinity, and by the quotas of cgroups.
 
-    As of ``rotary::cpu_count``. A part of a CPU is none: a team of threads waits for the one that is
-    throttled. At least 1.
+    At least 1. Fractions of a CPU are dropped, because a team of threads waits for the one that is throttled.
+    The native library counts the same way.
     """
     quota = cpu_quota(root)
     return allowed_cpus() if quota is None else max(1, min(allowed_cpus(), quota))
 
 
 def allowed_cpus() -> int:
-    """CPUs that this process may run on, by affinity and cpusets."""
+    """Number of CPUs that this process may run on, by affinity and cpusets."""
     try:
         return len(os.sched_getaffinity(0))
     except (AttributeError, OSError):
@@ -146,7 +144,7 @@ def allowed_cpus() -> int:
 
 
 def cpu_quota(root: Path = HERE) -> int | None:
-    """Whole CPUs of the tightest quota of the cgroups around this process; None without one."""
+    """Number of whole CPUs in the tightest quota of the cgroups around this process; None without a quota."""
     quotas = []
     for group in cgroups.own_groups("cpu", root):
         for folder in group.folders:
@@ -170,8 +168,8 @@ def memlock_limit() -> int | None:
 def busy_seconds(*, user: bool = True, root: Path = HERE) -> float | None:
     """Seconds that the processors which this process may use have been busy, with what a hypervisor took.
 
-    Without `user`, not of programs themselves. None where nobody knows: in a container, /proc/stat counts
-    what the host's other tenants do.
+    Without `user`, the time of programs themselves is left out. None where it cannot be known: in a
+    container, /proc/stat counts other tenants of the host too.
     """
     try:
         allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}

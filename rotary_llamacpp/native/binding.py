@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The native library through cffi: rotary.h is the single truth, read between its API markers.
+"""The native library through cffi; rotary.h, read between its API markers, declares all of it.
 
-The only module that talks to ggml directly. Turns status codes into exceptions; decides nothing. What the
-library calls back is own.py, what it replays replay.py, a model's slots pools.py. ``load()`` may be called
+The only module that talks to ggml directly. Turns status codes into exceptions; decides nothing. Callbacks
+into Python are in own.py, replays in replay.py, the pools of a model in pools.py. ``load()`` may be called
 from any thread.
 
 Order matters when loading. llama_cpp comes first, so that our library binds to the ggml it brought. The
@@ -49,23 +49,21 @@ _loaded: Library | None = None
 
 
 def library_path() -> Path:
-    """Where libggml-rotary.so is, whether or not it exists; the variable ROTARY_LIBRARY overrides it."""
+    """Path of libggml-rotary.so, whether or not it exists; the variable ROTARY_LIBRARY overrides it."""
     override = os.environ.get("ROTARY_LIBRARY")
     return Path(override).absolute() if override else _PACKAGE / "lib" / "libggml-rotary.so"
 
 
 def api_declarations() -> str:
-    """The C declarations of rotary.h, as installed with the package or as found in a checkout."""
+    """C declarations of rotary.h, as installed with the package or as found in a checkout."""
     for header in (_PACKAGE / "include" / "rotary.h", _PACKAGE.parent / "native" / "include" / "rotary.h"):
         if header.is_file():
             return header.read_text().partition("// BEGIN API\n")[2].partition("// END API")[0]
-    raise LibraryError(
-        f"{_PACKAGE}: rotary.h is missing; it is part of the package; install rotary-llamacpp again"
-    )
+    raise LibraryError(f"{_PACKAGE}: rotary.h is missing; install rotary-llamacpp again")
 
 
 def loaded() -> Library | None:
-    """The library if it has been loaded in this process; loads nothing."""
+    """Return the library if it is loaded in this process, else None; load nothing."""
     return _loaded
 
 
@@ -87,7 +85,7 @@ def load() -> Library:
 
 
 def check_llama_cpp_version() -> str:
-    """Version of the installed llama-cpp-python, which must be the pinned one."""
+    """Return the version of the installed llama-cpp-python, which must be the pinned one."""
     try:
         found = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
@@ -104,7 +102,7 @@ def check_llama_cpp_version() -> str:
 
 
 def libllama() -> ctypes.CDLL:
-    """libllama's handle, through which ggml's symbols resolve too. Imports llama_cpp."""
+    """Return the handle of libllama, through which symbols of ggml resolve too. Imports llama_cpp."""
     from .stock import llama_api
 
     return llama_api._lib
@@ -118,7 +116,7 @@ def ggml_build(lib: ctypes.CDLL) -> tuple[str, str]:
 
 
 class _Mutable:
-    """What makes a logger's level unreachable in threads that are muted, and what it was set to in others."""
+    """Mixin of a logger: its level is out of reach in threads that are muted, and as set in others."""
 
     muted = threading.local()
 
@@ -133,10 +131,10 @@ class _Mutable:
 
 @contextlib.contextmanager
 def native_log_muted() -> Iterator[None]:
-    """llama.cpp's log without what our library says in a call: its error text becomes an exception's.
+    """Keep errors of our library out of llama.cpp's log for a call, because exceptions carry their text.
 
-    In this thread alone: llama-cpp-python shows what the level of its logger lets through, which others set
-    and read at the same time, so that it cannot be changed and put back.
+    Mutes this thread alone. The level of llama-cpp-python's logger cannot be changed and put back, because
+    other threads set and read it at the same time.
     """
     logger = logging.getLogger("llama-cpp-python")
     with _load_lock:
@@ -150,7 +148,7 @@ def native_log_muted() -> Iterator[None]:
         muted.depth -= 1
 
 
-# As ggml calls them in ggml_cpu_has_<name>(); only for the text of an error.
+# Names in ggml_cpu_has_<name>(); only for the text of an error.
 _CPU_FEATURES = [
     "sse3", "ssse3", "avx", "avx_vnni", "avx2", "f16c", "fma", "bmi2", "avx512", "avx512_vbmi",
     "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "fp16_va", "dotprod", "matmul_int8", "sve", "sme",
@@ -165,7 +163,7 @@ class Library:
             import cffi
         except ImportError as error:
             raise LibraryError(
-                f"cffi: cannot be imported, {error}; the native library is called through it; install it "
+                f"cffi: cannot be imported, {error}; install it "
                 "again with `pip install --force-reinstall cffi`"
             ) from error
         machine.check_library_machine(path)
@@ -210,8 +208,8 @@ class Library:
         (here, _), (built, _) = ggml_build(self.llama), self.built_ggml()
         if here != built:
             raise VersionError(
-                f"{self.path}: compiled against ggml {built}, llama-cpp-python brings {here}; they must be "
-                "the same; build it again with `pip install .`"
+                f"{self.path}: compiled against ggml {built}, llama-cpp-python brings {here}; "
+                "build it again with `pip install .`"
             )
 
     def _check_processor(self) -> None:
@@ -248,18 +246,18 @@ class Library:
         return self.ffi.string(pointer).decode("utf-8", "replace") if pointer else ""
 
     def last_error(self) -> str:
-        """Text of this thread's last failing call."""
+        """Text of the last failing call of this thread."""
         return self.text(self.c.rotary_last_error()).replace("\n", " ").strip()
 
     def check(self, status: int) -> int:
-        """Raise what a negative status stands for."""
+        """Raise the error that a negative status stands for; return the status."""
         if status < 0:
             kind = _ERRORS.get(self.ffi.typeof("enum rotary_status").elements.get(status, ""), LibraryError)
             raise kind(self.last_error() or f"{self.path}: failed with status {status}") from None
         return status
 
     def divide_budget(self, n_bytes: int, layers: list[tuple[int, int, int]]) -> list[int]:
-        """Slots of layers, each (bytes of an expert, experts, experts used), as a pool of that budget has."""
+        """Slots of layers, given as (bytes of an expert, experts, experts used), in a pool of this budget."""
         n_slots, taken = self.ffi.new("int32_t[]", len(layers)), self.ffi.new("uint64_t *")
         sizes = self.ffi.new("rotary_layer_size[]", layers)
         text = str(n_bytes).encode()
@@ -273,15 +271,15 @@ class Library:
         return self.c.rotary_device_count()
 
     def inner(self, device: int) -> str:
-        """Name of the ggml device that `device` wraps."""
+        """Name of the ggml device that a ROTARY device wraps."""
         return self.text(self.c.rotary_device_inner(device))
 
     def name(self, device: int) -> str:
-        """ggml's name of a ROTARY device."""
+        """Name of a ROTARY device in ggml."""
         return self.text(self.c.rotary_device_name(device))
 
     def device_memory(self, inner: str) -> tuple[int, int]:
-        """Bytes of memory of an inner device, free and in all; 0 if there is no such device."""
+        """Free and total bytes of memory of an inner device; 0 if there is no such device."""
         lib, free, total = self.llama, ctypes.c_size_t(), ctypes.c_size_t()
         device = lib.ggml_backend_dev_by_name(inner.encode())
         if not device:
@@ -293,7 +291,7 @@ class Library:
         return min(free.value, total.value), total.value
 
     def devices_for(self, inner: str | None) -> list[int]:
-        """ROTARY devices over the inner devices named, comma separated; by default over those chosen at load.
+        """ROTARY devices over inner devices, named with commas between; by default over those chosen at load.
 
         Raises
         ------
@@ -328,7 +326,7 @@ class Library:
         return (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
 
     def devices_without_rotary(self) -> ctypes.Array[ctypes.c_void_p]:
-        """The list llama.cpp would choose by default if this library had not been loaded."""
+        """List of devices that llama.cpp would choose by default if this library had not been loaded."""
         lib = self.llama
         lib.ggml_backend_dev_count.restype = ctypes.c_size_t
         lib.ggml_backend_dev_get.restype = ctypes.c_void_p

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Graphs of ggml's on one device, made and timed without a model: what _kernels.py measures with.
+"""Builds and times graphs of ggml on one device, without a model, for kernels.py.
 
-Besides binding.py the only module that calls ggml; it needs not our library, and leaves nothing behind. One
-thread at a time. Tensors are pointers to struct ggml_tensor.
+Does not need our library, and frees everything. One thread at a time. Tensors are pointers to struct
+ggml_tensor.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class _TensorHead(Structure):
 
 
 def extents(tensor: Any) -> list[int]:
-    """Its four, in ggml's order."""
+    """The four dimensions of a tensor, in ggml's order."""
     return list(ctypes.cast(tensor, POINTER(_TensorHead)).contents.ne)
 
 
 def strides(tensor: Any) -> list[int]:
-    """Its four, in bytes."""
+    """The four strides of a tensor, in bytes."""
     return list(ctypes.cast(tensor, POINTER(_TensorHead)).contents.nb)
 
 
 class Device:
-    """A backend of ggml's and what is allocated on it, until the block that it opens ends.
+    """A backend of ggml and its allocations, which a ``with`` block frees at the end.
 
     Raises
     ------
@@ -58,7 +58,7 @@ class Device:
         self.device = self.lib.ggml_backend_dev_by_name(name.encode())
         self.backend = self.lib.ggml_backend_dev_init(self.device, None) if self.device else None
         if not self.backend:
-            raise LibraryError(f"ggml: no device {name}; its kernels cannot be timed; plan without --measure")
+            raise LibraryError(f"ggml: no device {name}; plan without --measure")
         if name == "CPU":
             self.lib.ggml_backend_cpu_set_n_threads(self.backend, threads)
         self._held: list[tuple[Any, Any]] = []
@@ -73,12 +73,12 @@ class Device:
         self.lib.ggml_backend_free(self.backend)
 
     def context(self, n_tensors: int) -> Any:
-        """For so many tensors and a graph of them, without memory for data."""
+        """Make a context for a number of tensors and a graph of them, without memory for data."""
         overhead = self.lib.ggml_tensor_overhead() * n_tensors + self.lib.ggml_graph_overhead()
         return self.lib.ggml_init(_InitParams(overhead + 4096, None, True))
 
     def keep(self, context: Any, buffer: Any) -> None:
-        """Until the end; fails where there is no buffer."""
+        """Free context and buffer at the end; fail if the buffer is NULL."""
         if not buffer:
             self.lib.ggml_free(context)
             raise LibraryError(
@@ -87,17 +87,17 @@ class Device:
         self._held.append((context, buffer))
 
     def allocate(self, context: Any) -> None:
-        """All tensors of a context, zeroed."""
+        """Allocate all tensors of a context, zeroed."""
         buffer = self.lib.ggml_backend_alloc_ctx_tensors(context, self.backend)
         self.keep(context, buffer)
         self.lib.ggml_backend_buffer_clear(buffer, 0)
 
     def set(self, tensor: Any, data: np.ndarray) -> None:
-        """Its bytes."""
+        """Set the bytes of a tensor."""
         self.lib.ggml_backend_tensor_set(tensor, data.ctypes.data_as(c_void_p), 0, data.nbytes)
 
     def extra_bufts(self) -> list[Any]:
-        """Buffer types that have other layouts for weights."""
+        """Return the buffer types that have other layouts for weights."""
         registry = self.lib.ggml_backend_dev_backend_reg(self.device)
         address = self.lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
         if not address:
@@ -109,14 +109,14 @@ class Device:
         return bufts
 
     def graph(self, context: Any, nodes: list[Any]) -> Any:
-        """What computes these, in this order."""
+        """Make a graph that computes these nodes in this order."""
         graph = self.lib.ggml_new_graph(context)
         for node in nodes:
             self.lib.ggml_build_forward_expand(graph, node)
         return graph
 
     def time(self, graph: Any) -> float:
-        """Seconds of computing it; the median."""
+        """Median of the seconds that computing a graph takes."""
 
         def compute() -> None:
             if self.lib.ggml_backend_graph_compute(self.backend, graph) != 0:
@@ -126,7 +126,7 @@ class Device:
 
 
 def timed(work: Callable[[], None]) -> float:
-    """Seconds of some work; the median of a few tries after the first."""
+    """Median of the seconds that some work takes, of a few tries after the first."""
     work()  # first touch
     seconds: list[float] = []
     begin = time.perf_counter()

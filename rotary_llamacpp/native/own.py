@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Policies and predictors written in Python, as the library calls them: from the thread that computes.
+"""Callbacks into policies and predictors written in Python, from the thread that computes.
 
-What one raises cannot pass through the library: it is kept, and raised once, by `_Own.check`, when the call
-has returned in which it was raised. After an exception of its own, something simple takes its place for good,
-which `_Own.notices` says. After Ctrl-C, which merely met it, it is made anew. Either begins amid a model's
-life, so a policy is told of residents when it first meets them.
+An exception cannot pass through the library. It is kept, and `_Own.check` raises it once, when the library's
+call has returned. A policy or predictor that raised is replaced by a simple one for good, which
+`_Own.notices` reports. One that was interrupted by Ctrl-C is made anew. Both kinds of new object begin in the
+middle of a run, so a policy is told of resident experts when it first meets them.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class _Own:
         self._error: BaseException | None = None
 
     def replace(self) -> str:
-        """Have something simple in its place; says what."""
+        """Replace a policy or predictor that failed by a simple one; return a text about it."""
         raise NotImplementedError
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Make the policy or predictor anew."""
         raise NotImplementedError
 
     def _failed(self, _: type[BaseException], error: BaseException, traceback: Any) -> None:
         self._error = error.with_traceback(traceback)
 
     def bind(self, struct: str, functions: dict[str, Callable[..., Any]], at_error: dict[str, int]) -> Any:
-        """A C struct of callbacks without the first argument, the library's `user`; `self` keeps them alive.
+        """Make a C struct of callbacks, which do not get the first argument, `user`; `self` keeps them alive.
 
-        From an error to the end of the library's call they are not called: what begins anew begins with a
-        graph, not amid its layers.
+        From an error to the end of the library's call they do nothing, so that an object that is made anew
+        begins with a graph and not between two layers.
         """
         types = dict(self.ffi.typeof(struct).fields)
 
@@ -51,19 +51,19 @@ class _Own:
             def call(_: Any, *args: Any) -> Any:
                 return function(*args) if self._error is None else at_error.get(name)
 
-            # cffi takes errors: Ctrl-C may come before a function of ours has begun to catch any.
+            # cffi catches errors, because Ctrl-C may come before a function of ours can catch anything.
             return self.ffi.callback(types[name].type, call, error=at_error.get(name), onerror=self._failed)
 
         self._callbacks = {name: bound(name, each) for name, each in functions.items()}
         return self.ffi.new(f"{struct} *", self._callbacks)
 
     def rows(self, array: Any, n_used: int, n_tokens: int) -> list[list[Any]]:
-        """An array [n_tokens][n_used] as lists."""
+        """Convert a C array [n_tokens][n_used] into lists."""
         flat = self.ffi.unpack(array, n_used * n_tokens)
         return [flat[i : i + n_used] for i in range(0, len(flat), n_used)]
 
     def take_error(self) -> BaseException | None:
-        """What it has raised since this was last asked."""
+        """Return what was raised since the last call, and replace or restart what raised it."""
         error, self._error = self._error, None
         if isinstance(error, Exception):
             name, instead = self.name, self.replace()
@@ -73,101 +73,101 @@ class _Own:
         return error
 
     def check(self) -> None:
-        """Raise what it has raised, once."""
+        """Raise once what the callbacks raised."""
         error = self.take_error()
         if error is not None:
             raise error
 
 
 class OwnPolicy(_Own):
-    """An eviction policy; `shape` gives n_expert and n_slots of a layer."""
+    """An eviction policy in Python; `shape` gives n_expert and n_slots of a layer."""
 
     def __init__(self, lib: Library, factory: PolicyFactory, shape: Callable[[int], tuple[int, int]]) -> None:
         super().__init__(lib, factory)
         self._factory = factory
         self.restart()
 
-        def of(layer: int) -> tuple[EvictionPolicy, set[int]]:
-            """A layer's policy, and those of whom it knows that they are resident."""
+        def state(layer: int) -> tuple[EvictionPolicy, set[int]]:
+            """Policy of a layer, and the experts that it knows to be resident."""
             if layer not in self._layers:
                 self._layers[layer] = self._factory(layer, *shape(layer), self._shared), set()
             return self._layers[layer]
 
         def note(layer: int, ids: Any, weights: Any, n_used: int, n_tokens: int) -> None:
             known = self.rows(weights, n_used, n_tokens) if weights else None
-            of(layer)[0].note(self.rows(ids, n_used, n_tokens), known)
+            state(layer)[0].note(self.rows(ids, n_used, n_tokens), known)
 
         def enter(layer: int, expert: int, wanted: int) -> None:
-            its, residents = of(layer)
+            policy, residents = state(layer)
             if expert in residents:  # the slots were allocated anew since
-                its.leave(expert)
+                policy.leave(expert)
             residents.add(expert)
-            its.enter(expert, bool(wanted))
+            policy.enter(expert, bool(wanted))
 
         def leave(layer: int, expert: int) -> None:
-            its, residents = of(layer)
+            policy, residents = state(layer)
             if expert in residents:
                 residents.remove(expert)
-                its.leave(expert)
+                policy.leave(expert)
 
         def resize(layer: int, n_slots: int) -> None:
-            of(layer)[0].resize(n_slots)
+            state(layer)[0].resize(n_slots)
 
         def choose(layer: int, candidates: Any, n: int) -> int:
-            its, residents = of(layer)
+            policy, residents = state(layer)
             experts = self.ffi.unpack(candidates, n)
             for expert in experts:
                 if expert not in residents:
                     residents.add(expert)
-                    its.enter(expert, False)
-            return its.choose(experts)
+                    policy.enter(expert, False)
+            return policy.choose(experts)
 
         every = {each.__name__: each for each in (note, enter, leave, resize, choose)}
         self.calls = self.bind("rotary_policy", every, {"choose": -1})
 
     def replace(self) -> str:
         self._factory, self.name = Lru, "lru"
-        return "lru takes its place"
+        return "lru replaces it"
 
     def restart(self) -> None:
-        """The slots are allocated anew, and empty; or nothing is known of them any more."""
+        """Forget all state: the slots are empty now, or a failed policy is replaced."""
         self._shared: dict[str, Any] = {}
         self._layers: dict[int, tuple[EvictionPolicy, set[int]]] = {}
 
 
 class _Nothing(PrefetchPolicy):
-    """Names nothing."""
+    """Predicts nothing."""
 
     def name(self, layer: int, ahead: int, n: int) -> list[int]:
         return []
 
 
 class OwnPredictor(_Own):
-    """A predictor, made when it is first asked; `shape` gives n_layers, n_expert and n_used."""
+    """A predictor in Python, made when it is first used; `shape` gives n_layers, n_expert and n_used."""
 
     def __init__(
         self,
         lib: Library,
         factory: PredictorFactory,
         shape: Callable[[], tuple[int, int, int]],
-        made: Callable[[PrefetchPolicy], None] = lambda its: None,
+        made: Callable[[PrefetchPolicy], None] = lambda predictor: None,
     ) -> None:
         super().__init__(lib, factory)
         self._factory = factory
-        self._its: PrefetchPolicy | None = None
+        self._predictor: PrefetchPolicy | None = None
 
-        def its() -> PrefetchPolicy:
-            if self._its is None:
+        def predictor() -> PrefetchPolicy:
+            if self._predictor is None:
                 new = self._factory(*shape())
                 made(new)
-                self._its = new
-            return self._its
+                self._predictor = new
+            return self._predictor
 
         def note(layer: int, ids: Any, n_used: int, n_tokens: int) -> None:
-            its().note(layer, self.rows(ids, n_used, n_tokens))
+            predictor().note(layer, self.rows(ids, n_used, n_tokens))
 
         def name(layer: int, ahead: int, experts: Any, n: int) -> int:
-            named = list(its().name(layer, ahead, n))[:n]
+            named = list(predictor().name(layer, ahead, n))[:n]
             experts[0 : len(named)] = named
             return len(named)
 
@@ -175,13 +175,13 @@ class OwnPredictor(_Own):
 
     def replace(self) -> str:
         self._factory, self.name = _Nothing, ""
-        return "nothing comes ahead from now on"
+        return "nothing is prefetched from now on"
 
     def restart(self) -> None:
-        """Make it anew when it is next asked."""
-        self._its = None
+        """Make the predictor anew when it is next used."""
+        self._predictor = None
 
 
 def named_or_own(lib: Library, given: Any, own: _Own | None) -> tuple[str, Any]:
-    """A policy or predictor as the library takes it: its name, and its calls if it is a Python one."""
+    """Name and callbacks of a policy or predictor for the library; callbacks are NULL for a native one."""
     return (given, lib.ffi.NULL) if own is None else ("auto", own.calls)  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The pools of one model, one for each device it is split over, as one.
+"""The slots of one model: a `Pool` on each device that llama.cpp splits the layers over, together `Pools`.
 
-llama.cpp splits the layers; each device pages those it got. Figures are the sums over devices; a budget in
-bytes is for all of them, and divided as the experts are.
+Figures of `Pools` are sums over devices; a budget in bytes is for all devices, and is divided as the experts
+are. A pool is used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..traces.profiles import Profile
 from .binding import Library, native_log_muted
 from .own import OwnPolicy, OwnPredictor, named_or_own
 
-# Of several devices' figures, what is not their sum.
+# Figures whose value for several devices is the largest, not the sum.
 _LARGEST = ("n_expert", "n_expert_used", "repacked")
-_PATHS = ("slots", "mapped", "resident")  # the first that any device has says how the model runs
+_PATHS = ("slots", "mapped", "resident")  # the first of these that any device has
 
 
 class Pool:
-    """The slots of one model on one device. Close it after the model's buffers are gone."""
+    """The slots of one model on one device. Close it after the model's buffers are freed."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Pool:
         predictor: tuple[str, Any],
         adaptive: bool,
     ) -> None:
-        """`policy` and `predictor`: a name, and the caller's own calls or NULL, which must live as long."""
+        """Open a pool; `policy` and `predictor` are a name and callbacks or NULL, which are kept alive."""
         self.lib = lib
         self.device = device
         self._own = (policy[1], predictor[1])
@@ -74,7 +74,7 @@ class Pool:
             self.lib.check(self.lib.c.rotary_pool_prepare(self._pool))
 
     def set_budget(self, text: str) -> None:
-        """Change the budget; the slots are allocated anew, cold, at the next graph or `prepare`."""
+        """Change the budget; slots are allocated anew, empty, at the next graph or `prepare`."""
         with native_log_muted():
             self.lib.check(self.lib.c.rotary_pool_set_budget(self._pool, text.encode()))
 
@@ -85,7 +85,8 @@ class Pool:
     def layer_stats(self) -> list[dict[str, Any]]:
         """The fields of struct rotary_layer_stats for each paged layer.
 
-        Of fewer while another thread's loading, as of an adapter, makes this pool form its layers anew.
+        Some layers are missing while another thread loads weights, an adapter's for example, because the pool
+        then forms its layers anew.
         """
         layers: list[dict[str, Any]] = []
         with native_log_muted(), contextlib.suppress(RotaryError):
@@ -108,7 +109,7 @@ class Pool:
         self.lib.check(self.lib.c.rotary_pool_trace(self._pool, on))
 
     def read_trace(self) -> tuple[list[int], int]:
-        """Take what has been recorded, as numbers (rotary.h), and how many lookups were dropped so far."""
+        """Take the numbers recorded so far (see rotary.h), and how many lookups were dropped."""
         ffi, dropped = self.lib.ffi, self.lib.ffi.new("uint64_t *")
         n = self.lib.c.rotary_pool_trace_read(self._pool, ffi.NULL, -1, dropped)
         records = ffi.new("int32_t[]", max(n, 1))
@@ -116,11 +117,11 @@ class Pool:
         return ffi.unpack(records, n) if n else [], dropped[0]
 
     def warm(self, layer: int, experts: list[int]) -> None:
-        """What a layer's slots begin with, the most wanted first. Before they are allocated."""
+        """Set the experts that fill a layer's slots at first, most wanted first. Call before `prepare`."""
         self.lib.check(self.lib.c.rotary_pool_warm(self._pool, layer, experts, len(experts)))
 
     def learn(self, layer: int, popularity: Any, pairs: Any, n_tokens: int) -> None:
-        """What a profile says of a layer, float32 [n_expert], [n_expert, n_expert] or None; before that."""
+        """Hand over a layer's part of a profile: float32 [n_expert], and [n_expert, n_expert] or None."""
         ffi = self.lib.ffi
         self.lib.check(
             self.lib.c.rotary_pool_learn(
@@ -130,17 +131,17 @@ class Pool:
         )  # fmt: skip
 
     def predictor_name(self) -> str:
-        """Who names what comes ahead; empty where nothing does."""
+        """Name of the predictor; empty where nothing is prefetched."""
         text = self.lib.ffi.new("char[]", 64)
         self.lib.c.rotary_pool_predictor(self._pool, text, len(text))
         return self.lib.text(text)
 
     def policy_name(self) -> str:
-        """The eviction policy that was chosen."""
+        """Name of the eviction policy that was chosen."""
         return self.lib.text(self.lib.c.rotary_pool_policy(self._pool))
 
     def notices(self) -> list[str]:
-        """Fallbacks and choices worth saying, in the order they were made."""
+        """Fallbacks and choices worth a message, in the order they were made."""
         texts: list[str] = []
         while pointer := self.lib.c.rotary_pool_notice(self._pool, len(texts)):
             texts.append(self.lib.text(pointer))
@@ -158,14 +159,14 @@ class Pool:
 
 
 class Pools:
-    """Open before the model is loaded; close after its buffers are gone.
+    """The pools of one model. Open before the model is loaded, close after the model's buffers are freed.
 
     Parameters
     ----------
     devices : list of int
         Numbers of the ROTARY devices.
     model : str
-        Name for messages.
+        Name of the model in messages.
     """
 
     def __init__(self, lib: Library, devices: list[int], config: RotaryConfig, model: str) -> None:
@@ -175,7 +176,7 @@ class Pools:
         self._own = None if isinstance(config.policy, str) else OwnPolicy(lib, config.policy, self._shape)
         self._predictors: list[OwnPredictor] = []
         self._profile: Profile | None = None
-        # Not for what stands in for routers only where there are none: tables of pairs are large.
+        # Not for the predictor that replaces routers where there are none: tables of pairs are large.
         self._learns = isinstance(config.prefetch, str) and config.prefetch not in (AUTO, ROUTER)
         self._pools: list[Pool] = []
         try:
@@ -203,7 +204,7 @@ class Pools:
             raise
 
     def prepare(self) -> None:
-        """Resolve the budget and allocate the slots. Call once the weights are loaded."""
+        """Resolve the budget and allocate the slots. Call when the weights are loaded."""
         if self._budget.kind == "bytes" and len(self._pools) > 1:
             self._divide()
         with self.raising_own():
@@ -211,7 +212,7 @@ class Pools:
                 pool.prepare()
 
     def set_budget(self, budget: Budget) -> None:
-        """Change the budget and allocate anew."""
+        """Change the budget and allocate slots anew."""
         self._budget = budget
         if self._own is not None:
             self._own.restart()
@@ -224,7 +225,7 @@ class Pools:
         return layer["n_expert"], layer["n_slots"]
 
     def _predictor(self, prefetch: bool | str | PredictorFactory, index: int) -> tuple[str, Any]:
-        """What one pool's predictor is, as the library takes it: each has its own, of its own layers."""
+        """Name and callbacks of the predictor of one pool; each pool has one of its own layers."""
         if isinstance(prefetch, (bool, str)):
             return (prefetch if isinstance(prefetch, str) else AUTO, self.lib.ffi.NULL)
 
@@ -232,15 +233,15 @@ class Pools:
             stats = self._pools[index].stats()
             return stats["n_layers"], stats["n_expert"], stats["n_expert_used"]
 
-        def made(its: PrefetchPolicy) -> None:
-            if self._profile is not None and its.n_layers == len(self._profile.layers):
-                its.learn(self._profile)
+        def made(predictor: PrefetchPolicy) -> None:
+            if self._profile is not None and predictor.n_layers == len(self._profile.layers):
+                predictor.learn(self._profile)
 
         self._predictors.append(OwnPredictor(self.lib, prefetch, shape, made))
         return AUTO, self._predictors[-1].calls
 
     def learn(self, profile: Profile) -> None:
-        """What predictors begin with. Before `prepare`."""
+        """Let predictors begin with a profile. Call before `prepare`."""
         self._profile = profile
         for pool in self._pools if self._learns else ():
             for i, layer in enumerate(profile.layers):
@@ -248,25 +249,25 @@ class Pools:
                 pool.learn(layer, profile.popularity[i], pairs, profile.n_tokens)
 
     def warm(self, ranked: dict[int, list[int]]) -> None:
-        """What slots begin with, by layer, the most wanted expert first. Before `prepare`."""
+        """Set the experts that fill slots at first, by layer, most wanted first. Call before `prepare`."""
         for pool in self._pools:
             for layer, experts in ranked.items():
                 pool.warm(layer, experts)
 
     def policy_name(self) -> str:
-        """The eviction policy that was chosen, or the name of the class that is one."""
+        """Name of the eviction policy that was chosen, or of its class."""
         if self._own is not None:
             return self._own.name
         return self._pools[0].policy_name()
 
     def predictor_name(self) -> str:
-        """Who names what comes ahead, or the name of the class that does; empty where nothing comes ahead."""
+        """Name of the predictor or of its class; empty where nothing is prefetched."""
         found = self._pools[0].predictor_name()
         return self._predictors[0].name if found == "own" else found
 
     @contextlib.contextmanager
     def raising_own(self) -> Iterator[None]:
-        """Raise at the end what a policy or predictor written in Python raises in a call of the library."""
+        """Raise at the end what a policy or predictor in Python raised while the library called it."""
         try:
             yield
         except BaseException as failure:
@@ -291,12 +292,12 @@ class Pools:
             pool.trace(on)
 
     def read_trace(self) -> tuple[list[int], int]:
-        """As `Pool.read_trace`, device by device."""
+        """Numbers recorded so far, device by device, and lookups dropped; see `Pool.read_trace`."""
         numbers: list[int] = []
         n_dropped = 0
         for pool in self._pools:
-            its, dropped = pool.read_trace()
-            numbers += its
+            recorded, dropped = pool.read_trace()
+            numbers += recorded
             n_dropped += dropped
         return numbers, n_dropped
 
@@ -307,7 +308,7 @@ class Pools:
                 pool.set_budget(str(math.ceil(self._budget.amount * share / sum(n_bytes))))
 
     def stats(self) -> dict[str, Any]:
-        """As `Pool.stats`, of all devices together."""
+        """Figures of all devices together; see `Pool.stats`."""
         every = [stats for pool in self._pools if (stats := pool.stats())["n_layers"] > 0]
         every = every or [self._pools[0].stats()]
         if len(every) == 1:
@@ -329,7 +330,7 @@ class Pools:
         return sorted(layers, key=lambda layer: layer["il"])
 
     def notices(self) -> list[str]:
-        """Fallbacks and choices worth saying."""
+        """Fallbacks and choices worth a message."""
         every = [*(pool.notices() for pool in self._pools), *(own.notices for own in self._every_own())]
         return [text for notices in every for text in notices]
 

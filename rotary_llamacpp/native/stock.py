@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Stock llama_cpp, imported in one place: a LibraryError says in one line why it cannot be.
+"""Imports stock llama_cpp, in one place, and raises a LibraryError of one line where that fails.
 
-It fails in many ways: RuntimeError or OSError for a shared library that is missing or that lacks another one,
-AttributeError for one of another version, ImportError for a package.
+The import fails in many ways: RuntimeError or OSError for a shared library that is missing or that lacks
+another one, AttributeError for one of another version, ImportError for a package.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from .. import pinned
 from ..errors import LibraryError
 from . import binding
 
-_MOST_LETTERS = 400  # of another's message; numpy's fill a page
+_MAX_LETTERS = 400  # of a message that is passed on; numpy's fill a page
 
 
 def _reason(error: Exception) -> LibraryError:
     if isinstance(error, ModuleNotFoundError) and error.name == "llama_cpp":
         binding.check_llama_cpp_version()  # says so in its own words if it is not installed
-    said = " ".join(str(error).split())[:_MOST_LETTERS]
+    said = " ".join(str(error).split())[:_MAX_LETTERS]
     place = os.environ.get("LLAMA_CPP_LIB_PATH")
     if place is not None:
         return LibraryError(
@@ -28,7 +28,7 @@ def _reason(error: Exception) -> LibraryError:
         )
     return LibraryError(
         f"llama_cpp: cannot be imported, {said}; llama-cpp-python {pinned.LLAMA_CPP_PYTHON} and its "
-        "dependencies must be there; install what is missing, or build it here with "
+        "dependencies are needed; install what is missing, or build it here with "
         f"`{pinned.REBUILD_LLAMA_CPP}`"
     )
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The machine that a plan is for: what was said of it, what it has, what is measured, else published figures.
+"""Describes the machine that a plan is for, by options, by what it has, by measuring, or by published
+figures.
 
-`describe` alone measures nothing that takes time. `measure` times ggml's kernels, copies and the disk, a few
-seconds in all; on an idle machine, for all cores are used. It never loads a model.
+`describe` measures nothing that takes time. `measure` times ggml's kernels, copies and the disk in a few
+seconds; it uses all cores, so the machine should be idle. Neither loads a model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..units import MIB, parse_rate, parse_size, size
 from .footprint import Footprint
 from .roofline import Machine, Request
 
-# Stand-ins where nothing was said or measured. Of their makers, but for the efficiencies.
+# Defaults where nothing is given or measured, as published by the makers.
 _VRAM = ("936GB/s", "published, RTX 3090")
 _RAM = ("58GB/s", "published, desktop DDR5")  # what DRAM-bound experts get of it
 _LINK = ("pcie4x16", "published, PCIe 4 x16")
@@ -42,12 +43,13 @@ _COPY_TRIES = 5
 def describe(
     *, vram: str | None, ram: str | None, link: str, disk: str, ram_rate: str | None, vram_rate: str | None
 ) -> Machine:
-    """The machine of the options of ``rotary plan``; None and "auto" mean this one's, or published figures.
+    """Describe a machine by options of ``rotary plan``; None and "auto" mean this machine, or published
+    figures.
 
     Raises
     ------
     RotaryError
-        An option that is not understood, or memory that the kernel does not tell.
+        An option is not understood, or the kernel does not tell how much memory is available.
     """
     sources: dict[str, str] = {}
 
@@ -56,11 +58,11 @@ def describe(
         sources[name] = source
         try:
             return parse_rate(str(text)) * 1e6
-        except RotaryError as error:  # of a link, by its name there
+        except RotaryError as error:  # which calls every rate a link
             raise RotaryError(str(error).replace("link ", f"{name} ", 1)) from None
 
-    there = machine.available_memory()
-    if ram is None and there is None:
+    available = machine.available_memory()
+    if ram is None and available is None:
         raise RotaryError("memory: the kernel does not say how much is available; give --ram, such as 32GiB")
     sources["ram"] = "given" if ram is not None else "available on this machine"
     vram_bytes, vram_total, sources["vram"] = _vram(vram)
@@ -68,7 +70,7 @@ def describe(
     return Machine(
         vram_bytes=vram_bytes,
         vram_total=vram_total,
-        ram_bytes=parse_size(ram) if ram is not None else there or 0,
+        ram_bytes=parse_size(ram) if ram is not None else available or 0,
         vram_rate=rate("vram rate", vram_rate, _VRAM),
         link_rate=rate("link", link, _LINK),
         ram_rate=ram_bytes_rate,
@@ -91,7 +93,7 @@ def describe(
 
 
 def _vram(given: str | None) -> tuple[int, int, str]:
-    """Bytes that can be taken, bytes in all, and where that is known from."""
+    """Free bytes of GPU memory, total bytes, and the source of both."""
     if given is not None:
         return (n_bytes := parse_size(given)), n_bytes, "given"
     lib = _library()
@@ -102,7 +104,7 @@ def _vram(given: str | None) -> tuple[int, int, str]:
     if not total:
         return 0, 0, "this machine has no GPU that ggml knows"
     if not all(free for free, each in memory if each):
-        return total, total, "all on this machine; its GPU does not say what is free"
+        return total, total, "all on this machine, because the GPU does not tell what is free"
     return sum(free for free, _ in memory), total, f"free of {size(total)} on this machine"
 
 
@@ -110,14 +112,14 @@ def measure(
     described: Machine, footprint: Footprint, request: Request, model: Path | None, threads: int,
     given: frozenset[str],
 ) -> Machine:  # fmt: skip
-    """The same with rates of this machine in place of published figures; what is in `given` stays.
+    """Replace published figures by measured rates of this machine, except those that are in `given`.
 
     Parameters
     ----------
     model : Path, optional
         A file to read the disk with; by default a temporary one is written.
     given : frozenset of str
-        Of "link", "disk", "ram rate", "vram rate": what was said, perhaps of another machine.
+        Which of "link", "disk", "ram rate" and "vram rate" were given as options.
 
     Raises
     ------
@@ -139,7 +141,7 @@ def measure(
 
 
 def _disk(described: Machine, model: Path | None, sources: dict[str, str]) -> Machine:
-    """The same with the rate of the disk that the model lies on, if that can be measured."""
+    """Replace the rate of the disk by the measured one of the model's disk, if it can be measured."""
     try:
         cold, place = disk.measure(model)
     except RotaryError as error:
@@ -151,7 +153,7 @@ def _disk(described: Machine, model: Path | None, sources: dict[str, str]) -> Ma
     sources["disk"] = f"measured: {cold.how} reads of {place if model else f'a temporary file in {place}'}"
     if cold.own:
         sources["disk"] += (
-            "; the processors' share by this process alone, for others run beside this container"
+            "; processor time counts this process alone, because others run beside this container"
         )
     return replace(
         described, disk_rate=cold.rate, disk_cpu_s=cold.busy / max(cold.n_bytes, 1) / machine.cpu_count()
@@ -159,7 +161,7 @@ def _disk(described: Machine, model: Path | None, sources: dict[str, str]) -> Ma
 
 
 def _library() -> binding.Library | None:
-    """None where it cannot be loaded: a plan for another machine does not need it."""
+    """Load the native library; None where that fails, because a plan for another machine does not need it."""
     try:
         return binding.loaded() or binding.load()
     except (RotaryError, ImportError, OSError):
@@ -175,7 +177,7 @@ def _device(
     described: Machine, footprint: Footprint, request: Request, gpu: str, sources: dict[str, str],
     given: frozenset[str],
 ) -> Machine:  # fmt: skip
-    """The same with the rates of a GPU here: its kernels and the link to it."""
+    """Replace rates by those of a GPU of this machine: kernels and link."""
     rates = _rates(footprint, 1, gpu)
     token, prompt = _layer(footprint, request, rates.token_rate, 1, gpu)
     found = replace(described, gpu_flops=rates.prompt_flops, gpu_layer_s=token, gpu_prompt_layer_s=prompt)
@@ -190,20 +192,21 @@ def _device(
 
 
 def _rates(footprint: Footprint, threads: int, device: str = "CPU") -> KernelRates:
-    """Of the model's matrices together: an expert's, and the largest of the others for all of these.
+    """Measure the model's matrices together: those of an expert, and the largest dense one for all dense
+    ones.
 
-    A matrix with short rows has slower kernels; plain ones have faster ones for prompts. Each counts by its
-    bytes in a token, and its operations in one of the prompt.
+    Kernels are slower for short rows, and faster for prompts with dense matrices. Matrices are weighted by
+    bytes for a decoded token, and by operations for a token of the prompt.
     """
-    parts = []  # bytes, operations, rates; what says whether experts are repacked first
+    parts = []  # bytes, operations, rates; the first ones tell whether experts are repacked
     with binding.native_log_muted():
         if footprint.layers:
             layer, matrices = footprint.layers[0], footprint.matrices
             n_stored = sum(each.n_expert for each in footprint.layers)
             elements = sum(matrix.n_in * matrix.n_out for matrix in matrices)
             for matrix, times in Counter(matrices).items():
-                its = (matrix.type_name, matrix.n_in, matrix.n_out)
-                experts = Matrices(*its, layer.n_expert, layer.n_expert_used, n_stored)
+                shape = (matrix.type_name, matrix.n_in, matrix.n_out)
+                experts = Matrices(*shape, layer.n_expert, layer.n_expert_used, n_stored)
                 rates = measure_matrices(experts, threads, device)
                 n_bytes = footprint.chosen_bytes * times * matrix.n_bytes / layer.expert_bytes
                 flops = footprint.expert_flops * times * matrix.n_in * matrix.n_out / elements
@@ -223,8 +226,8 @@ def _rates(footprint: Footprint, threads: int, device: str = "CPU") -> KernelRat
 def _layer(
     footprint: Footprint, request: Request, token_rate: float, threads: int, device: str = "CPU"
 ) -> tuple[float, float]:
-    """What a layer takes beside reading weights and KV cache: of a token, and of a token of the prompt."""
-    # A header may say 0 of what a model has not, or what does not fit together; ggml would end the process.
+    """Seconds of a layer without reading weights and KV cache: of a decoded token, and of one in a prompt."""
+    # A header may have 0 or inconsistent numbers here, with which ggml would end the process.
     n_head, n_head_kv, n_key, n_value = (max(2, number) for number in astuple(footprint.heads))
     if n_head % n_head_kv:
         n_head_kv = n_head
@@ -247,7 +250,7 @@ def _layer(
 def _cpu(
     described: Machine, footprint: Footprint, request: Request, threads: int, sources: dict[str, str]
 ) -> Machine:
-    """The same with the rates of this CPU."""
+    """Replace rates by those of this CPU."""
     rates = _rates(footprint, threads)
     token, prompt = _layer(footprint, request, rates.token_rate, threads)
     types = dict.fromkeys([*(matrix.type_name for matrix in footprint.matrices), footprint.dense.type_name])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Divides a budget into slots of each layer by the native library's rule, so that a plan does not need that.
+"""Divides a budget into slots of layers as the native library does, so that a plan does not need the library.
 
-tests/test_plan.py holds the two against each other.
+tests/model/test_plan.py compares the two.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from ..units import mib
 
 
 def divide(budget: str, layers: Sequence[LayerInfo], free_bytes: int, name: str) -> tuple[list[int], int]:
-    """Slots of each layer, and the bytes that the budget stands for.
+    """Divide a budget; return slots of each layer, and the bytes that the budget stands for.
 
     Parameters
     ----------
     budget : str
         As `rotary_llamacpp.RotaryConfig.budget`.
     free_bytes : int
-        What ``"auto"`` may take.
+        Bytes that ``"auto"`` may take.
     name : str
-        Of the model, for messages.
+        Name of the model in messages.
 
     Raises
     ------
     BudgetError
-        It is no budget, or cannot hold one token's experts.
+        The text is not a budget, or the budget cannot hold one token's experts.
     """
     parsed = Budget.parse(budget)
     wanted = budget_bytes(parsed, layers, free_bytes)
-    least = sum(layer.chosen_bytes for layer in layers)
-    if wanted < least:
+    minimum = sum(layer.chosen_bytes for layer in layers)
+    if wanted < minimum:
         raise BudgetError(
             f"{name}: budget {budget} is {mib(wanted)}; one token's experts take "
-            f"{mib(least)} in {len(layers)} layers; "
+            f"{mib(minimum)} in {len(layers)} layers; "
             + ("free memory" if parsed.kind == "auto" else "raise it or free memory")
         )
     if parsed.kind == "slots":
@@ -46,7 +46,7 @@ def divide(budget: str, layers: Sequence[LayerInfo], free_bytes: int, name: str)
 
 
 def budget_bytes(budget: Budget, layers: Sequence[LayerInfo], free_bytes: int) -> int:
-    """What a budget stands for, at most all experts."""
+    """Bytes that a budget stands for, at most those of all experts."""
     everything = sum(layer.layer_bytes for layer in layers)
     wanted = {
         "auto": free_bytes,
@@ -59,7 +59,7 @@ def budget_bytes(budget: Budget, layers: Sequence[LayerInfo], free_bytes: int) -
 
 
 def raised_evenly(n_bytes: int, layers: Sequence[LayerInfo]) -> list[int]:
-    """budget_slots() of native/src/budget.cpp: the lowest layers get a slot more, until none fits."""
+    """Raise the layers with the fewest slots until nothing fits, as native/src/cache/budget.cpp does."""
     slots = [layer.n_expert_used for layer in layers]
     used = sum(n * layer.expert_bytes for n, layer in zip(slots, layers, strict=True))
     while True:

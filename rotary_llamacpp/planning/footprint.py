@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What a model asks of memory and of processors for a token, from its headers. Pure: reads no file.
+"""Memory and work that a model takes, from GGUF headers. Pure: reads no file.
 
-Keys are those of llama.cpp's src/llama-arch.cpp, what they mean for the KV cache its src/llama-kv-cache*.cpp.
+Keys are those of llama.cpp's src/llama-arch.cpp; src/llama-kv-cache*.cpp has what they mean for the KV cache.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ..gguf_files.header import GGUFHeader, TensorInfo
 from ..gguf_files.info import LayerInfo, ModelInfo, loaded
 from ..gguf_files.layout import SECTOR
 
-# MoE architectures whose files say how wide a window is, but not which layers have it: every so manieth sees
-# all, the last of so many, or the first. load_swa_pattern() of llama.cpp's src/models.
+# MoE architectures whose files say how wide a window is, but not which layers have it: every n-th sees
+# all: the last of n, or the first. load_swa_pattern() of llama.cpp's src/models.
 _PATTERNS = {"gpt-oss": 2, "llama4": 4, "afmoe": 4, "exaone-moe": 4, "mellum": 4}
 _FULL_FIRST = {"smallthinker": 4, "laguna": 4, "cohere2moe": 4}
 _VALUE_BYTES = 2  # f16
-_MOST_LAYERS = 4096  # more in a header is damage; nothing is sized by its numbers before this
+_MAX_LAYERS = 4096  # more in a header is damage; nothing is sized by its numbers before this
 
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """One layer's part of the KV cache: `width` values of a token, of at most `window` tokens (0: all)."""
+    """One layer's part of the KV cache: `width` values a token, of at most `window` tokens (0: all)."""
 
     width: int
     window: int
@@ -34,7 +34,7 @@ class CachedLayer:
 
 @dataclass(frozen=True)
 class Heads:
-    """Of attention: how many, of how many keys and values, and their sizes."""
+    """Heads of attention: number of heads, of heads with keys and values, and sizes of a key and a value."""
 
     n_head: int = 1
     n_head_kv: int = 1
@@ -44,7 +44,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix: ggml's name of its type, the length of its rows and their number, and its bytes."""
+    """One matrix: ggml's name of the type, length of a row, number of rows, and bytes."""
 
     type_name: str
     n_in: int
@@ -61,19 +61,19 @@ class Footprint:
     resident_bytes : int
         Weights that are not experts.
     token_bytes : int
-        Of these, what one token reads: all but the embeddings, unless they are the output matrix too.
+        Those of them that one token reads: all but the embeddings, unless they are the output matrix too.
     token_flops, expert_flops : float
         Operations of one token in weights that are not experts, and in the experts it chooses.
     output_flops : float
-        Of the former, those of the output matrix, which a prompt computes for its last token only.
+        Operations of the output matrix, part of `token_flops`; a prompt needs them for the last token only.
     layers : tuple of LayerInfo
         Layers with experts.
     matrices : tuple of Matrix
-        Of an expert, in the first layer that has any.
+        Matrices of an expert in the first layer that has experts.
     dense : Matrix
-        The largest of the type that most bytes are in, of what a token reads that is not experts.
+        Largest matrix that is not an expert's, of the type that most bytes have.
     heads : Heads
-        Of the first layer with attention.
+        Heads of the first layer with attention.
     """
 
     name: str
@@ -97,12 +97,12 @@ class Footprint:
 
     @property
     def expert_bytes(self) -> int:
-        """Of all experts."""
+        """Bytes of all experts."""
         return sum(layer.layer_bytes for layer in self.layers)
 
     @property
     def chosen_bytes(self) -> int:
-        """Of the experts that one token chooses, which is also the smallest budget."""
+        """Bytes of the experts that one token chooses, which is also the smallest budget."""
         return sum(layer.chosen_bytes for layer in self.layers)
 
     @property
@@ -117,17 +117,17 @@ class Footprint:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights."""
         return self.resident_bytes + self.expert_bytes
 
     def kv_bytes(self, n_ctx: int, windows: bool = True, n_ubatch: int = 512) -> int:
-        """Of the KV cache in f16 for a context of `n_ctx` tokens.
+        """Bytes of the KV cache in f16 for a context of `n_ctx` tokens.
 
         Parameters
         ----------
         windows : bool
-            Layers that see a window only keep no more, and a micro-batch, in llama.cpp's steps of 256 tokens:
-            llama.cpp's programs. Its library, llama-cpp-python too, keeps the whole context unless told.
+            Layers that see a window keep only that and a micro-batch, in steps of 256 tokens, as llama.cpp's
+            programs do. The library, and so llama-cpp-python, keeps the whole context by default.
         """
         values = 0
         for layer in self.cached:
@@ -138,23 +138,23 @@ class Footprint:
         return _VALUE_BYTES * values
 
     def kv_read_bytes(self, depth: int) -> int:
-        """Of the KV cache that one token reads after `depth` others."""
+        """Bytes of the KV cache that one token reads after `depth` others."""
         return _VALUE_BYTES * sum(min(depth, layer.window or depth) * layer.width for layer in self.cached)
 
 
 def of_headers(headers: Sequence[GGUFHeader]) -> Footprint:
-    """The footprint of a model, given the headers of its files.
+    """Compute the footprint of a model from the headers of all files.
 
     Raises
     ------
     ModelError
-        The header contradicts itself, or lacks what sizes a KV cache.
+        The header is inconsistent, or lacks numbers that size the KV cache.
     """
     info, metadata = ModelInfo.of(headers), headers[0].metadata
     keys = _Keys(info.path.name, info.architecture, metadata)
-    if not 0 < info.n_layer <= _MOST_LAYERS:
+    if not 0 < info.n_layer <= _MAX_LAYERS:
         raise ModelError(
-            f"{info.path.name}: {info.n_layer} layers; 1 to {_MOST_LAYERS} are possible; download it again"
+            f"{info.path.name}: {info.n_layer} layers; 1 to {_MAX_LAYERS} are possible; download it again"
         )
     tensors = loaded(headers)[1]
     names = {tensor.name for tensor in tensors}
@@ -167,12 +167,12 @@ def of_headers(headers: Sequence[GGUFHeader]) -> Footprint:
     output = elements.get("output.weight", elements.get("token_embd.weight", 0))
     chosen = 0.0
     for layer in info.layers:
-        its = sum(
+        of_layer = sum(
             elements[name]
             for part in ("gate", "up", "down", "gate_up")
             if (name := f"blk.{layer.il}.ffn_{part}_{layer.kind}.weight") in elements
         )
-        chosen += its * layer.n_expert_used / layer.n_expert
+        chosen += of_layer * layer.n_expert_used / layer.n_expert
     first = f"blk.{info.layers[0].il}." if info.layers else ""
     experts = [tensor for tensor in tensors if _is_expert(tensor.name) and len(tensor.shape) == 3]
     return Footprint(
@@ -207,8 +207,8 @@ def _dense(tensors: Sequence[TensorInfo], looked_up: bool) -> Matrix:
     for tensor in tensors:
         if not _is_expert(tensor.name) and not (looked_up and tensor.name == "token_embd.weight"):
             by_type.setdefault(tensor.type_name, []).append(tensor)
-    most = max(by_type.values(), key=lambda its: sum(tensor.n_bytes for tensor in its), default=[])
-    return _matrix(max(most, key=lambda tensor: tensor.n_bytes)) if most else Matrix("F32", 1, 1, 4)
+    main = max(by_type.values(), key=lambda group: sum(tensor.n_bytes for tensor in group), default=[])
+    return _matrix(max(main, key=lambda tensor: tensor.n_bytes)) if main else Matrix("F32", 1, 1, 4)
 
 
 def _is_expert(name: str) -> bool:
@@ -259,7 +259,7 @@ class _Keys:
         return value
 
     def each(self, key: str, n_layer: int, default: list[int] | None = None) -> list[int]:
-        """One number for each layer, of an array or of one for all."""
+        """One number for each layer, from an array or from one number for all."""
         value = self.metadata.get(f"{self.arch}.{key}")
         if value is None and default is not None:
             return default

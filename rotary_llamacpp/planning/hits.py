@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""How many of a token's experts will be found in their slots: from a trace, a profile, or a default curve.
+"""Expected hit rates: from a trace, a profile, or a default curve.
 
 The default curve is what ``rotary simulate --policies recall`` gives for recorded routings of Qwen3-30B-A3B
 and Gemma-4-26B-A4B (6 of 128 experts, 128 tokens decoded, warm from the prompt), the mean of both. It is read
-by the share of the experts that have slots and by how many times a token's experts there are slots for, and
-the lower of the two counts: with few experts a share says too much, with many a multiple does. What routing
-without any locality would hit, slots / experts, is a lower bound.
+twice, by slots / experts and by slots / experts used, and the lower rate counts: with few experts the first
+promises too much, with many the second. Routing without any locality, slots / experts, is a lower bound.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ _MULTIPLES = [share * 128 / 6 for share in _SHARES]
 
 @dataclass(frozen=True)
 class Hits:
-    """An expectation.
+    """An expected hit rate.
 
     Attributes
     ----------
     of : callable
         Hit rate of decode, 0 to 1, of bytes, for slots of each layer.
     source : str
-        Where it comes from, for people.
+        Where the expectation comes from, for people.
     """
 
     of: Callable[[Sequence[int]], float]
@@ -47,7 +46,7 @@ class Hits:
 
 
 def curve(n_slots: int, n_expert: int, n_used: int) -> float:
-    """Hit rate of one layer by the default curve."""
+    """Expected hit rate of one layer by the default curve."""
     if n_slots >= n_expert:
         return 1.0
     by_share = float(np.interp(n_slots / n_expert, _SHARES, _RATES))
@@ -56,7 +55,7 @@ def curve(n_slots: int, n_expert: int, n_used: int) -> float:
 
 
 def default(layers: Sequence[LayerInfo]) -> Hits:
-    """By the default curve."""
+    """Expect hit rates of the default curve."""
 
     def of(n_slots: Sequence[int]) -> float:
         return _of_layers(layers, n_slots, curve)
@@ -65,12 +64,12 @@ def default(layers: Sequence[LayerInfo]) -> Hits:
 
 
 def uniform(layers: Sequence[LayerInfo], n_slots: Sequence[int]) -> float:
-    """What routing without any locality would hit."""
+    """Hit rate that routing without any locality would have."""
     return _of_layers(layers, n_slots, lambda slots, n_expert, _: min(1.0, slots / n_expert))
 
 
 def of_profile(profile: Profile, layers: Sequence[LayerInfo], path: str) -> Hits:
-    """The most popular experts in the slots for good, or the default curve where that says more.
+    """Expect the most popular experts to stay in slots, or the default curve where that is higher.
 
     A profile knows popularity but no order in time, from which policies gain too.
 
@@ -84,7 +83,7 @@ def of_profile(profile: Profile, layers: Sequence[LayerInfo], path: str) -> Hits
     ):
         raise RotaryError(
             f"{path}: {len(profile.layers)} layers of {profile.n_expert} experts, the model has "
-            f"{len(layers)}; a profile of this model; make it anew, or say --profile off"
+            f"{len(layers)}; make a profile of this model, or give --profile off"
         )
     ranked = -np.sort(-profile.popularity.astype(float), axis=1)
     found = np.cumsum(ranked, axis=1) / np.maximum(ranked.sum(axis=1, keepdims=True), 1e-12)
@@ -98,11 +97,13 @@ def of_profile(profile: Profile, layers: Sequence[LayerInfo], path: str) -> Hits
         )
         return max(static / _chosen(layers), ordinary.of(n_slots))
 
-    return Hits(of, f"{path}, its most popular experts resident, or the default curve where that is more")
+    return Hits(
+        of, f"{path} with the most popular experts resident, or the default curve where that is higher"
+    )
 
 
 def of_trace(trace: Trace, layers: Sequence[LayerInfo], path: str) -> Hits:
-    """A replay of a trace with the policy ``recall`` on the library's own slot tables.
+    """Expect the hit rates of replaying a trace with the policy ``recall`` on the library's slot tables.
 
     Raises
     ------
@@ -117,10 +118,10 @@ def of_trace(trace: Trace, layers: Sequence[LayerInfo], path: str) -> Hits:
     ):
         raise RotaryError(
             f"{path}: {len(trace.layers)} layers of {trace.n_expert} experts, the model has {len(layers)}; "
-            "a trace of this model; record it with rotary trace"
+            "record a trace of this model with rotary trace"
         )
     if trace.tokens(DECODE) == 0:
-        raise RotaryError(f"{path}: nothing was decoded; answers are needed; record it with -n")
+        raise RotaryError(f"{path}: nothing was decoded in it; record one with -n")
 
     def of(n_slots: Sequence[int]) -> float:
         if all(slots >= layer.n_expert for layer, slots in zip(layers, n_slots, strict=True)):

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What a model can do on a machine: memory and a roofline for each way to run it. Pure: reads and measures
+"""Options for running a model on a machine, each with memory and a roofline. Pure: reads and measures
 nothing.
 
-Decode is modelled by bytes, a token at a time. What is computed on a device is read at the rate of its
-memory: weights that are not experts, the chosen experts, the KV cache. All else of a layer, attention and
-starting its nodes, takes its time beside that. Experts that are missed come over the link, by a copy into
-slots, or from the disk.
+Decode is modelled by bytes, a token at a time. A device reads weights that are not experts, the chosen
+experts and the KV cache at the rate of its own memory. The rest of a layer, attention and starting nodes,
+takes time beside that. Missed experts come over the link, by a copy into slots, or from the disk.
 
 - To a GPU they are not overlapped with computation, though prefetch hides a part: a lower estimate.
-- Direct reads on the CPU go on while it computes, but misses come in bunches, so neither hides the other
-  wholly: the root of the sum of squares, the larger alone where one is much larger. They take the processors'
-  time as well, for the kernel, interrupts, a hypervisor.
+- Direct reads on the CPU overlap with computation, but misses come in bunches, so neither hides the other
+  completely: the root of the sum of squares counts. Reads also take processor time, for the kernel,
+  interrupts and a hypervisor.
 - Page faults (stock, a model larger than memory) wait, and so do copies out of the page cache into slots.
 
 A prompt is computed a micro-batch at a time, at the processor's operations per second, the output matrix
@@ -56,7 +55,7 @@ _FIT_MARGIN = 1024 * MIB  # what llama.cpp's --fit leaves free of a GPU
 # What stock gets out of page faults however fast the disk is, from this project's benchmarks/beyond_ram.py
 # (Q8_0, loop device over memory, 35 and 60 % of the model's size: 0.8 and 0.9 GB/s).
 _FAULT_RATE = 0.8e9
-_PAGEABLE = 1 / 3  # of the link's rate, where memory is not page-locked
+_PAGEABLE = 1 / 3  # of the link's rate, where memory is not pinned
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,18 @@ class Option:
 
     @property
     def is_rotary(self) -> bool:
-        """Whether it pages."""
+        """Whether this option pages experts."""
         return self.key.startswith("rotary")
 
     def seconds(self, request: Request) -> float:
-        """Of the whole request; infinite where it cannot run."""
+        """Seconds of the whole request; infinite where the option cannot run."""
         if self.decode is None or self.prefill is None:
             return math.inf
         return request.prompt * self.prefill.seconds + request.answer * self.decode.seconds
 
 
 def options(case: Case) -> list[Option]:
-    """Every way to run the model that this machine has the devices for."""
+    """All ways to run the model that this machine has devices for."""
     found = []
     if case.machine.vram_bytes:
         found.append(_resident(case))
@@ -106,7 +105,7 @@ def options(case: Case) -> list[Option]:
 
 
 def recommend(case: Case, found: Sequence[Option]) -> tuple[Option | None, str]:
-    """The option to take, and why, in one sentence."""
+    """Pick the best option, and say why in one sentence."""
     best = min(found, key=lambda option: option.seconds(case.request))
     if best.decode is None:
         return None, "do not run this model here: " + "; ".join(f"{o.name}: {o.problem}" for o in found)
@@ -136,7 +135,7 @@ def recommend(case: Case, found: Sequence[Option]) -> tuple[Option | None, str]:
 
 
 def at_budgets(case: Case, shares: Sequence[float]) -> list[tuple[float, Option]]:
-    """Rotary with shares of the experts in slots, on the GPU if there is one; those that can run."""
+    """Rotary with these shares of the experts in slots, on the GPU if there is one; only what can run."""
     make = _rotary_gpu if case.machine.vram_bytes else _rotary_cpu
     found = []
     for share in shares:
@@ -155,7 +154,7 @@ def _resident(case: Case) -> Option:
         "resident", "everything on the GPU", _llama_cli(case, "-ngl 99"), needed, case.embedding_bytes
     )
     if needed + _FIT_MARGIN > case.machine.vram_bytes:
-        return replace(option, problem=_lacks_vram(case, needed))
+        return replace(option, problem=_short_of_vram(case, needed))
     return replace(
         option,
         decode=one_after_another({VRAM: gpu_read(case), STEPS: steps(case, case.machine.gpu_layer_s)}),
@@ -164,7 +163,7 @@ def _resident(case: Case) -> Option:
 
 
 def _some_layers(case: Case) -> Option:
-    """A dense model's layers, as many on the GPU as fit: what --fit does unasked."""
+    """A dense model with as many layers on the GPU as fit, which llama.cpp's --fit does by default."""
     machine = case.machine
     wanted = case.fixed(windows=True) - case.buffers
     room = machine.vram_bytes - _FIT_MARGIN - case.buffers
@@ -174,7 +173,7 @@ def _some_layers(case: Case) -> Option:
         "layers", "some layers on the GPU", _llama_cli(case, ""), int(on_gpu * wanted) + case.buffers, rest
     )
     if rest > case.ram_free:
-        return replace(option, problem=_lacks("memory", rest, case.ram_free))
+        return replace(option, problem=_short_of("memory", rest, case.ram_free))
 
     def both(gpu: float, cpu: float) -> float:
         return on_gpu * gpu + (1 - on_gpu) * cpu
@@ -193,7 +192,7 @@ def _some_layers(case: Case) -> Option:
 
 
 def _experts_on_cpu(case: Case, offload: bool) -> Option:
-    """As few layers' experts on the CPU as there must be, from the first on as --n-cpu-moe has it."""
+    """Experts of as few layers as possible on the CPU, from the first layer on, as --n-cpu-moe does it."""
     footprint, machine, layers = case.print, case.machine, case.print.layers
     room = machine.vram_bytes - _FIT_MARGIN - case.fixed(windows=True)
     n_cpu = next((n for n in range(len(layers) + 1) if _bytes(layers[n:]) <= room), len(layers))
@@ -202,16 +201,16 @@ def _experts_on_cpu(case: Case, offload: bool) -> Option:
     name = "experts on the CPU, prompts on the GPU" if offload else "experts on the CPU"
     on_cpu = _bytes(layers[:n_cpu])
     left = case.ram_free - case.embedding_bytes
-    # Read instead of mapped, experts lie in page-locked memory, which crosses the link faster.
-    locked = on_cpu <= left
-    flags = f"-ngl 99 {flag}{' -lm none' if locked else ''}{'' if offload else ' --no-op-offload'}"
+    # Experts that are read instead of mapped lie in pinned memory, which crosses the link faster.
+    pinned = on_cpu <= left
+    flags = f"-ngl 99 {flag}{' -lm none' if pinned else ''}{'' if offload else ' --no-op-offload'}"
     option = Option(
         "op-offload" if offload else "cpu-experts", name, _llama_cli(case, flags),
         case.fixed(windows=True) + _bytes(layers[n_cpu:]),
         min(on_cpu + case.embedding_bytes, max(case.ram_free, 0)),
     )  # fmt: skip
     if room < 0:
-        return replace(option, problem=_lacks_vram(case, case.fixed(windows=True)))
+        return replace(option, problem=_short_of_vram(case, case.fixed(windows=True)))
     chosen_cpu = _chosen(layers[:n_cpu])
     share = chosen_cpu / max(footprint.chosen_bytes, 1)
     decode = {
@@ -226,7 +225,7 @@ def _experts_on_cpu(case: Case, offload: bool) -> Option:
     if offload:
         prefill = {
             COMPUTE: gpu_prompt(case),
-            LINK: case.per_token(case.touched(0, n_cpu)) / (machine.link_rate * (1 if locked else _PAGEABLE)),
+            LINK: case.per_token(case.touched(0, n_cpu)) / (machine.link_rate * (1 if pinned else _PAGEABLE)),
         }
     else:
         experts = footprint.expert_flops * share
@@ -250,7 +249,7 @@ def _stock_cpu(case: Case) -> Option:
     )  # fmt: skip
     left = case.ram_free - fixed
     if left < 0:
-        return replace(option, problem=_lacks("memory", fixed, case.ram_free))
+        return replace(option, problem=_short_of("memory", fixed, case.ram_free))
     decode = {RAM: cpu_read(case), STEPS: steps(case, case.machine.cpu_layer_s)}
     faults = _faults(case, footprint.layers, left)
     prefill = {COMPUTE: cpu_prompt(case)}
@@ -283,22 +282,22 @@ def _rotary_gpu(case: Case) -> Option:
     margin = max(512 * MIB, max(machine.vram_bytes, machine.vram_total) // 10)
     fixed = case.fixed(windows=False)
     option = Option("rotary-gpu", "Rotary on the GPU", _rotary_run(case, ""), fixed, case.embedding_bytes)
-    # "auto" takes the least out of the margin, rather than none.
+    # "auto" takes one token's experts out of the margin, rather than none.
     free = max(machine.vram_bytes - margin - fixed, footprint.chosen_bytes)
     try:
         slots, budget = divide(case.budget, footprint.layers, free, footprint.name)
     except BudgetError as error:
         return replace(option, problem=str(error))
     if fixed + budget > machine.vram_bytes:
-        return replace(option, problem=_lacks("VRAM", fixed + budget, machine.vram_bytes))
+        return replace(option, problem=_short_of("VRAM", fixed + budget, machine.vram_bytes))
     hit = _hit_rate(case, slots)
     missed = (1 - hit) * footprint.chosen_bytes
     in_ram = footprint.expert_bytes + case.embedding_bytes <= case.ram_free
-    # Unasked, experts are page-locked if they take three quarters of memory at most; else they are copied,
+    # By default, experts are pinned if they take three quarters of memory at most; otherwise they are copied,
     # and the host resolves lookups.
-    locked = in_ram and footprint.expert_bytes <= machine.ram_bytes * 3 // 4
-    link = machine.link_rate if locked else min(machine.link_rate, machine.copy_rate)
-    syncs = 0 if locked or hit == 1 else len(footprint.layers)
+    pinned = in_ram and footprint.expert_bytes <= machine.ram_bytes * 3 // 4
+    link = machine.link_rate if pinned else min(machine.link_rate, machine.copy_rate)
+    syncs = 0 if pinned or hit == 1 else len(footprint.layers)
     decode = {
         VRAM: gpu_read(case),
         STEPS: steps(case, machine.gpu_layer_s) + syncs * machine.sync_s,
@@ -308,7 +307,7 @@ def _rotary_gpu(case: Case) -> Option:
     moved = {COMPUTE: gpu_prompt(case), LINK: case.per_token(absent / link)}
     ram_bytes = footprint.expert_bytes
     if not in_ram:
-        # Slots in RAM, in front of the disk; not of experts that are no whole sectors. Prompts pass them by.
+        # Slots in RAM in front of the disk, only where experts are whole sectors. Prompts bypass them.
         ram_bytes = max(case.ram_free - case.embedding_bytes, 0) if footprint.whole_sectors else 0
         reads = 1 - hit
         if ram_bytes >= footprint.chosen_bytes:
@@ -342,9 +341,9 @@ def _rotary_cpu(case: Case) -> Option:
     except BudgetError as error:
         return replace(option, problem=str(error))
     if mapped and not fits:
-        return replace(option, problem=_lacks("memory", fixed + footprint.expert_bytes, case.ram_free))
+        return replace(option, problem=_short_of("memory", fixed + footprint.expert_bytes, case.ram_free))
     if fixed + staging + budget > machine.ram_bytes:
-        return replace(option, problem=_lacks("memory", fixed + staging + budget, machine.ram_bytes))
+        return replace(option, problem=_short_of("memory", fixed + staging + budget, machine.ram_bytes))
     hit = _hit_rate(case, slots)
     missed = (1 - hit) * footprint.chosen_bytes
     computing = {RAM: cpu_read(case), STEPS: steps(case, machine.cpu_layer_s)}
@@ -352,12 +351,12 @@ def _rotary_cpu(case: Case) -> Option:
     absent = case.per_token(case.touched() * (1 - budget / footprint.expert_bytes))
     if mapped:
         decode = one_after_another({**computing, RAM: computing[RAM] + missed / case.fill_rate})
-        # A prompt's batches are computed from the mapping, whatever is in slots, if its layout will do.
+        # Batches of a prompt are computed from the mapping if the layout allows it, whatever is in slots.
         prefill = one_after_another(
             {COMPUTE: prompt, RAM: absent / case.fill_rate if machine.repack_rate else 0.0}
         )
     else:
-        # Reading takes the processors' time too. A token's are read into place, but where they are repacked.
+        # Reading takes processor time too. Experts of a token are read into slots, unless they are repacked.
         rewritten = missed / case.fill_rate if machine.repack_rate else 0.0
         computing[STEPS] += missed * machine.disk_cpu_s + rewritten
         decode = in_bunches(computing, {DISK: missed / machine.disk_rate})
@@ -371,7 +370,7 @@ def _rotary_cpu(case: Case) -> Option:
 
 
 def _slots_for(case: Case, share: float) -> list[int]:
-    """What a share of the experts is in each layer, one token's at least."""
+    """Slots of each layer for a share of the experts, at least one token's."""
     return [max(layer.n_expert_used, int(share * layer.n_expert)) for layer in case.print.layers]
 
 
@@ -392,13 +391,13 @@ def _chosen(layers: Sequence[LayerInfo]) -> int:
     return sum(layer.chosen_bytes for layer in layers)
 
 
-def _lacks(what: str, needed: float, there: int) -> str:
-    return f"{size(needed)} of {what} needed, {size(max(there, 0))} there"
+def _short_of(what: str, needed: float, available: int) -> str:
+    return f"{size(needed)} of {what} needed, {size(max(available, 0))} available"
 
 
-def _lacks_vram(case: Case, needed: float) -> str:
+def _short_of_vram(case: Case, needed: float) -> str:
     return (
-        _lacks("VRAM", needed + _FIT_MARGIN, case.machine.vram_bytes)
+        _short_of("VRAM", needed + _FIT_MARGIN, case.machine.vram_bytes)
         + ", with the GiB that llama.cpp leaves free"
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``rotary plan``: reads the header or takes a named shape, describes the machine, and lays the plan out."""
+"""Makes the plan of ``rotary plan`` from a header or a named shape and a machine, and renders it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import STORES, Budget
+from ..config import RotaryConfig
 from ..display.drawing import standalone
 from ..errors import RotaryError
 from ..gguf_files.info import read_shards
@@ -28,7 +28,7 @@ _WORDS = {"vram": "VRAM", "ram": "memory", "vram rate": "VRAM read", "ram rate":
 
 @dataclass(frozen=True)
 class Plan:
-    """A case, every option, and the one to take."""
+    """A case, all options, and the best one."""
 
     case: Case
     options: list[Option]
@@ -43,7 +43,7 @@ def make(
     store: str = "auto", trace: str | None = None, profile: str = "auto", measure: bool = False,
     threads: int | None = None,
 ) -> Plan:  # fmt: skip
-    """Plan a model, a file or a shape by its name.
+    """Plan a model: a file, or a named shape.
 
     Parameters
     ----------
@@ -51,27 +51,21 @@ def make(
         Sizes as `rotary_llamacpp.units.parse_size`, rates as `rotary_llamacpp.units.parse_rate`, the
         budget and the store as of `rotary_llamacpp.RotaryConfig`.
     trace, profile : str
-        Files that say how much is hit; ``"auto"`` is the profile beside the model or in it, ``"off"`` none.
+        Files to expect hit rates by; ``"auto"`` is the profile beside the model or in it, ``"off"`` is none.
     measure : bool
         Calibrate on this machine, with `threads`, by default one for each CPU that may be used.
 
     Raises
     ------
     RotaryError
-        Something is not known, not readable or not understood.
+        An argument is unknown, not readable or not understood.
     """
-    Budget.parse(budget)
+    RotaryConfig(budget, store=store)  # refuses what is none
     if trace is not None and profile not in ("auto", "off"):
-        raise RotaryError(
-            f"{trace}: a trace and a profile, {profile}; hit rates come from one; leave one out"
-        )
-    if store not in STORES:
-        raise RotaryError(
-            f"store {store!r}: not understood; accepted are {', '.join(STORES)}; correct the store"
-        )
+        raise RotaryError(f"{trace}: a trace and a profile, {profile}, are given; leave one out")
     is_file = Path(model).is_file() or model.endswith(".gguf") or os.sep in model
     if is_file and type_name is not None:
-        raise RotaryError(f"{model}: --type is of named shapes; a file has its own; leave it out")
+        raise RotaryError(f"{model}: --type is for named shapes only; leave it out")
     headers = read_shards(model) if is_file else [shapes.header(model, type_name)]
     found = footprint.of_headers(headers)
     machine = calibration.describe(
@@ -95,7 +89,7 @@ def make(
 
 
 def _request(n_ctx: int, prompt: int | None, answer: int | None) -> Request:
-    """Of what is not said: a prompt of 512 tokens and an answer of 128, or what a small context holds."""
+    """Make a request; by default a prompt of 512 and an answer of 128 tokens, less in a small context."""
     request = Request(
         n_ctx,
         prompt or max(1, min(512, n_ctx // 2, n_ctx - (answer or 0))),
@@ -128,7 +122,7 @@ def _hits(
 
 
 def describe(plan: Plan) -> str:
-    """The plan as lines of text."""
+    """Render a plan as lines of text."""
     case, found = plan.case, plan.case.print
     n_ctx = case.request.n_ctx
     lines = [
@@ -174,7 +168,7 @@ def describe(plan: Plan) -> str:
     if plan.best is not None:
         lines.append(f"  {plan.best.command}")
     if case.machine.vram_bytes:
-        lines += ["", "rates of a GPU are those above; no plan for one has been held against a run yet"]
+        lines += ["", "rates of a GPU are those above; no plan for a GPU has been compared with a run yet"]
     return "\n".join(lines)
 
 
@@ -238,7 +232,7 @@ def _rate(rate: float) -> str:
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
-    """The plan as plain dicts, lists, strings and numbers, for JSON."""
+    """Convert a plan to plain dicts, lists, strings and numbers, for JSON."""
     case, found = plan.case, plan.case.print
     sizes = asdict(found)
     for left_out in ("layers", "cached", "matrices", "dense", "heads"):
@@ -285,7 +279,7 @@ def write_plot(plan: Plan, output: str) -> None:
         The file's name does not end in .svg, or the model has no experts, or no budget can run.
     """
     if not output.lower().endswith(".svg"):
-        raise RotaryError(f"{output}: figures are written as SVG; no other format is; name it .svg")
+        raise RotaryError(f"{output}: figures are written as SVG only; name the file .svg")
     points = at_budgets(plan.case, _PLOTTED) if plan.case.print.layers else []
     if not points:
         raise RotaryError(f"{output}: no budget of Rotary's can run here, nothing to plot; see the plan")

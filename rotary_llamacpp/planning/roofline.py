@@ -42,7 +42,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the model, in tokens; decode is judged in the middle of prompt, answer and context."""
+    """A request to the model, in tokens. Decode is estimated at the mean depth of the answer."""
 
     n_ctx: int = 4096
     prompt: int = 512
@@ -67,7 +67,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a token, by what they go to. `seconds` is less than the sum where things overlap."""
+    """Seconds of a token, by cause. `seconds` is less than the sum where causes overlap."""
 
     parts: dict[str, float]
     seconds: float
@@ -79,7 +79,7 @@ class Cost:
 
     @property
     def limit(self) -> str:
-        """What takes longest."""
+        """The cause that takes longest."""
         return max(self.parts, key=self.parts.__getitem__)
 
 
@@ -103,21 +103,21 @@ class Case:
 
     @property
     def fill_rate(self) -> float:
-        """Bytes per second into slots of the CPU's."""
+        """Bytes per second that fill slots of the CPU."""
         return self.machine.repack_rate or self.machine.copy_rate
 
     @property
     def buffers(self) -> int:
-        """Computation's, estimated: logits and eight hidden states of a micro-batch, in F32."""
+        """Estimated bytes of compute buffers: logits and eight hidden states of a micro-batch, in F32."""
         return self.request.n_ubatch * 4 * (self.print.n_vocab + 8 * self.print.n_embd)
 
     @property
     def embedding_bytes(self) -> int:
-        """Weights that stay in host memory whatever computes."""
+        """Bytes of weights that stay in host memory, whichever device computes."""
         return self.print.resident_bytes - self.print.token_bytes
 
     def fixed(self, windows: bool) -> int:
-        """On the device that computes: weights that are not experts, KV cache, buffers."""
+        """Bytes on the device that computes: weights that are not experts, KV cache, buffers."""
         return self.print.token_bytes + self.print.kv_bytes(self.request.n_ctx, windows) + self.buffers
 
     def touched(self, first: int = 0, last: int | None = None) -> float:
@@ -136,12 +136,12 @@ class Case:
 
 
 def gpu_read(case: Case) -> float:
-    """A token's reads of weights and KV cache, all on the GPU."""
+    """Seconds of a token's reads of weights and KV cache, all on the GPU."""
     return _token_bytes(case) / case.machine.vram_rate
 
 
 def cpu_read(case: Case) -> float:
-    """The same, all on the CPU."""
+    """Seconds of a token's reads of weights and KV cache, all on the CPU."""
     return _token_bytes(case) / case.machine.ram_rate
 
 
@@ -151,17 +151,17 @@ def _token_bytes(case: Case) -> float:
 
 
 def steps(case: Case, layer_s: float) -> float:
-    """What a token's layers take beside reading: what a small model's time goes to."""
+    """Seconds of a token's layers beside reading, which dominate in a small model."""
     return case.print.n_layer * layer_s
 
 
 def gpu_prompt(case: Case) -> float:
-    """Computing a token of the prompt, all on the GPU."""
+    """Seconds of computing a token of the prompt, all on the GPU."""
     return _prompt(case, case.machine.gpu_flops, case.machine.gpu_prompt_layer_s)
 
 
 def cpu_prompt(case: Case) -> float:
-    """The same, all on the CPU."""
+    """Seconds of computing a token of the prompt, all on the CPU."""
     return _prompt(case, case.machine.cpu_flops, case.machine.cpu_prompt_layer_s)
 
 
@@ -174,17 +174,20 @@ def _prompt(case: Case, rate: float, layer_s: float | None) -> float:
 
 
 def one_after_another(parts: dict[str, float]) -> Cost:
-    """Nothing overlaps."""
+    """Cost of parts that do not overlap."""
     return Cost(_felt(parts), sum(parts.values()))
 
 
 def side_by_side(parts: dict[str, float]) -> Cost:
-    """All overlap: the longest counts."""
+    """Cost of parts that all overlap, so that the longest counts."""
     return Cost(_felt(parts), max(parts.values()))
 
 
 def in_bunches(computing: dict[str, float], reading: dict[str, float]) -> Cost:
-    """They overlap, but now this one is longer and now that: the root of the sum of squares."""
+    """Cost of computing and reading that overlap, where now one is longer and now the other.
+
+    The root of the sum of squares.
+    """
     seconds = math.hypot(sum(computing.values()), sum(reading.values()))
     return Cost(_felt({**computing, **reading}), seconds)
 

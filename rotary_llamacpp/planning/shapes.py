@@ -32,7 +32,7 @@ _NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions in llama.cpp's words; `arch` is its architecture name, `type` what is usually downloaded."""
+    """Dimensions in llama.cpp's words; `arch` is the architecture, `type` the usual quantisation."""
 
     arch: str
     layers: int
@@ -81,7 +81,7 @@ SHAPES = {
 
 
 def header(name: str, type_name: str | None = None) -> GGUFHeader:
-    """The header that a file of the named model has, quantised as `type_name` or as it is usually downloaded.
+    """Make the header of a named model, quantised as `type_name` or as it is usually downloaded.
 
     Raises
     ------
@@ -91,23 +91,21 @@ def header(name: str, type_name: str | None = None) -> GGUFHeader:
     name = name.lower()
     shape = SHAPES.get(name)
     if shape is None:
-        raise ModelError(
-            f"{name}: no such file and no known shape; shapes are {', '.join(SHAPES)}; give one or a file"
-        )
+        raise ModelError(f"{name}: neither a file nor a known shape; shapes are {', '.join(SHAPES)}")
     kind = (type_name or shape.type).lower()
     if kind not in TYPES:
-        raise ModelError(f"{name}: type {kind!r} not known; {', '.join(TYPES)}; choose one of them")
+        raise ModelError(f"{name}: type {kind!r} not known; choose one of {', '.join(TYPES)}")
     tensors: list[TensorInfo] = []
     at = 0
-    for tensor, its_type, *dims in _tensors(shape, kind):
-        if dims[0] % _SIZES[its_type][0]:
-            its_type = _NARROWER[its_type]
-        block, block_bytes = _SIZES[its_type]
+    for tensor, tensor_type, *dims in _tensors(shape, kind):
+        if dims[0] % _SIZES[tensor_type][0]:
+            tensor_type = _NARROWER[tensor_type]
+        block, block_bytes = _SIZES[tensor_type]
         n_bytes = block_bytes
         for extent in (dims[0] // block, *dims[1:]):
             n_bytes *= extent
-        number = int(GGMLQuantizationType[its_type])
-        tensors.append(TensorInfo(tensor, tuple(dims), its_type, at, n_bytes, number))
+        number = int(GGMLQuantizationType[tensor_type])
+        tensors.append(TensorInfo(tensor, tuple(dims), tensor_type, at, n_bytes, number))
         at += n_bytes
     return GGUFHeader(Path(f"{name}-{kind}.gguf"), at, _metadata(name, shape), tuple(tensors), (), 32)
 
@@ -184,14 +182,14 @@ def _feed_forward(
     expert = "MXFP4" if kind == "mxfp4" else matrix
     yield blk + "ffn_gate_inp.weight", "F32", embd, shape.experts
     for which, *dims in _gated(embd, ff):
-        its = "Q6_K" if more and which == "down" else expert
-        yield f"{blk}ffn_{which}_exps.weight", its, *dims, shape.experts
+        expert_type = "Q6_K" if more and which == "down" else expert
+        yield f"{blk}ffn_{which}_exps.weight", expert_type, *dims, shape.experts
         if shape.biases:
             yield f"{blk}ffn_{which}_exps.bias", "F32", dims[1], shape.experts
         if shape.shared:
-            its = "Q6_K" if more and which == "down" else matrix
+            shared_type = "Q6_K" if more and which == "down" else matrix
             widened = [extent * shape.shared if extent == ff else extent for extent in dims]
-            yield f"{blk}ffn_{which}_shexp.weight", its, *widened
+            yield f"{blk}ffn_{which}_shexp.weight", shared_type, *widened
 
 
 def _gated(embd: int, ff: int) -> tuple[tuple[str, int, int], ...]:

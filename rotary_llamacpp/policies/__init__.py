@@ -5,7 +5,8 @@ A policy belongs to one layer. It sees every routing, which experts enter and le
 a slot is needed. `NATIVE` names the policies of the library (native/src/cache/policies); `REFERENCES` has a
 class for each that behaves the same, request by request. Anything with the methods of `EvictionPolicy` can be
 given as ``policy=`` instead of a name; it is called from the thread that computes, and Python makes it
-slower."""
+slower.
+"""
 
 from .arc import Arc
 from .lfu import Lfu

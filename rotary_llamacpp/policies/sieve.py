@@ -2,7 +2,8 @@
 """SIEVE.
 
 Y. Zhang et al., "SIEVE is simpler than LRU: an efficient turn-key eviction algorithm for web caches", NSDI
-2024."""
+2024.
+"""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ def activate(rotary: Any = "auto") -> None:
     Parameters
     ----------
     rotary : "auto", RotaryConfig, dict, str, int, float or None
-        As in `Llama`; each constructor call may still pass its own ``rotary``.
+        As in `Llama`; each constructor call may still pass another ``rotary``.
     """
     global _default
-    RotaryConfig.from_any(rotary)  # nonsense is refused here, not at some later constructor
+    RotaryConfig.from_any(rotary)  # refuses nonsense now, and not in some later constructor
     with _lock:
         _default = rotary
         if _stock_methods:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Checks that paging can work on this machine, one verdict and one piece of advice at a time. Changes
-nothing.
+"""Checks that paging can work on this machine, one verdict and one piece of advice at a time.
 
-llama.cpp is imported in a child process first: a build for another CPU dies there, not here.
+Changes nothing.
+
+llama.cpp is imported in a child process first, because a build for another CPU would end this one.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _cuda_link() -> Check:
 
 
 def _processors() -> Check:
-    """How many there are, and how many of them this process may keep busy."""
+    """Count the processors, and those that this process may keep busy."""
     found, usable = os.cpu_count() or 1, machine.cpu_count()
     if usable == found:
         return Check("processors", OK, f"{found}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A running model's counters, polled, and what happened between polls. Draws nothing.
+"""Polls the counters of a running model, and computes what happened between polls. Draws nothing.
 
 A poll only reads, so another thread than the model's may do it; a `Figures` belongs to one thread at a time.
 """
@@ -18,14 +18,14 @@ from .llama import Llama
 
 @dataclass(frozen=True)
 class Interval:
-    """Between two polls, counters not reset meanwhile. A rate over nothing is None.
+    """The time between two polls, without a reset of counters. A rate of nothing is None.
 
     Parameters
     ----------
     seconds : float
         Wall time.
     before, after : dict
-        `Llama.rotary_stats()` at its ends.
+        `Llama.rotary_stats()` at both ends.
     """
 
     seconds: float
@@ -33,11 +33,11 @@ class Interval:
     after: dict[str, Any]
 
     def per_second(self, counter: str) -> float | None:
-        """How fast a counter grew, in its own unit."""
+        """Growth of a counter per second, in the unit of the counter."""
         return ratio(self.after[counter] - self.before[counter], self.seconds)
 
     def share_of_time(self, counter: str) -> float:
-        """Part of the wall time that went to what a counter of microseconds counts.
+        """Share of the wall time that a counter of microseconds accounts for.
 
         It is counted once it is over, so what began before the interval may make this more than 1.
         """
@@ -45,12 +45,12 @@ class Interval:
 
     @property
     def hit_rate(self) -> float | None:
-        """Of the requests in the interval, 0 to 1."""
+        """Hit rate of the requests in the interval, 0 to 1."""
         return _hit_rate(self.before, self.after)
 
     @property
     def layer_hit_rates(self) -> list[float | None]:
-        """The same of each paged layer, in the model's order."""
+        """Hit rate of each paged layer in the interval, in the model's order."""
         return [_hit_rate(*ends) for ends in zip(self.before["layers"], self.after["layers"], strict=True)]
 
 
@@ -76,32 +76,32 @@ class Figures:
         return self._polls[-1][1]
 
     def poll(self) -> Interval:
-        """Read the counters once more; what happened since the last time."""
+        """Read the counters again; return the interval since the last poll."""
         self._polls.append(self._look())
         return self.last()
 
     def last(self) -> Interval:
-        """Between the last two polls, or the only one and itself."""
+        """Interval between the last two polls; empty after the first."""
         return _between(self._polls[max(0, len(self._polls) - 2)], self._polls[-1])
 
     def window(self) -> Interval:
-        """Between the first and the last poll that are kept."""
+        """Interval between the first and the last poll that are kept."""
         return _between(self._polls[0], self._polls[-1])
 
     def hit_rates(self) -> list[float | None]:
-        """Of each interval between the polls that are kept, the oldest first."""
+        """Hit rates of the intervals between the polls that are kept, oldest first."""
         return [_between(*ends).hit_rate for ends in pairwise(self._polls)]
 
 
 def prompt_share(llama: Llama, n_tokens: int, stats: dict[str, Any]) -> float | None:
-    """How much of the prompt is computed, 0 to 1; None where that cannot be told from lookups."""
+    """Share of the prompt that is computed, 0 to 1; None where lookups do not tell."""
     if stats["path"] != "slots":  # counted, but not computed yet
         return None
     return min(1.0, stats["lookups"] / (stats["n_layers"] * n_ubatches(llama, n_tokens)))
 
 
 def n_ubatches(llama: Llama, n_tokens: int) -> int:
-    """Number of graphs that llama.cpp makes of a prompt; each looks every paged layer up once."""
+    """Number of graphs that llama.cpp makes of a prompt; each looks up every paged layer once."""
     n_ubatch = llama.context_params.n_ubatch
     n_full, n_left = divmod(n_tokens, llama.n_batch)
     return n_full * -(-llama.n_batch // n_ubatch) + -(-n_left // n_ubatch)

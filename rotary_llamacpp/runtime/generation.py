@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""One generation with its timings, for ``rotary run``. Greedy or sampled as llama.cpp's own tools do it.
+"""Loads a model and generates text with timings, for ``rotary run``; samples as llama.cpp's own tools do.
 
-Prints nothing: text goes to a callback, and a `Watcher` is told how far things are.
+Prints nothing: text goes to a callback, and a `Watcher` is told about progress.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ _DEFAULT_CTX = 4096  # what llama.cpp's own tools take, capped by what the model
 
 
 class Watcher:
-    """Told of the steps of `load` and `generate`, by the thread that runs them; this one takes no notice."""
+    """Is told about progress by the thread that runs `load` or `generate`. This base class does nothing."""
 
     def loading(self, fraction: float) -> None:
-        """So much of the weights is loaded."""
+        """A fraction of the weights is loaded."""
 
     def prompt(self, llama: Llama, n_tokens: int) -> None:
         """The prompt is about to be computed."""
 
     def token(self, n_made: int, n_predict: int) -> None:
-        """One more token has been chosen, its text comes next; the first means that the prompt is done."""
+        """One more token has been chosen, and its text follows; at the first one the prompt is done."""
 
     def text(self, text: str) -> bool:
-        """More text has come. True keeps it from `generate`'s `on_text`: the watcher prints it later."""
+        """More text was made. Return True to keep it from `on_text` of `generate` and print it later."""
         return False
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Text and figures of one run. A rate over nothing is None."""
+    """Text and figures of one run. A rate of nothing is None."""
 
     text: str
     prompt_tokens: int
@@ -56,12 +56,12 @@ class Generation:
     rotary: dict[str, Any]  # Llama.rotary_stats()
 
     def to_dict(self) -> dict[str, Any]:
-        """One flat object: the text, the rates and the paging figures."""
+        """Convert to one flat dict of the text, the rates and the figures of paging."""
         plain = asdict(self)
         return {**plain.pop("rotary"), **plain}
 
     def summary(self) -> str:
-        """The same in one line."""
+        """Figures of the run in one line."""
         parts = [
             f"{self.completion_tokens} tokens at {decimal(self.tokens_per_second)} tok/s",
             f"prompt {self.prompt_tokens} at {decimal(self.prompt_tokens_per_second)} tok/s",
@@ -99,15 +99,14 @@ def load(
     watcher: Watcher | None = None,
     **kwargs: Any,
 ) -> Llama:
-    """Load a model for `generate`. llama.cpp's log loses its line of dots.
+    """Load a model for `generate`. llama.cpp's log does not show its line of dots.
 
-    Threads that are not given are as many as stock's, half of the CPUs and all for the prompt, but of those
-    that this process may use.
+    The default is half of the CPUs that this process may use as threads, and all of them for the prompt.
 
     Raises
     ------
     RotaryError
-        Also where stock raises a bare ValueError.
+        The model cannot be loaded; also where stock raises a bare ValueError.
     """
     info = ModelInfo.read(model)
     interrupted = threading.Event()
@@ -141,7 +140,7 @@ def load(
         raise
     except UnicodeEncodeError as error:  # stock's, which has names as text
         raise ModelError(
-            f"{model}: llama-cpp-python cannot open it, {error.reason}; names in UTF-8 only; rename it"
+            f"{model}: llama-cpp-python cannot open it, {error.reason}; rename it in UTF-8"
         ) from None
     except ValueError as error:
         if interrupted.is_set():
@@ -162,10 +161,11 @@ def generate(
     on_text: Callable[[str], None] = lambda text: None,
     watcher: Watcher | None = None,
 ) -> Generation:
-    """Generate up to `n_predict` tokens after `prompt`, handing out text as it comes.
+    """Generate up to `n_predict` tokens after `prompt`, and pass on text as it is made.
 
-    Ctrl-C ends it early; what has come is returned. The time to the first token counts as the prompt's. One
-    token is decoded before, as llama.cpp's own tools do, so that no figure counts the start of threads.
+    Ctrl-C ends the generation early; what was made is returned. The time to the first token counts as the
+    prompt's. One token is decoded before, as llama.cpp's own tools do, so that no figure counts the start of
+    threads.
 
     Raises
     ------

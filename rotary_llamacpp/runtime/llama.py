@@ -13,7 +13,7 @@ from .paging import Paging, construct
 
 
 def signature_with_rotary(stock_init: Callable[..., None], default: Any) -> inspect.Signature:
-    """Stock's constructor signature with our keyword before its ``**kwargs``."""
+    """Signature of stock's constructor with our keyword before ``**kwargs``."""
     signature = inspect.signature(stock_init)
     *parameters, kwargs = signature.parameters.values()
     ours = inspect.Parameter(
@@ -26,7 +26,7 @@ def signature_with_rotary(stock_init: Callable[..., None], default: Any) -> insp
 
 
 class Llama(llama_cpp.Llama):
-    """llama_cpp.Llama whose experts are paged; takes all of its arguments, and one more.
+    """llama_cpp.Llama whose experts are paged; takes all arguments of that class, and one more.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class Llama(llama_cpp.Llama):
         return self._rotary.state(super().__getstate__())
 
     def rotary_stats(self) -> dict[str, Any]:
-        """What was chosen and the counters since load or the last reset; after close() the last ones.
+        """Return what was chosen, and the counters since load or the last reset; after close() the last ones.
 
         Returns
         -------
@@ -80,7 +80,7 @@ class Llama(llama_cpp.Llama):
         return self._rotary.stats()
 
     def rotary_set_budget(self, budget: str | int | float) -> None:
-        """Change the memory for experts, between runs. The slots are allocated anew and start cold.
+        """Change the memory for experts, between runs. Slots are allocated anew and start empty.
 
         Parameters
         ----------
@@ -90,7 +90,7 @@ class Llama(llama_cpp.Llama):
         Raises
         ------
         BudgetError
-            It makes no sense or is below one token's experts; the budget stays as it was.
+            The budget makes no sense or is below one token's experts; the old one stays.
         LibraryError
             The slots cannot be allocated; the model does not run until a smaller budget is set.
         RotaryError
@@ -99,5 +99,5 @@ class Llama(llama_cpp.Llama):
         self._rotary.set_budget(budget)
 
     def rotary_reset_stats(self) -> None:
-        """Start counting anew; what is resident stays."""
+        """Set all counters to 0; resident experts stay."""
         self._rotary.reset()

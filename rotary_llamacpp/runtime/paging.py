@@ -63,7 +63,7 @@ logger.addHandler(_DefaultHandler())
 
 
 class Paging:
-    """What one Llama object has of paging: its pools while the model lives, and the figures after that."""
+    """Paging of one Llama object: the pools while the model lives, and the last figures after that."""
 
     def __init__(self, rotary: Any, n_gpu_layers: int | None = None) -> None:
         self.rotary = rotary  # this and the next as given, for pickling
@@ -85,7 +85,7 @@ class Paging:
 
     @property
     def is_default(self) -> bool:
-        """Whether the caller asked for nothing in particular, so that failing to page is no error."""
+        """Whether the caller left the choice to us, so that failing to page is not an error."""
         return isinstance(self.rotary, str) and self.rotary == "auto"
 
     # ---- construction
@@ -107,7 +107,7 @@ class Paging:
         self.no_repack = not config.repack
         if kwargs.get("use_mlock"):
             self.notice(
-                f"{info.path.name}: use_mlock locks the whole model in memory; paging then saves none; "
+                f"{info.path.name}: use_mlock locks the whole model in memory, so paging saves none; "
                 "leave use_mlock out"
             )
         return {**kwargs, "n_gpu_layers": self.given_n_gpu_layers or -1}
@@ -121,7 +121,7 @@ class Paging:
         return kwargs
 
     def adjust(self, llama: Any, params: Any) -> None:
-        """Set what stock's constructor has no argument for. Runs inside it, once its exit stack exists."""
+        """Set what stock's constructor has no argument for. Runs inside the constructor."""
         if self.devices is not None:
             params.devices = ctypes.cast(self.devices, ctypes.c_void_p)
         if self.no_repack:
@@ -130,7 +130,7 @@ class Paging:
         llama._stack.callback(self.close)
 
     def start(self, llama: Any, config: RotaryConfig) -> None:
-        """Size the pools now that the contexts exist, and say what was chosen."""
+        """Size the pools now that the contexts exist, and log what was chosen."""
         if self.pools is None:
             return
         self.warm(llama.model_path, config.profile)
@@ -147,7 +147,7 @@ class Paging:
         )  # fmt: skip
 
     def warm(self, model_path: str, chosen: str) -> None:
-        """Have slots begin with what the model's profile says, if it has one."""
+        """Let slots begin with the experts of the model's profile, if there is one."""
         assert self.pools is not None and self.info is not None
         if chosen == "off":
             return
@@ -162,8 +162,8 @@ class Paging:
             layers = {layer.il: layer.n_expert for layer in self.info.layers}
             if profile.layers != sorted(layers) or profile.n_expert != max(layers.values()):
                 raise RotaryError(
-                    f"{path}: of {len(profile.layers)} layers of {profile.n_expert} experts, the model has "
-                    f"{len(layers)} of {max(layers.values())}; a model's own profile; make it anew"
+                    f"{path}: has {len(profile.layers)} layers of {profile.n_expert} experts, the model has "
+                    f"{len(layers)} of {max(layers.values())}; make a profile of this model"
                 )
             self.pools.warm({layer: profile.ranked(layer) for layer in profile.layers})
             self.pools.learn(profile)
@@ -179,7 +179,7 @@ class Paging:
         )  # fmt: skip
 
     def notice(self, text: str) -> None:
-        """Warn once."""
+        """Log a warning, unless the same was logged before."""
         if text not in self.notices:
             self.notices.append(text)
             logger.warning("%s", text)
@@ -187,7 +187,7 @@ class Paging:
     # ---- figures
 
     def keep_last_figures(self) -> None:
-        """Take the figures once more, then no longer: freeing the model empties the pools before closing."""
+        """Read the figures for the last time: freeing the model empties the pools before they close."""
         with self._lock:
             self._refresh()
             self._closing = True
@@ -217,7 +217,7 @@ class Paging:
         }
 
     def stats(self) -> dict[str, Any]:
-        """The figures now, or the last ones of a closed model."""
+        """Figures now, or the last ones of a closed model."""
         with self._lock:
             self._refresh()
             return {
@@ -232,28 +232,28 @@ class Paging:
         with self._changing:
             if self.pools is None or self.info is None:
                 raise RotaryError(
-                    f"budget {budget!r}: cannot be set, {self.reason or 'the model is closed'}; only a paged "
-                    "model has one; load the model with rotary="
+                    f"budget {budget!r}: cannot be set, {self.reason or 'the model is closed'}; "
+                    "load the model with rotary="
                 )
             parsed = Budget.parse(budget)
             check_budget(parsed, self.info, budget)
             self.pools.set_budget(parsed)
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Set all counters to 0."""
         with self._lock:
             if self.pools is not None:
                 self.pools.reset_counters()
 
     def close(self) -> None:
-        """Drop the pools; the figures stay. Idempotent."""
+        """Close the pools; the last figures stay. Idempotent."""
         with self._changing, self._lock:
             pools, self.pools = self.pools, None
             if pools is not None and not sys.is_finalizing():
                 pools.close()
 
     def state(self, stock_state: dict[str, Any]) -> dict[str, Any]:
-        """Stock's pickling state with our argument, and with n_gpu_layers as the caller gave it."""
+        """Extend stock's pickling state by our argument, with n_gpu_layers as the caller gave it."""
         state = {**stock_state, "rotary": self.rotary}
         del state["n_gpu_layers"]
         if self.given_n_gpu_layers is not None:
@@ -267,7 +267,7 @@ def check_budget(budget: Budget, info: ModelInfo, given: object) -> None:
     Raises
     ------
     BudgetError
-        Its message names the minimum.
+        The budget is too small; the message names the minimum.
     """
     minimum = info.min_budget_bytes
     n_bytes = {
@@ -296,7 +296,7 @@ def _rates(figures: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _raise_our_errors(context: Any, pools: Pools) -> None:
-    """Have a llama.cpp context raise what the library says of a graph that fails, not stock's bare number."""
+    """Make a context raise our library's error when a graph fails, instead of stock's bare number."""
     lib = pools.lib
     stock_decode = type(context).decode
     reference = weakref.proxy(context)  # not a cycle: a dropped model is freed at once
@@ -324,11 +324,11 @@ def construct(
     llama : llama_cpp.Llama
         The object under construction.
     stock_init : callable
-        Its stock ``__init__``, bound to it.
+        The stock ``__init__``, bound to the object.
     rotary : RotaryConfig, dict, str, int, float or None
         See `RotaryConfig.from_any`.
     """
-    # Stock's close(), which __del__ calls, needs a stack even if we refuse before stock makes its own.
+    # Stock's close(), which __del__ calls, needs a stack even if we refuse before stock has made one.
     llama._stack = contextlib.ExitStack()
     paging = llama._rotary = Paging(rotary, kwargs.get("n_gpu_layers"))
     config = RotaryConfig.from_any(rotary)

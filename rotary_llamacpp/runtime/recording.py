@@ -18,19 +18,21 @@ from .llama import Llama
 
 
 def read_prompts(path: str) -> list[str]:
-    """One prompt a line; empty lines are left out.
+    """Read prompts, one a line; empty lines are skipped.
 
     Raises
     ------
     RotaryError
-        No such file, not UTF-8, or no prompt in it.
+        The file does not exist, is not UTF-8, or has no prompt.
     """
     try:
         prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise RotaryError(f"{path}: cannot be read, {error}; a text file, one prompt a line") from error
+        raise RotaryError(
+            f"{path}: cannot be read, {error}; give a text file with one prompt a line"
+        ) from error
     if not prompts:
-        raise RotaryError(f"{path}: no prompt in it; one a line; write at least one")
+        raise RotaryError(f"{path}: no prompt in it; write at least one, one a line")
     return prompts
 
 
@@ -48,15 +50,15 @@ def record(
 ) -> Trace:
     """Answer each prompt and record the routing of all tokens.
 
-    Prompts are checked before the first is computed. What fails later, or Ctrl-C, ends the recording, and
-    what has come is returned: ``about`` then has ``failed``, the reason in one line, or ``interrupted``.
+    Prompts are checked before the first is computed. A later failure, or Ctrl-C, ends the recording, and what
+    was recorded is returned: ``about`` then has ``failed``, the reason in one line, or ``interrupted``.
 
     Parameters
     ----------
     n_predict : int
-        Tokens for each prompt, at the most.
+        Maximum number of tokens to generate for each prompt.
     on_prompt : function
-        Told of each prompt's number, from 0, and its tokens, when it begins.
+        Called when a prompt begins, with the prompt's number, from 0, and number of tokens.
 
     Raises
     ------
@@ -67,7 +69,7 @@ def record(
     """
     info = ModelInfo.read(model)
     if not info.is_moe:
-        raise RotaryError(f"{info.path.name}: dense model, nothing is routed; a MoE model; choose another")
+        raise RotaryError(f"{info.path.name}: dense model, nothing is routed; choose a MoE model")
     if config is None:
         raise RotaryError(f"{info.path.name}: paging is off, so nothing is routed by it; give a budget")
     llama = load(model, config, n_ctx=n_ctx, n_threads=n_threads, seed=seed)
@@ -145,6 +147,6 @@ def _numbers(pools: Pools) -> list[int]:
     numbers, n_dropped = pools.read_trace()
     if n_dropped:
         raise RotaryError(
-            f"trace: {n_dropped} lookups were too many to be kept at once; 64 MiB of them; shorten the prompt"
+            f"trace: {n_dropped} lookups were dropped; 64 MiB are kept at once; shorten the prompt"
         )
     return numbers

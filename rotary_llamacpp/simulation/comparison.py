@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Many replays of one trace side by side, for ``rotary simulate``."""
+"""Compares replays of one trace under policies, budgets and predictors, for ``rotary simulate``."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def compare(
     depth: int = 1,
     adaptive: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row for each budget, policy and predictor, and one for Belady's optimum.
+    """Replay a trace; return a row for each budget, policy and predictor, and one for Belady's optimum.
 
     Raises
     ------
     RotaryError
-        A name that is not known, or a trace that cannot be read.
+        A name is unknown, or a file cannot be read.
     """
     policies, predictors = list(policies), list(predictors)
     check_names("policy", policies, NATIVE)
     check_names("predictor", predictors, ("none", *NAMES))
     if link is None and predictors != ["none"]:
-        raise RotaryError("predictors: nothing comes ahead without a link; give --link, such as pcie4x16")
+        raise RotaryError("predictors: nothing is prefetched without a link; give --link, such as pcie4x16")
     medium = Link(parse_rate(link), compute_us, latency_us) if link is not None else None
     trace = load(trace_file)
     known = load_profile(profile) if profile is not None else None
     if known is not None and (known.layers, known.n_expert) != (trace.layers, trace.n_expert):
         raise RotaryError(
             f"{profile}: {len(known.layers)} layers of {known.n_expert} experts, the trace has "
-            f"{len(trace.layers)} of {trace.n_expert}; a profile of the same model; make it anew"
+            f"{len(trace.layers)} of {trace.n_expert}; make a profile of the same model"
         )
     return compare_trace(trace, policies, budgets, medium, predictors, depth, known, adaptive)
 
@@ -62,14 +62,14 @@ def compare_trace(
     profile: Profile | None = None,
     adaptive: bool = False,
 ) -> list[dict[str, Any]]:
-    """As `compare`, of names that are known."""
+    """Replay a trace that is loaded already, with names that are checked; see `compare`."""
     rows: list[dict[str, Any]] = []
     for share in budgets:
         n_slots = slots_for(trace, share)
         for policy in policies:
             for name in predictors:
-                its = _predictor(trace, name, profile)
-                found = replay(trace, policy, n_slots, link, its, depth, adaptive)
+                chosen = _predictor(trace, name, profile)
+                found = replay(trace, policy, n_slots, link, chosen, depth, adaptive)
                 rows.append(
                     {
                         "budget": share, "n_slots": n_slots[0], "policy": policy, "predictor": name,
@@ -91,23 +91,23 @@ def compare_trace(
 def _predictor(trace: Trace, name: str, profile: Profile | None) -> PrefetchPolicy | None:
     if name == "none":
         return None
-    its = predictor(trace, name)
+    made = predictor(trace, name)
     if profile is not None:
-        its.learn(profile)
-    return its
+        made.learn(profile)
+    return made
 
 
 def check_names(kind: str, names: Iterable[str], accepted: Sequence[str]) -> None:
     """Raise RotaryError at the first name that is not known."""
     for name in names:
         if name not in accepted:
-            raise RotaryError(f"{kind} {name!r}: not known; {', '.join(accepted)}; choose one of them")
+            raise RotaryError(f"{kind} {name!r}: not known; choose one of {', '.join(accepted)}")
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows as text."""
+    """Rows of `compare` as lines of text."""
     timed = any(row.get("tokens_per_second") for row in rows)
-    heads = ["budget", "slots", "policy", "ahead", "hit rate"]
+    heads = ["budget", "slots", "policy", "prefetch", "hit rate"]
     heads += ["of bytes", "tok/s", "stall ms", "accuracy", "in time"] if timed else []
     lines = ["  ".join(head.rjust(9) for head in heads)]
     for row in rows:
@@ -116,10 +116,10 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             percent(row["hit_rate"]),
         ]  # fmt: skip
         if timed and row["policy"] != "belady":
-            used, ahead, late = row["prefetch_used"], row["prefetched"], row["late_hits"]
+            used, prefetched, late = row["prefetch_used"], row["prefetched"], row["late_hits"]
             cells += [
                 percent(row["byte_hit_rate"]), f"{row['tokens_per_second']:.1f}",
-                f"{row['stall_us'] / 1000:.2f}", percent(ratio(used, ahead)),
+                f"{row['stall_us'] / 1000:.2f}", percent(ratio(used, prefetched)),
                 percent(1 - late / used if used else None),
             ]  # fmt: skip
         lines.append("  ".join(cell.rjust(9) for cell in cells))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Replays routing traces on the library's own slot tables: hit rates, the optimum, and a model of time.
 
-Time is modelled by events: a layer's lookup waits for the experts it lacks, over a link of one bandwidth,
-then the layer computes; while it computes the link brings what a predictor names for the next layers, piece
-by piece, until a lookup wants something. What is wanted goes first, and on from the piece that was reached.
+Time is modelled by events. A lookup waits for missing experts, which come over a link of one bandwidth; then
+the layer computes. Meanwhile the link prefetches what a predictor names for the next layers, piece by piece,
+until a lookup demands something. Demands go first; an expert that was partly prefetched goes on from the
+piece that was reached.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..native import binding
-from ..native.replay import Cache, Foresight
+from ..native.replay import Cache, NativePredictor
 from ..policies import Factory
 from ..predictors import ROUTER, PrefetchPolicy, Router
 from ..predictors import Factory as PredictorFactory
@@ -25,23 +26,23 @@ from ..traces.archive import DECODE, Trace
 
 
 def slots_for(trace: Trace, share: float) -> list[int]:
-    """Slots of each layer for a share of all experts, at least one token's."""
-    least = trace.experts.shape[1]
-    return [max(least, min(trace.n_expert, int(share * trace.n_expert + 1e-9)))] * len(trace.layers)
+    """Slots of each layer for a share of all experts, at least those of one token."""
+    n_used = trace.experts.shape[1]
+    return [max(n_used, min(trace.n_expert, int(share * trace.n_expert + 1e-9)))] * len(trace.layers)
 
 
 @dataclass(frozen=True)
 class Link:
-    """Where absent experts come from, and what a token costs where none is absent.
+    """The link that absent experts come over, and the cost of a token without any.
 
     Attributes
     ----------
     bytes_per_us : float
         Bandwidth of the link. 1000 is 1 GB/s.
     compute_us : float
-        Of one token in all layers.
+        Computation of one token in all layers.
     latency_us : float
-        Of each lookup that lacks something.
+        Latency of each lookup with a miss.
     """
 
     bytes_per_us: float
@@ -51,34 +52,34 @@ class Link:
 
 @dataclass
 class Outcome:
-    """What a replay counted, decode alone. Rates over nothing are None."""
+    """Counters of a replay, of decode alone. Rates of nothing are None."""
 
     requests: int = 0
-    misses: int = 0  # demanded, and not there, or not all of it
-    waits: int = 0  # lookups that lacked something
+    misses: int = 0  # experts demanded that were absent or incomplete
+    waits: int = 0  # lookups with a miss
     tokens: int = 0
     time_us: float = 0.0
     stall_us: float = 0.0
     prefetched: int = 0
-    prefetch_used: int = 0  # of these, wanted by the lookup they were for
-    late_hits: int = 0  # of these, still on their way
+    prefetch_used: int = 0  # prefetched experts that the lookup demanded
+    late_hits: int = 0  # of those, experts that were still in flight
     wanted_bytes: int = 0
-    demanded_bytes: int = 0  # of these, not there when they were wanted
-    n_bytes: int = 0  # over the link
+    demanded_bytes: int = 0  # of those, bytes that were absent
+    n_bytes: int = 0  # moved over the link
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of requests that found their expert there."""
+        """Share of requests whose expert was resident."""
         return 1 - self.misses / self.requests if self.requests else None
 
     @property
     def byte_hit_rate(self) -> float | None:
-        """Share of the bytes wanted that were there; half of an expert counts half."""
+        """Share of the wanted bytes that were resident; half of an expert counts half."""
         return 1 - self.demanded_bytes / self.wanted_bytes if self.wanted_bytes else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """As the model of time has it."""
+        """Decoded tokens per second in the model of time."""
         return 1e6 * self.tokens / self.time_us if self.time_us else None
 
 
@@ -91,40 +92,40 @@ def replay(
     depth: int = 1,
     adaptive: bool = False,
 ) -> Outcome:
-    """Replay a trace, its prefill too, and count its decode.
+    """Replay a trace with prefill, and count decode.
 
     Parameters
     ----------
     policy : str or class
-        As ``policy`` of `RotaryConfig`.
+        Eviction policy, as ``policy`` of `RotaryConfig`.
     n_slots : list of int
-        Of each layer.
+        Slots of each layer.
     link : Link, optional
-        Without it nothing takes time, and nothing comes ahead.
+        Without a link nothing takes time, and nothing is prefetched.
     predictor : PrefetchPolicy, optional
-        Names what is copied ahead; see `predictor`.
+        Predicts what to prefetch; see `predictor`.
     depth : int
-        Layers ahead that it is asked for.
+        Number of layers ahead for which to predict.
     adaptive : bool
-        Slots move between layers, as ``split`` of `RotaryConfig` says.
+        Rebalance slots between layers, as ``split="adaptive"`` of `RotaryConfig` does.
     """
     if link is None:
         return _count(trace, policy, n_slots, adaptive)
     return _Replay(trace, policy, n_slots, link, predictor, depth, adaptive).run()
 
 
-def predictor(trace: Trace, its: PredictorFactory | str) -> PrefetchPolicy:
-    """A predictor for a trace's model: of the library by its name, or of a class."""
+def predictor(trace: Trace, kind: PredictorFactory | str) -> PrefetchPolicy:
+    """Make a predictor for the model of a trace: one of the library by name, or of a class."""
     shape = (len(trace.layers), trace.n_expert, trace.experts.shape[1])
-    if its == ROUTER:
+    if kind == ROUTER:
         return Router(trace)
-    return Foresight(binding.load(), its, *shape) if isinstance(its, str) else its(*shape)
+    return NativePredictor(binding.load(), kind, *shape) if isinstance(kind, str) else kind(*shape)
 
 
 def misses_of(
     trace: Trace, policy: Factory | str, n_slots: Sequence[int], adaptive: bool = False
 ) -> NDArray[np.int64]:
-    """Misses of each row of a trace, shape (n,)."""
+    """Number of misses in each row of a trace, shape (n,)."""
     layers = np.searchsorted(trace.layers, trace.layer).astype(np.int32)
     ids = np.ascontiguousarray(trace.experts, np.int32)
     cache = _cache(trace, policy, n_slots, adaptive)
@@ -132,8 +133,8 @@ def misses_of(
 
 
 def _cache(trace: Trace, policy: Factory | str, n_slots: Sequence[int], adaptive: bool) -> Cache:
-    least = trace.experts.shape[1] if adaptive else None
-    return Cache(binding.load(), policy, trace.n_expert, list(n_slots), least)
+    min_slots = trace.experts.shape[1] if adaptive else None
+    return Cache(binding.load(), policy, trace.n_expert, list(n_slots), min_slots)
 
 
 def _count(trace: Trace, policy: Factory | str, n_slots: Sequence[int], adaptive: bool) -> Outcome:
@@ -163,9 +164,8 @@ class _Replay:
         self.index = {layer: i for i, layer in enumerate(trace.layers)}
         self.sizes = [trace.expert_bytes[layer] for layer in trace.layers]
         self.cache = _cache(trace, policy, n_slots, adaptive)
-        self.coming: dict[int, dict[int, float]] = defaultdict(
-            dict
-        )  # bytes still to come, by layer and expert
+        # Bytes that are still to come of experts in flight, by layer and expert.
+        self.in_flight: dict[int, dict[int, float]] = defaultdict(dict)
         self.now = 0.0
         self.out = Outcome()
 
@@ -179,8 +179,8 @@ class _Replay:
             counted = trace.phase[i] == DECODE
             first = i == 0 or trace.step[i] != trace.step[i - 1] or trace.sequence[i] != trace.sequence[i - 1]
             before = self.now
-            its = None if weights is None else np.ascontiguousarray(weights[i : i + 1, :n])
-            self._look_up(layer, np.ascontiguousarray(ids[i : i + 1, :n]), its, counted)
+            row = None if weights is None else np.ascontiguousarray(weights[i : i + 1, :n])
+            self._look_up(layer, np.ascontiguousarray(ids[i : i + 1, :n]), row, counted)
             if self.predictor is not None:
                 self.predictor.note(layer, [ids[i, :n].tolist()])
             self._compute(layer, counted)
@@ -190,56 +190,56 @@ class _Replay:
         return out
 
     def _look_up(self, layer: int, ids: NDArray[Any], weights: NDArray[Any] | None, counted: bool) -> None:
-        coming = self.coming.pop(layer, {})
+        in_flight = self.in_flight.pop(layer, {})
         wanted = set(ids[0].tolist())
-        for expert, left in coming.items():
+        for expert, left in in_flight.items():
             if expert not in wanted:
                 self.cache.end_reservation(layer, expert, left <= 0)
         loads = self.cache.resolve(layer, ids, weights)
-        left_of = [coming.get(expert, float(self.sizes[layer])) for expert, _, _ in loads]
-        lacking = [left for left in left_of if left > 0]
-        if lacking:
-            stall = sum(lacking) / self.link.bytes_per_us + self.link.latency_us
+        remaining = [in_flight.get(expert, float(self.sizes[layer])) for expert, _, _ in loads]
+        missing = [n_bytes for n_bytes in remaining if n_bytes > 0]
+        if missing:
+            stall = sum(missing) / self.link.bytes_per_us + self.link.latency_us
             self.now += stall
             self.out.stall_us += stall if counted else 0
         if counted:
             self.out.requests += ids.size
-            self.out.misses += len(lacking)
-            self.out.waits += bool(lacking)
+            self.out.misses += len(missing)
+            self.out.waits += bool(missing)
             self.out.wanted_bytes += ids.size * self.sizes[layer]
-            self.out.demanded_bytes += int(sum(lacking))
-            self.out.n_bytes += int(sum(lacking))
-            self.out.prefetched += len(coming)
-            self.out.prefetch_used += len(wanted & coming.keys())
-            self.out.late_hits += sum(coming[expert] > 0 for expert in wanted & coming.keys())
+            self.out.demanded_bytes += int(sum(missing))
+            self.out.n_bytes += int(sum(missing))
+            self.out.prefetched += len(in_flight)
+            self.out.prefetch_used += len(wanted & in_flight.keys())
+            self.out.late_hits += sum(in_flight[expert] > 0 for expert in wanted & in_flight.keys())
 
     def _compute(self, layer: int, counted: bool) -> None:
         gap = self.link.compute_us / len(self.sizes)
         self.now += gap
         room = gap * self.link.bytes_per_us  # bytes that the link brings meanwhile
-        for ahead in range(layer + 1, min(layer + 1 + self.depth, len(self.sizes))):
+        for later in range(layer + 1, min(layer + 1 + self.depth, len(self.sizes))):
             if self.predictor is None or room <= 0:
                 break
-            named = self.predictor.name(layer, ahead, self.predictor.n_used)
-            coming = self.coming[ahead]
+            named = self.predictor.name(layer, later, self.predictor.n_used)
+            in_flight = self.in_flight[later]
             for expert in named:
                 if room <= 0:
                     break
-                if expert not in coming:
-                    if self.cache.is_resident(ahead, expert) or not self.cache.reserve(ahead, expert, named):
+                if expert not in in_flight:
+                    if self.cache.is_resident(later, expert) or not self.cache.reserve(later, expert, named):
                         continue
-                    coming[expert] = float(self.sizes[ahead])
-                moved = min(room, coming[expert])
-                coming[expert] -= moved
+                    in_flight[expert] = float(self.sizes[later])
+                moved = min(room, in_flight[expert])
+                in_flight[expert] -= moved
                 room -= moved
                 self.out.n_bytes += int(moved) if counted else 0
 
 
 def belady(trace: Trace, n_slots: Sequence[int]) -> Outcome:
-    """The fewest misses that any eviction could have, with slots for `n_slots` of each layer.
+    """Count the fewest misses that any eviction policy could have with `n_slots` of each layer.
 
-    Who is needed last leaves, or is not kept at all. L. A. Belady, "A study of replacement algorithms for a
-    virtual-storage computer", IBM Systems Journal 5, 1966.
+    The victim is the expert that is needed last, which may not be kept at all. L. A. Belady, "A study of
+    replacement algorithms for a virtual-storage computer", IBM Systems Journal 5, 1966.
     """
     out = Outcome(tokens=trace.tokens(DECODE))
     never = len(trace.step)

@@ -23,14 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RotaryError
-from ..gguf_files.info import MOST_EXPERTS
+from ..gguf_files.info import MAX_EXPERTS
 from ..host.files import check_regular, writing
 
 PREFILL, DECODE = 0, 1
 FORMAT = 1
 _CSV_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
-_MOST_ROWS = 1 << 28  # of one archive: what a header may ask for
-MOST_PAIRS = 1 << 27  # of experts in layers: predictors have tables of them
+_MAX_ROWS = 1 << 28  # of one archive: what a header may ask for
+MAX_PAIRS = 1 << 27  # of experts in layers: predictors have tables of them
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Trace:
     weights : float32 array [n, n_used]
         The router's weights; NaN where not recorded.
     resident : bool array [n, n_used]
-        Whether the expert was there when it was asked for.
+        Whether the expert was resident when it was asked for.
     n_expert : int
         Of the largest layer.
     expert_bytes : dict
@@ -73,24 +73,24 @@ class Trace:
         return sorted(self.expert_bytes)
 
     def tokens(self, phase: int | None = None) -> int:
-        """How many tokens there are, of one phase or in all."""
+        """Number of tokens, of one phase or of both."""
         rows = np.ones(len(self.step), bool) if phase is None else self.phase == phase
         return len(np.unique(np.stack([self.sequence[rows], self.step[rows]]), axis=1).T)
 
     def describe(self) -> str:
-        """One line of text."""
+        """Size of the trace in one line of text."""
         return (
             f"{self.tokens()} tokens in {len(self.layers)} layers, "
             f"{self.experts.shape[1]} of {self.n_expert} experts each"
         )
 
     def select(self, rows: NDArray[Any]) -> Trace:
-        """The trace of these rows alone."""
+        """Keep only these rows."""
         arrays = {name: getattr(self, name)[rows] for name in _ARRAYS}
         return Trace(**arrays, n_expert=self.n_expert, expert_bytes=self.expert_bytes, about=self.about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an archive, or CSV if the name ends in .csv; under a temporary name until it is whole."""
+        """Write an archive, or CSV if the name ends in .csv, under a temporary name until it is complete."""
         with writing(path) as file:
             if Path(path).suffix == ".csv":
                 file.write(self._csv().encode())
@@ -145,7 +145,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
     Raises
     ------
     RotaryError
-        No such file, or none of these kinds, or damaged.
+        There is no such file, or it is of neither kind, or it is damaged.
     """
     path = Path(path)
     try:
@@ -154,13 +154,11 @@ def load(path: str | os.PathLike[str]) -> Trace:
             archive = file.read(2) == b"PK"
         return _read_archive(path) if archive else _read_csv(path)
     except OSError as error:
-        raise RotaryError(
-            f"{path}: cannot be read, {error.strerror}; a trace of `rotary trace`, or CSV; check the name"
-        ) from error
+        raise RotaryError(f"{path}: cannot be read, {error.strerror}; check the name") from error
     except DAMAGED as error:
         raise RotaryError(
-            f"{path}: not a routing trace, or damaged; an archive of `rotary trace` or route_trace CSV is "
-            "expected; record it again"
+            f"{path}: not a routing trace, or damaged; record one with "
+            "`rotary trace`, or give route_trace CSV"
         ) from error
 
 
@@ -193,7 +191,7 @@ def _read_archive(path: Path) -> Trace:
 
 
 def _whole(array: NDArray[Any]) -> NDArray[np.int32]:
-    """Whole numbers, written as such or, in CSV, as floats."""
+    """Take integers, which CSV writes as floats."""
     if array.dtype.kind not in "iuf" or not (np.abs(array.astype(np.float64)) < 1 << 31).all():
         raise ValueError(f"{array.dtype}, or numbers of over 32 bits")
     whole = array.astype(np.int32)
@@ -251,13 +249,13 @@ def _read_csv(path: Path) -> Trace:
 
 def _checked(trace: Trace) -> Trace:
     experts = trace.experts
-    if len(experts) == 0 or len(experts) > _MOST_ROWS:
+    if len(experts) == 0 or len(experts) > _MAX_ROWS:
         raise ValueError(f"{len(experts)} rows")
     if experts.min() < -1 or experts.max() >= trace.n_expert or (experts[:, 0] < 0).any():
         raise ValueError(f"experts {experts.min()} to {experts.max()} of {trace.n_expert}")
-    if not experts.shape[1] <= trace.n_expert <= MOST_EXPERTS or trace.layer.min() < 0:
+    if not experts.shape[1] <= trace.n_expert <= MAX_EXPERTS or trace.layer.min() < 0:
         raise ValueError(f"{experts.shape[1]} experts used of {trace.n_expert}")
-    if len(trace.expert_bytes) * trace.n_expert**2 > MOST_PAIRS:
+    if len(trace.expert_bytes) * trace.n_expert**2 > MAX_PAIRS:
         raise ValueError(f"{len(trace.expert_bytes)} layers of {trace.n_expert} experts")
     if not all(0 <= layer < 1 << 31 and 0 <= size < 1 << 63 for layer, size in trace.expert_bytes.items()):
         raise ValueError("sizes that are none")
@@ -270,7 +268,7 @@ def _checked(trace: Trace) -> Trace:
 
 
 class Recorder:
-    """Puts together what the native library records (rotary.h, rotary_pool_trace_read)."""
+    """Assembles a trace from what the native library records (rotary.h, rotary_pool_trace_read)."""
 
     def __init__(self, n_expert: int, expert_bytes: dict[int, int], about: dict[str, Any]) -> None:
         self.n_expert, self.expert_bytes, self.about = n_expert, expert_bytes, about
@@ -278,15 +276,15 @@ class Recorder:
 
     @property
     def n_sequences(self) -> int:
-        """Prompts of which something was recorded."""
+        """Number of prompts of which something was recorded."""
         return len({row[0] for row in self._rows})
 
     def add(
         self, numbers: list[int], sequence: int, phase: int, first_step: int, n_done: int | None = None
     ) -> int:
-        """Take over what was recorded while tokens of one phase were computed; the step after them.
+        """Add what was recorded while tokens of one phase were computed, and return the step after them.
 
-        `n_done` is how many were computed by all layers: another, that failed in the midst, is left out.
+        `n_done` is the number of tokens that all layers computed; a later one, which failed, is left out.
         """
         flat = np.array(numbers, np.int32)
         found: dict[int, list[tuple[Any, Any, Any]]] = {layer: [] for layer in self.expert_bytes}
@@ -294,9 +292,9 @@ class Recorder:
         while at < len(flat):
             layer, n_tokens, n_used, known = (int(x) for x in flat[at : at + 4])
             n = n_tokens * n_used
-            ids, bits, there = flat[at + 4 : at + 4 + 3 * n].reshape(3, n_tokens, n_used)
+            ids, bits, resident = flat[at + 4 : at + 4 + 3 * n].reshape(3, n_tokens, n_used)
             weights = bits.view(np.float32) if known else np.full(ids.shape, np.nan, np.float32)
-            found[layer] += zip(ids, weights, there > 0, strict=True)
+            found[layer] += zip(ids, weights, resident > 0, strict=True)
             at += 4 + 3 * n
         if n_done is not None:
             found = {layer: rows[:n_done] for layer, rows in found.items()}
@@ -308,10 +306,10 @@ class Recorder:
         return end
 
     def trace(self) -> Trace:
-        """All of it, token by token."""
+        """Return the trace, ordered by token."""
         rows = sorted(self._rows, key=lambda row: row[:1] + row[2:4])
         if not rows:
-            raise RotaryError("trace: nothing was routed; a prompt of at least one token; give another")
+            raise RotaryError("trace: nothing was routed; give a prompt of at least one token")
         head = np.array([row[:4] for row in rows], np.int32)
         n_used = max(len(row[4]) for row in rows)
         experts = np.full((len(rows), n_used), -1, np.int32)

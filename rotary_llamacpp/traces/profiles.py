@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Profiles: what a model's layers choose most, learnt from traces, kept beside the model to begin runs with.
+"""Profiles: which experts a model's layers choose most often, learnt from traces and kept beside the model.
 
 ``model.gguf`` has its profile in ``model.gguf.profile``: a NumPy archive of ``popularity`` float32 [n_layers,
 n_expert], the share of tokens that chose each expert; ``pairs`` float16 [n_layers - 1, n_expert, n_expert],
@@ -24,7 +24,7 @@ from ..errors import RotaryError
 from ..gguf_files.fields import array_bytes, raw_fields
 from ..gguf_files.header import read_header
 from ..host.files import check_regular, writing
-from .archive import DAMAGED, MOST_PAIRS, Trace
+from .archive import DAMAGED, MAX_PAIRS, Trace
 
 FORMAT = 1
 KEY = "rotary.profile"  # of the model's metadata: array of bytes, the archive
@@ -42,7 +42,7 @@ class Profile:
 
     @property
     def n_expert(self) -> int:
-        """Of the largest layer."""
+        """Number of experts of the largest layer."""
         return int(self.popularity.shape[1])
 
     def ranked(self, layer: int) -> list[int]:
@@ -52,7 +52,7 @@ class Profile:
         return [int(expert) for expert in order if share[expert] > 0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the archive; under a temporary name until it is whole."""
+        """Write the archive, under a temporary name until it is complete."""
         meta = {"format": FORMAT, "layers": self.layers, "n_tokens": self.n_tokens, "about": self.about}
         with writing(path) as file:
             np.savez_compressed(
@@ -62,23 +62,23 @@ class Profile:
 
 
 def beside(model: str | os.PathLike[str]) -> Path:
-    """Where a model's profile is, whether or not it exists."""
+    """Path of the profile of a model, whether or not it exists."""
     return Path(f"{os.fspath(model)}.profile")
 
 
 def learn(traces: Sequence[Trace]) -> Profile:
-    """What these traces of one model say together, a token counting as much as any other.
+    """Learn a profile from traces of one model; each token counts the same.
 
     Raises
     ------
     RotaryError
-        They are of different models.
+        The traces are of different models.
     """
     layers, n_expert = traces[0].layers, traces[0].n_expert
-    if len(layers) * n_expert**2 > MOST_PAIRS:
+    if len(layers) * n_expert**2 > MAX_PAIRS:
         raise RotaryError(
             f"traces: {len(layers)} layers of {n_expert} experts have {len(layers) * n_expert**2} pairs of "
-            f"experts; {MOST_PAIRS} at most; check that they are of a model"
+            f"experts; at most {MAX_PAIRS} are possible; check that a model made them"
         )
     uses = np.zeros((len(layers), n_expert))
     pairs = np.zeros((max(len(layers) - 1, 0), n_expert, n_expert))
@@ -87,7 +87,7 @@ def learn(traces: Sequence[Trace]) -> Profile:
         if (trace.layers, trace.n_expert) != (layers, n_expert):
             raise RotaryError(
                 f"traces: {len(trace.layers)} layers of {trace.n_expert} experts, {len(layers)} of "
-                f"{n_expert} before; traces of one model; leave the others out"
+                f"{n_expert} before; a profile is of one model; leave the others out"
             )
         index = {layer: i for i, layer in enumerate(layers)}
         before: tuple[tuple[int, int, int], list[int]] | None = None
@@ -113,20 +113,20 @@ def load(path: str | os.PathLike[str]) -> Profile:
     Raises
     ------
     RotaryError
-        No such file, or no profile, or damaged.
+        There is no such file, or it is not a profile, or it is damaged.
     """
     return _read(path, path)
 
 
 def stored(model: str | os.PathLike[str]) -> Profile | None:
-    """The profile in a model's own metadata; None if it has none.
+    """Read the profile in the metadata of a model; None if it has none.
 
     Raises
     ------
     ModelError
         The model cannot be read.
     RotaryError
-        What it has is no profile.
+        The metadata has something else under the key.
     """
     raw = raw_fields(read_header(model), [KEY]).get(KEY)
     if raw is None:
@@ -156,15 +156,11 @@ def _read(file: str | os.PathLike[str] | io.BytesIO, name: object) -> Profile:
             raise ValueError(f"{n_tokens} tokens")
         return Profile(layers, popularity, pairs, n_tokens, dict(meta["about"]))
     except OSError as error:
-        raise RotaryError(
-            f"{name}: cannot be read, {error.strerror or error}; a profile of `rotary profile`; check it"
-        ) from error
+        raise RotaryError(f"{name}: cannot be read, {error.strerror or error}; check the name") from error
     except DAMAGED as error:
-        raise RotaryError(
-            f"{name}: not a profile, or damaged; an archive of `rotary profile` is expected; make it anew"
-        ) from error
+        raise RotaryError(f"{name}: not a profile, or damaged; make it anew with `rotary profile`") from error
 
 
 def _are_shares(array: NDArray[Any]) -> bool:
-    """Not quite at most 1: rounded, and of a router that names an expert twice, they may be more."""
+    """Allow for shares above 1: by rounding, and of a router that names an expert twice."""
     return array.dtype.kind == "f" and bool(((array >= 0) & (array <= 1024)).all())
