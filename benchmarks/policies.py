@@ -163,7 +163,7 @@ def record_one(model: Path) -> Trace:
 @click.option("--budgets", default="12.5,25", show_default=True, help="Percent of all experts.")
 @click.option("--link", default="pcie4x16", show_default=True)
 @click.option("--compute", default=3.0, show_default=True, help="Milliseconds of a token.")
-@click.option("--depth", default=2, show_default=True, help="Layers that are foretold.")
+@click.option("--depth", default=2, show_default=True, help="Layers to predict ahead.")
 def main(
     files: tuple[Path, ...], model: Path | None, budgets: str, link: str, compute: float, depth: int
 ) -> None:
@@ -177,7 +177,7 @@ def main(
             click.echo(f"\n### {name}, {100 * share:g} %: {slots} of {trace.n_expert} slots a layer\n")
             heads = ["policy", "hit rate", "closed", "closed: even, odd, first, second", "us a request"]
             click.echo(table(heads, eviction(trace, share)))
-            heads = ["ahead", "hit rate", "of bytes", "tok/s", "stall ms", "accuracy", "in time"]
+            heads = ["prefetch", "hit rate", "of bytes", "tok/s", "stall ms", "accuracy", "in time"]
             click.echo(f"\nrecall, {link}, {compute:g} ms a token, {depth} layers ahead:\n")
             click.echo(table(heads, prefetch(trace, share, medium, depth)))
 

@@ -141,6 +141,11 @@ def decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def clock(seconds: float) -> str:
+    """Seconds as text in minutes and seconds, such as "1:05"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
 def span(numbers: Sequence[int]) -> str:
     """The smallest and the largest number as text: "8", or "8 to 16"."""
     first, last = min(numbers, default=0), max(numbers, default=0)

@@ -59,7 +59,7 @@ class _Group(click.Group):
 @click.group(
     cls=_Group,
     commands=_Commands(),
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 @click.version_option(package_name="rotary-llamacpp")
 def main() -> None:

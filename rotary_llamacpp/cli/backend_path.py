@@ -10,9 +10,7 @@ from ..native.binding import library_path
 from .options import example
 
 
-@click.command(
-    epilog=example('GGML_BACKEND_PATH="$(rotary backend-path)" llama-cli -m model.gguf -ngl 99'),
-)
+@click.command(epilog=example('GGML_BACKEND_PATH="$(rotary backend-path)" llama-cli -m model.gguf -ngl 99'))
 def command() -> None:
     """Print the native library's path, for GGML_BACKEND_PATH."""
     path = library_path()

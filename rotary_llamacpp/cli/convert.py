@@ -18,11 +18,10 @@ from .options import NO_PROGRESS, Size, example
     type=Size(),
     help="Maximum size of a file, such as 40GB.  [default: one file]",
 )
-@click.option("--alignment", default=4096, show_default=True, help="Alignment of every tensor, in bytes.")
+@click.option("--alignment", default=4096, help="Alignment of every tensor, in bytes.")
 @click.option(
     "--profile",
     default="auto",
-    show_default=True,
     help="File of rotary profile to store; auto is the one beside IN, or what IN has; off is none.",
 )
 @click.option(

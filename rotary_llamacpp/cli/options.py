@@ -79,13 +79,11 @@ def choice(names: Sequence[str]) -> str:
 BUDGET = click.option(
     "--budget",
     default="auto",
-    show_default=True,
     help='Memory for experts: auto, min, 25% or 0.25, 8GiB, bytes, "16 slots" per layer; 0 turns paging off.',
 )
 STORE = click.option(
     "--store",
     default="auto",
-    show_default=True,
     metavar=choice(STORES),
     help="Where experts come from: the mapped file, or direct reads past the page cache; auto reads directly "
     "where they do not fit into memory.",
@@ -101,7 +99,6 @@ NO_PROGRESS = click.option("--no-progress", is_flag=True, help="Show no progress
 COMPUTE = click.option(
     "--compute",
     default=3.0,
-    show_default=True,
     type=Number(min=0, min_open=True),
     help="Milliseconds of a token whose experts are all resident.",
 )
@@ -137,7 +134,6 @@ _PAGING = {  # by field of RotaryConfig
     "prefetch": click.option(
         "--prefetch",
         default=AUTO,
-        show_default=True,
         metavar=choice((AUTO, *PREDICTORS)),
         help="What predicts the experts to prefetch; auto is the next layers' routers, or a substitute.",
     ),
@@ -147,28 +143,24 @@ _PAGING = {  # by field of RotaryConfig
     "pin": click.option(
         "--pin",
         default="auto",
-        show_default=True,
         metavar=choice(PINS),
         help="Pin the experts in host memory for a GPU; auto does if they take at most 3/4 of free memory.",
     ),
     "policy": click.option(
         "--policy",
         default=AUTO,
-        show_default=True,
         metavar=choice((AUTO, *NATIVE)),
         help="Which expert to evict; auto is the best policy that can run where lookups are resolved.",
     ),
     "split": click.option(
         "--split",
         default=SPLITS[0],
-        show_default=True,
         metavar=choice(SPLITS),
         help="Rebalance slots to the layers where they save more misses, on the CPU, or divide them evenly.",
     ),
     "profile": click.option(
         "--profile",
         default="auto",
-        show_default=True,
         help="File of rotary profile to fill the slots with; auto is the one beside the model; off is none.",
     ),
 }
@@ -199,16 +191,11 @@ def generation(command: Command) -> Command:
                 "-n",
                 "--n-predict",
                 default=128,
-                show_default=True,
                 type=click.IntRange(min=0),
                 help="Tokens to generate for a prompt.",
             ),
             click.option(
-                "--temp",
-                default=0.8,
-                show_default=True,
-                type=Number(min=0),
-                help="Sampling temperature; 0 is greedy.",
+                "--temp", default=0.8, type=Number(min=0), help="Sampling temperature; 0 is greedy."
             ),
             click.option(
                 "--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.  [default: random]"

@@ -19,10 +19,8 @@ from .options import BUDGET, CTX, JSON, STORE, example
 )
 @click.option("--vram", help="GPU memory, such as 24GiB; 0 is none.  [default: what is free here]")
 @click.option("--ram", help="Memory that can be taken, such as 64GiB.  [default: what is available here]")
-@click.option(
-    "--link", default="auto", show_default=True, help="Memory to GPU: pcie4x16, 25GB/s; auto is PCIe 4 x16."
-)
-@click.option("--disk", default="auto", show_default=True, help="Direct reads: 3.5GB/s; auto is that.")
+@click.option("--link", default="auto", help="Memory to GPU: pcie4x16, 25GB/s; auto is PCIe 4 x16.")
+@click.option("--disk", default="auto", help="Direct reads: 3.5GB/s; auto is that.")
 @click.option("--ram-rate", help="Rate at which the CPU reads weights: 58GB/s.  [default: that, or measured]")
 @click.option("--vram-rate", help="Rate at which the GPU reads weights.  [default: 936GB/s, an RTX 3090]")
 @CTX
@@ -35,12 +33,7 @@ from .options import BUDGET, CTX, JSON, STORE, example
 @BUDGET
 @STORE
 @click.option("--trace", help="File of rotary trace: hit rates by replaying it.")
-@click.option(
-    "--profile",
-    default="auto",
-    show_default=True,
-    help="File of rotary profile; auto: beside the model; off.",
-)
+@click.option("--profile", default="auto", help="File of rotary profile; auto: beside the model; off.")
 @click.option("--measure", is_flag=True, help="Calibrate CPU, memory and disk on this machine, in seconds.")
 @click.option(
     "--threads",
@@ -57,7 +50,8 @@ def command(model: str, plot_file: str | None, as_json: bool, **asked: Any) -> N
     gpt-oss-20b, gpt-oss-120b, deepseek-v3.
     """
     with exiting():
-        from ..planning.plan import describe, make, to_dict, write_plot
+        from ..display.plan import describe, write_plot
+        from ..planning.plan import make, to_dict
 
     found = make(model, **asked)
     if plot_file is not None:

@@ -8,7 +8,16 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 class _Terminal:
@@ -33,17 +42,20 @@ def bars(
 
     @contextlib.contextmanager
     def bar(what: str, n_bytes: int) -> Iterator[Callable[[int], object]]:
-        with tqdm(
-            total=n_bytes,
-            desc=what,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            leave=False,
-            file=_Terminal(),
-            dynamic_ncols=True,  # without, it asks for those of sys.stderr itself only
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=_Terminal()),  # type: ignore[arg-type]
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
             disable=off or not sys.stderr.isatty(),
-        ) as made:
-            yield made.update
+        ) as progress:
+            task = progress.add_task(what, total=n_bytes)
+            yield lambda done: progress.advance(task, done)
 
     return bar

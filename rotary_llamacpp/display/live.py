@@ -16,15 +16,19 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from tqdm import tqdm
+from rich.console import Console, ConsoleDimensions
+from rich.live import Live as Drawn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from ..errors import RotaryError
 from ..runtime.figures import Figures, prompt_share
 from ..runtime.generation import Watcher
 from ..runtime.llama import Llama
-from ..units import mib, percent
+from ..units import clock, mib, percent
 
 _INTERVAL_SECONDS = 0.25
+_BAR_COLUMNS = 24
 _Progress = tuple[float | None, list[str]]  # what is done of the phase, 0 to 1, None if unknown; figures
 
 
@@ -59,7 +63,7 @@ def watching(off: bool = False, panel: bool = False) -> Iterator[Watcher | None]
     with os.fdopen(descriptor, "w", encoding=sys.stderr.encoding, errors="replace") as out:
         closing: contextlib.AbstractContextManager[Watcher]
         if panel:
-            from .panel import Panel  # rich takes a while to import
+            from .panel import Panel
 
             closing = contextlib.closing(Panel(out, keep_text=not also_tokens))
         else:
@@ -91,7 +95,8 @@ class Live(Watcher):
         self._also_tokens = also_tokens
         self._loaded = 0.0
         self._n_made = 0
-        self._bar: tqdm | None = None
+        self._console = console(out)
+        self._drawn: Drawn | None = None
         self._phase_over = threading.Event()
         self._thread: threading.Thread | None = None
         self._drawing = threading.RLock()  # a handler may log itself
@@ -150,33 +155,54 @@ class Live(Watcher):
             self._thread = None
 
     def _draw(self, name: str, progress: Callable[[float], _Progress]) -> None:
-        start = time.time()
+        start = time.monotonic()
         while not self._phase_over.wait(_INTERVAL_SECONDS):  # a shorter phase shows nothing
-            done, parts = progress(time.time() - start)  # may log, so not under the lock
+            seconds = time.monotonic() - start
+            done, parts = progress(seconds)  # may log, so not under the lock
+            line = Table.grid(padding=(0, 1))
+            share: list[str | ProgressBar] = []
+            if done is not None:
+                share = [percent(done, 0), ProgressBar(1.0, done, width=_BAR_COLUMNS)]
+            line.add_row(f"{name}:", *share, clock(seconds), ", ".join(parts))
             with self._drawing:
-                if self._bar is None:
-                    form = (
-                        "{desc}: {elapsed}{postfix}"
-                        if done is None
-                        else "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
-                    )
-                    self._bar = tqdm(
-                        desc=name, total=1, bar_format=form, file=self._out, leave=False, dynamic_ncols=True
-                    )
-                    self._bar.start_t = start
-                self._bar.n = done or 0
-                self._bar.set_postfix_str(", ".join(parts))
+                self._console.size = size(self._out)
+                if self._drawn is None:
+                    self._drawn = Drawn(
+                        console=self._console, auto_refresh=False, transient=True, redirect_stdout=False,
+                        redirect_stderr=False,
+                    )  # fmt: skip
+                    self._drawn.start()
+                self._drawn.update(line, refresh=True)
         with self._drawing:
-            if self._bar is not None:
-                self._bar.close()
-                self._bar = None
+            self._clear()
+
+    def _clear(self) -> None:
+        if self._drawn is not None:
+            self._drawn.stop()
+            self._drawn = None
 
     def _make_way(self, record: logging.LogRecord) -> None:
         """Handle a record of our logger on a clear line, over which nothing is drawn."""
         with self._drawing:
-            if self._bar is not None:
-                self._bar.clear()
+            self._clear()
             self._handle(record)
+
+
+def console(out: TextIO) -> Console:
+    """Console on a terminal, which is left to break long lines of a log itself (soft_wrap)."""
+    return Console(
+        file=out, force_terminal=True, force_interactive=True, soft_wrap=True, markup=False, highlight=False,
+        emoji=False,
+    )  # fmt: skip
+
+
+def size(out: TextIO) -> ConsoleDimensions:
+    """Columns and lines of a terminal now."""
+    try:
+        found = os.get_terminal_size(out.fileno())
+    except OSError:
+        return ConsoleDimensions(80, 24)
+    return ConsoleDimensions(found.columns or 80, found.lines or 24)
 
 
 def poll(figures: Figures) -> list[str]:

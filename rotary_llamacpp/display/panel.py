@@ -19,14 +19,14 @@ from itertools import pairwise
 from typing import NamedTuple, TextIO
 
 from rich.cells import cell_len, chop_cells
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from ..runtime.figures import Figures, Interval, prompt_share
 from ..runtime.generation import Watcher
 from ..runtime.llama import Llama
-from ..units import decimal, mib, percent, span
+from ..units import clock, decimal, mib, percent, span
+from .live import console, size
 
 _INTERVAL_SECONDS = 0.25
 _N_POLLS = 60  # columns of the sparkline
@@ -137,7 +137,7 @@ def frame(view: View, tail: Tail, width: int, height: int, symbols: Symbols = UN
 
 
 def _progress(view: View, width: int, symbols: Symbols) -> list[Text]:
-    parts = [_plain(f"{int(view.seconds) // 60}:{int(view.seconds) % 60:02d}")]
+    parts = [_plain(clock(view.seconds))]
     if view.amount:
         parts.insert(0, _plain(view.amount))
     if view.done is not None:
@@ -285,11 +285,7 @@ class Panel(Watcher):
         self._n_prompt = self._n_made = self._n_predict = 0
         self._began = time.monotonic()  # the phase
         self._arrivals: deque[float] = deque(maxlen=_N_TOKENS + 1)
-        # `watching` knows that it is a terminal; long lines of a log are left to that, as always (soft_wrap).
-        self._console = Console(
-            file=out, force_terminal=True, force_interactive=True, soft_wrap=True, markup=False,
-            highlight=False, emoji=False,
-        )  # fmt: skip
+        self._console = console(out)
         self._symbols = ASCII if self._console.options.ascii_only else UNICODE
         self._live = Live(
             console=self._console, auto_refresh=False, transient=True, redirect_stdout=keep_text
@@ -345,20 +341,13 @@ class Panel(Watcher):
             while self._n_shown < len(self._pieces):
                 self._tail.add(self._pieces[self._n_shown])
                 self._n_shown += 1
-            self._console.size = self._size()
+            self._console.size = size(self._out)
             width, height = self._console.size
             # One line less than there are: the panel is left by a line feed, which must not scroll.
             drawn = frame(view, self._tail, width, height - 1, self._symbols)
             self._live.update(Text("\n").join(drawn), refresh=True)
             self._wake.wait(_INTERVAL_SECONDS)
             self._wake.clear()
-
-    def _size(self) -> tuple[int, int]:
-        try:
-            size = os.get_terminal_size(self._out.fileno())
-        except OSError:
-            return 80, 24
-        return size.columns or 80, size.lines or 24
 
     def _look(self) -> View:
         llama, n_made, now = self._llama, self._n_made, time.monotonic()

@@ -99,7 +99,7 @@ def _joined(headers: Sequence[GGUFHeader], name: str, experts: dict[int, tuple[i
     for expert in range(n_expert):
         if expert not in experts:
             raise ModelError(
-                f"{headers[0].path}: {name} lacks expert {expert} of {n_expert}; download it again"
+                f"{headers[0].path}: {name} lacks expert {expert}, has {n_expert} others; download it again"
             )
         tensor = experts[expert][1]
         if (tensor.shape, tensor.type_number) != (first.shape, first.type_number) or len(first.shape) != 2:

@@ -331,7 +331,7 @@ def construct(
     # Stock's close(), which __del__ calls, needs a stack even if we refuse before stock has made one.
     llama._stack = contextlib.ExitStack()
     paging = llama._rotary = Paging(rotary, kwargs.get("n_gpu_layers"))
-    config = RotaryConfig.from_any(rotary)
+    config = rotary if isinstance(rotary, RotaryConfig) else RotaryConfig.from_any(rotary)
     verbose = config.verbose if config is not None else None
     if not (kwargs.get("verbose", True) if verbose is None else verbose):
         paging.level = logging.DEBUG

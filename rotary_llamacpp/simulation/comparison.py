@@ -12,7 +12,7 @@ from ..predictors import NAMES, PrefetchPolicy
 from ..traces.archive import Trace, load
 from ..traces.profiles import Profile
 from ..traces.profiles import load as load_profile
-from ..units import parse_rate, percent, ratio
+from ..units import parse_rate
 from .replays import Link, belady, predictor, replay, slots_for
 
 
@@ -102,25 +102,3 @@ def check_names(kind: str, names: Iterable[str], accepted: Sequence[str]) -> Non
     for name in names:
         if name not in accepted:
             raise RotaryError(f"{kind} {name!r}: not known; choose one of {', '.join(accepted)}")
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows of `compare` as lines of text."""
-    timed = any(row.get("tokens_per_second") for row in rows)
-    heads = ["budget", "slots", "policy", "prefetch", "hit rate"]
-    heads += ["of bytes", "tok/s", "stall ms", "accuracy", "in time"] if timed else []
-    lines = ["  ".join(head.rjust(9) for head in heads)]
-    for row in rows:
-        cells = [
-            f"{100 * row['budget']:g} %", str(row["n_slots"]), row["policy"], row["predictor"],
-            percent(row["hit_rate"]),
-        ]  # fmt: skip
-        if timed and row["policy"] != "belady":
-            used, prefetched, late = row["prefetch_used"], row["prefetched"], row["late_hits"]
-            cells += [
-                percent(row["byte_hit_rate"]), f"{row['tokens_per_second']:.1f}",
-                f"{row['stall_us'] / 1000:.2f}", percent(ratio(used, prefetched)),
-                percent(1 - late / used if used else None),
-            ]  # fmt: skip
-        lines.append("  ".join(cell.rjust(9) for cell in cells))
-    return lines

@@ -126,7 +126,7 @@ sys.meta_path.insert(0, Interrupting())
     [
         "click", "numpy.linalg", "gguf.constants", "rotary_llamacpp.cli", "rotary_llamacpp.config",
         "rotary_llamacpp.runtime.generation", "llama_cpp._ctypes_extensions", "llama_cpp.llama_chat_format",
-        "tqdm", "cffi",
+        "rich.live", "cffi",
     ],
 )  # fmt: skip
 def test_interrupted_at_any_import(module, tiny_model, tmp_path, rotary_command):

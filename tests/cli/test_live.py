@@ -61,12 +61,12 @@ def test_phases(terminal):
     shown_until = terminal()
     model = Model()
     with live.watching() as watcher:
-        shown_until("loading:   0%|")
+        shown_until("loading: 0 %")
         watcher.loading(0.5)
-        shown_until("loading:  50%|")
+        shown_until("loading: 50 %")
         watcher.prompt(model, 18)  # graphs of 5, 3, 5, 3 and 2 tokens, each looks up 4 layers
         model.stats.update(lookups=10, hit_rate=0.25)
-        shown = shown_until("prompt:  50%|")
+        shown = shown_until("prompt: 50 %")
         shown += shown_until("\r")
         assert "tok/s, hits 25.0 %" in shown and "disk" not in shown
 
@@ -85,7 +85,7 @@ def test_no_share_is_shown_where_nothing_is_paged(terminal):
     shown_until = terminal()
     with live.watching() as watcher:
         watcher.prompt(Model(path="none", n_layers=0), 18)
-        shown_until("prompt: 00:00")
+        shown_until("prompt: 0:00")
         assert "%" not in shown_until("\r")
 
 
@@ -94,17 +94,17 @@ def test_tokens_are_shown_only_where_text_goes_elsewhere(terminal, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     with live.watching() as watcher:
         watcher.prompt(Model(), 5)
-        shown_until("prompt:   0%")
+        shown_until("prompt: 0 %")
         for n_made in (1, 2):
             watcher.token(n_made, 4)
-        shown_until("generating:  50%|")
+        shown_until("generating: 50 %")
     monkeypatch.setattr(sys, "stdout", sys.stderr)
     with live.watching() as watcher:
         watcher.prompt(Model(), 5)
-        shown_until("prompt:   0%")
+        shown_until("prompt: 0 %")
         watcher.token(1, 4)
         sys.stderr.write("the text\n")
-        assert shown_until("the text\r\n").endswith(" \rthe text\r\n"), "begins on a clear line"
+        assert shown_until("the text\r\n").endswith("\x1b[2Kthe text\r\n"), "begins on a clear line"
         assert watcher._thread is None
 
 
@@ -114,7 +114,7 @@ def test_log_lines_begin_on_a_clear_line(terminal):
         shown_until("loading:")
         logging.getLogger("rotary_llamacpp").addHandler(handler := logging.StreamHandler(sys.stderr))
         logging.getLogger("rotary_llamacpp").warning("a notice")
-        assert " \ra notice\r\n" in shown_until("a notice\r\n")
+        assert "\x1b[2Ka notice\r\n" in shown_until("a notice\r\n")
         shown_until("loading:")
     logging.getLogger("rotary_llamacpp").removeHandler(handler)
     assert "handle" not in vars(logging.getLogger("rotary_llamacpp"))

@@ -164,7 +164,7 @@ def test_command(rotary_command, tiny_model, tmp_path):
     assert ran.returncode == 2 and "exists; give --force" in ran.stderr
     assert rotary_command("convert", tiny_model, out, "--force").returncode == 0
     for options, text in (
-        (["--experts", "Q3_K_M"], "type 'Q3_K_M': nothing is"),
+        (["--experts", "Q3_K_M"], "type 'Q3_K_M': not a type"),
         (["--type", "(=Q8_0"], "regular expression"),
         (["--type", "Q8_0"], "PATTERN=TYPE"),
         (["--alignment", "48"], "powers of two"),

@@ -105,7 +105,7 @@ def test_damaged_legacy_layouts_are_refused(synthetic, tmp_path):
     write_legacy(model, legacy)
     whole = legacy.read_bytes()
     for before, after, text in (
-        (b"blk.1.ffn_up.7.weight", b"blk.1.ffn_no.7.weight", "lacks expert 7, 11 are there"),
+        (b"blk.1.ffn_up.7.weight", b"blk.1.ffn_no.7.weight", "lacks expert 7, has 11 others"),
         (b"blk.1.ffn_up.7.weight", b"blk.1.ffn_up.6.weight", "a second time"),
         (b"blk.1.ffn_up.10.weight", b"blk.1.ffn_up.07.weight", "appears twice"),
     ):

@@ -149,7 +149,7 @@ def test_what_is_quantised_is_kept_when_the_copy_is_interrupted(tiny_model, tmp_
     monkeypatch.setattr(quantising, "quantise", lambda *_: pytest.fail("it was quantised again"))
     said: list[str] = []
     convert(tiny_model, out, options, say=said.append)
-    assert "going on with out.gguf.quantised.part, which is whole" in said
+    assert "going on with out.gguf.quantised.part, which is complete" in said
     assert_nothing_else(tmp_path, out)
 
 

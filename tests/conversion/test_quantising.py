@@ -167,8 +167,8 @@ def test_a_disk_that_gets_full_while_quantising(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("wish", "text"),
     [
-        *((Wish("Q4_0", rest=kind), f"type '{kind}': nothing is") for kind in ("Q8_1", "Q8_K", "I8")),
-        (Wish("Q4_0", types=("nothing here=Q4_0",)), "no tensor's name has 'nothing here'"),
+        *((Wish("Q4_0", rest=kind), f"type '{kind}': not a type") for kind in ("Q8_1", "Q8_K", "I8")),
+        (Wish("Q4_0", types=("nothing here=Q4_0",)), "'nothing here' matches no tensor"),
         (Wish(imatrix="none"), "an importance matrix is for quantising"),
     ],
 )

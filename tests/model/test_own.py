@@ -92,7 +92,7 @@ def test_a_predictors_exception_is_raised_once(native, tiny_model, expected):
     assert np.array_equal(logits(llama), expected)
     stats = llama.rotary_stats()
     assert stats["predictor"] == "" and any(
-        text == "NamesNothing: raised LookupError: no idea; nothing comes ahead from now on"
+        text == "NamesNothing: raised LookupError: no idea; nothing is prefetched from now on"
         for text in stats["notices"]
     )
     llama.close()

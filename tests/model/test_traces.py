@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 from rotary_llamacpp import Llama, RotaryConfig, policies, simulation, traces
 from rotary_llamacpp.cli import main
+from rotary_llamacpp.display.report import report
 from rotary_llamacpp.errors import ReadError, RotaryError
 from rotary_llamacpp.host.files import check_writable
 from rotary_llamacpp.predictors import NAMES, PrefetchPolicy
@@ -204,17 +207,28 @@ def test_report(recorded, tmp_path, rotary_command):
     ran = rotary_command("report", tmp_path / "a.trace", "-o", out, "--budgets", "25,50", "--link", "1GB/s")
     assert ran.returncode == 0, ran.stderr
     page = out.read_text()
-    root = ElementTree.fromstring(page.replace("<!doctype html>", "").replace('<meta charset="utf-8">', ""))
+    root = ElementTree.fromstring(page.replace("<!doctype html>", ""))
     assert [each.text for each in root.iter("h2")][:2] == ["Which experts are chosen", "Policies by budget"]
-    assert "http" not in page.replace("http-equiv", "") and "<script" not in page and "src=" not in page
+    assert "http" not in page and "<script" not in page and "src=" not in page
+    assert all(link[0] in "#d" for link in re.findall(r'href="([^"]+)', page)), "nothing from elsewhere"
     rows = [[cell.text for cell in row] for row in root.iter("tr")]
     assert [row[0] for row in rows] == ["prefetch", "none", *NAMES]
     svgs = list(root.iter("svg"))
-    assert len(svgs) == 4 and len(list(svgs[0].iter("rect"))) > 6 * 20
-    assert len(list(svgs[1].iter("polyline"))) == 4 and len(list(svgs[2].iter("polyline"))) == 3
+    words = [[each.text for each in svg.iter("text")] for svg in svgs]
+    assert len(svgs) == 4 and "layer" in words[0]
+    assert {"lru", "lfu", "recall", "belady"} <= set(words[1]) and "belady" not in words[2]
+    assert {"none", *NAMES} <= set(words[3])
     ran = rotary_command("report", tmp_path / "a.trace", "-o", tmp_path / "no" / "x.html", "--budgets", "50")
     assert ran.returncode == 2 and "cannot be written" in ran.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.trace", "report.html"]
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_report_without_the_extra(recorded, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    link = simulation.Link(1000, 3000)
+    with pytest.raises(RotaryError, match=rf"^{package}: .*pip install 'rotary-llamacpp\[report\]'`$"):
+        report(recorded, ["lru"], [0.25], link, ["previous"])
 
 
 # ---- files

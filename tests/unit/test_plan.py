@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from rotary_llamacpp.display.plan import describe
 from rotary_llamacpp.errors import BudgetError, ModelError, RotaryError
 from rotary_llamacpp.gguf_files.info import LayerInfo, read_shards
 from rotary_llamacpp.host import disk, machine
@@ -417,7 +418,7 @@ def test_damaged_headers_end_in_one_line_with_little_work_and_memory(tiny_model,
             try:
                 with Calls() as calls:
                     found = plan.make(str(path), ram="8GiB", vram="0", n_ctx=64)
-                    plan.describe(found)
+                    describe(found)
             except RotaryError as error:
                 refused += 1
                 assert "\n" not in str(error) and len(str(error)) < 600
@@ -705,7 +706,8 @@ def test_plot(native, rotary_command, tmp_path):
     figure = ElementTree.parse(out).getroot()
     words = [element.text for element in figure.iter("{http://www.w3.org/2000/svg}text")]
     assert "Rotary on the GPU" in words and "all on the CPU, mapped" in words
-    assert len(list(figure.iter("{http://www.w3.org/2000/svg}polyline"))) == 4
+    lines = [each for each in figure.iter() if each.get("id", "").startswith("line2d")]
+    assert len(lines) > 4
 
 
 @pytest.mark.parametrize(
@@ -719,7 +721,7 @@ def test_plot(native, rotary_command, tmp_path):
         (("deepseek-v3", "--type", "q3"), "type 'q3' not known"),
         (("deepseek-v3", "--ctx", "100", "--prompt", "90", "--answer", "20"), "do not fit"),
         (("deepseek-v3", "--budget", "much"), "budget 'much'"),
-        (("deepseek-v3", "--plot", "plan.png"), "name it .svg"),
+        (("deepseek-v3", "--plot", "plan.png"), "name the file .svg"),
         (("deepseek-v3", "--trace", "a", "--profile", "b"), "a trace and a profile"),
     ],
 )
