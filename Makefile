@@ -3,7 +3,7 @@
 #   make run           generate text from the committed model with a quarter of its experts resident
 #   make test          all tests, upstream's conformance programs included; fails on a skip that tests/skips.py does not name
 #   make test-fast     the inner loop: logic, the C API, commands, and one model against stock; under two minutes
-#   make conformance   only those
+#   make conformance   only upstream's conformance programs
 #   make machines      paged against stock on processors that Debian's qemu-user emulates, x86-64 and Arm
 #   make bench         paged against stock, in turn
 #   make lint          ruff, mypy, clang-format

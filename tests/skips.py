@@ -10,7 +10,7 @@ EXPECTED = (
     (r"gpu/", r"no NVIDIA GPU|no compute-sanitizer"),
     (r"model/test_link", r"built without nvcc"),
     # The kernel, or the sandbox around it.
-    (r"faults/test_(reader_faults|exhaustion_io)", r"no io_uring here"),
+    (r"faults/test_(reader_faults|exhaustion)", r"no io_uring here"),
     (r"faults/test_reader_faults", r"no seccomp here|the kernel gives no results that are asked for"),
     (r"faults/test_reader_faults.*seccomp", r"io_uring's numbers are not known here"),
     (r"faults/test_native_fallbacks", r"no address space can be reserved here"),

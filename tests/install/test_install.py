@@ -57,15 +57,8 @@ def checkout(tmp_path) -> Path:
     for name in ("native", "patches", "rotary_llamacpp"):
         shutil.copytree(ROOT / name, copy / name, ignore=built)
     shutil.rmtree(copy / "rotary_llamacpp" / "include", ignore_errors=True)
-    for name in (
-        "setup.py",
-        "pyproject.toml",
-        "CMakeLists.txt",
-        "MANIFEST.in",
-        "README.md",
-        "LICENSE",
-        "CHANGELOG.md",
-    ):
+    files = "setup.py pyproject.toml CMakeLists.txt MANIFEST.in README.md LICENSE CHANGELOG.md"
+    for name in files.split():
         shutil.copy(ROOT / name, copy / name)
     return copy
 
@@ -113,15 +106,8 @@ def test_a_checkout_by_pip(index, checkout, environment, tiny_model):
 @pytest.mark.model
 def test_a_checkout_by_uv(index, checkout, environment, tiny_model):
     python = environment / "python"
-    run(
-        Path(sys.executable).with_name("uv"),
-        "pip",
-        "install",
-        "--python",
-        python,
-        checkout,
-        UV_FIND_LINKS=str(WHEELS),
-    )
+    uv = Path(sys.executable).with_name("uv")
+    run(uv, "pip", "install", "--python", python, checkout, UV_FIND_LINKS=str(WHEELS))
     assert_it_pages(environment, tiny_model)
 
 

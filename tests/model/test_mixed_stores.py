@@ -29,7 +29,7 @@ pytestmark = pytest.mark.model
 PROMPT = 60
 PLAIN = {"n_ubatch": 32}
 ADAPTED = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")
-KINDS = {"q8_0": "read in place", "q4_0": "repacked where the CPU has a layout for it"}
+KINDS = ("q8_0", "q4_0")  # read in place; repacked where the CPU has a layout for it
 
 
 def use_adapter(llama, adapter):

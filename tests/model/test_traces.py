@@ -130,18 +130,7 @@ def test_a_recording_that_fails_at_once_raises(native, tiny_model, monkeypatch, 
 def test_the_command_writes_what_was_recorded(native, tiny_model, tmp_path, monkeypatch, capsys):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "a.trace"
     prompts.write_text("The whale\nThe\nIn\n")
-    arguments = [
-        "trace",
-        str(tiny_model),
-        "--prompts",
-        str(prompts),
-        "-o",
-        str(out),
-        "-n",
-        "2",
-        "--ctx",
-        "64",
-    ]
+    files = [str(tiny_model), "--prompts", str(prompts), "-o", str(out)]
     for error, status, says in (
         (ReadError("x.gguf: gone; it was there; mend it"), 2, "prompt 2: x.gguf: gone"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -149,7 +138,7 @@ def test_the_command_writes_what_was_recorded(native, tiny_model, tmp_path, monk
         with monkeypatch.context() as patched:
             fails_at(patched, 6, error)
             with pytest.raises(SystemExit) as ended:
-                main([*arguments, "--temp", "0"])
+                main(["trace", *files, "-n", "2", "--ctx", "64", "--temp", "0"])
         said = capsys.readouterr()
         assert ended.value.code == status
         last = said.err.splitlines()[-1]

@@ -246,14 +246,8 @@ def test_beyond_ram_leaves_nothing_behind(tmp_path):
     reason = cgroups.unavailable()
     if reason:
         pytest.skip(reason)
-    command = [
-        sys.executable,
-        ROOT / "benchmarks" / "beyond_ram.py",
-        "--quick",
-        "--reader",
-        "--dir",
-        tmp_path,
-    ]
+    script = ROOT / "benchmarks" / "beyond_ram.py"
+    command = [sys.executable, script, "--quick", "--reader", "--dir", tmp_path]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}, **streams
@@ -277,16 +271,9 @@ def test_plans_are_held_against_runs(native, tiny_model, monkeypatch):
 
     def run(others, module, function, *arguments):
         if function == "calibrate":
-            return {
-                "ram_rate": 10e9,
-                "copy_rate": 5e9,
-                "disk_rate": 1e9,
-                "cpu_flops": 1e11,
-                "cpu_layer_s": 1e-6,
-                "cpu_prompt_layer_s": 0.0,
-                "disk_cpu_s": 0.0,
-                "repack_rate": 0.0,
-            }
+            rates = dict.fromkeys(("cpu_prompt_layer_s", "disk_cpu_s", "repack_rate"), 0.0)
+            rates |= {"ram_rate": 10e9, "copy_rate": 5e9, "disk_rate": 1e9}
+            return {**rates, "cpu_flops": 1e11, "cpu_layer_s": 1e-6}
         config = arguments[1]
         return {"decode": 100.0, "prefill": 200.0, "hit_rate": 0.5 if config else None}
 
