@@ -58,7 +58,7 @@ def budget_bytes(budget: Budget, layers: Sequence[LayerInfo], free_bytes: int) -
 
 
 def raised_evenly(n_bytes: int, layers: Sequence[LayerInfo]) -> list[int]:
-    """budget_slots() of native/src/budget.cpp: the lowest layers get a slot more, until none fits."""
+    """budget_slots() of native/src/cache/division.cpp: the lowest layers get a slot more, until none fits."""
     slots = [layer.n_expert_used for layer in layers]
     used = sum(n * layer.expert_bytes for n, layer in zip(slots, layers, strict=True))
     while True:

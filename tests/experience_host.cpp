@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// What foretelling is worth (native/src/experience.hpp), for test_experience.py.
+// What foretelling is worth (native/src/prefetch/gain.hpp), for test_experience.py.
 
-#include "experience.hpp"
+#include "prefetch/gain.hpp"
 
 extern "C" {
 

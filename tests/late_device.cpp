@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // A GPU for machines without one: a ggml device whose stream is a thread that computes with the CPU backend, late and
-// by chance later, and the link to it (native/src/link.h), whose stream is another such thread. Its memory is ordinary
+// by chance later, and the link to it (native/src/link/link_api.h), whose stream is another such thread. Its memory is ordinary
 // memory that it does not admit to be. Nothing waits for anything unless it is told to, so a missing event shows as a
 // wrong logit.
 //
@@ -20,7 +20,7 @@
 //
 // It copies to and from page-locked memory only, and locks none twice.
 
-#include "link.h"
+#include "link/link_api.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"

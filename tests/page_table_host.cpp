@@ -2,7 +2,7 @@
 //
 // page_table.h for a test: a table in host memory, resolved by a team of one, or by a team of threads as a GPU's are.
 
-#include "page_table.h"
+#include "cache/page_table.h"
 
 #include <condition_variable>
 #include <cstring>

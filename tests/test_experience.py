@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What to follow of what is foretold, and how far ahead (native/src/experience.hpp)."""
+"""What to follow of what is foretold, and how far ahead (native/src/prefetch/gain.hpp)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """experience_host.cpp, compiled."""
-    loaded = pure_logic(tmp_path_factory.mktemp("experience"), "experience_host.cpp", "experience.cpp")
+    loaded = pure_logic(tmp_path_factory.mktemp("experience"), "experience_host.cpp", "prefetch/gain.cpp")
     loaded.experience_new.restype = ctypes.c_void_p
     loaded.experience_layer_us.restype = ctypes.c_double
     for name in ("trusts", "pays"):

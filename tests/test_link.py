@@ -490,7 +490,7 @@ def test_the_cuda_link_without_a_gpu(native):
 
 
 class Api(ctypes.Structure):
-    """The beginning of link.h's rotary_link_api."""
+    """The beginning of link_api.h's rotary_link_api."""
 
     _fields_ = (
         ("abi", ctypes.c_int32),

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT
+//
+// Ring. See ring.hpp.
+
+#include "link/staging_ring.hpp"
+
+#include "base/cpus.hpp"
+#include "base/error.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+
+namespace rotary {
+
+staging_ring::staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner, std::string & reason) :
+    link_(std::move(side)), memory_(link_->host_memory(block_bytes * n_blocks, reason)) {
+    if (!memory_.memory) {
+        reason = "no memory can be page-locked, " + reason;
+        return;
+    }
+    for (size_t i = 0; i < n_blocks; i++) {
+        blocks_.push_back(
+            { (char *) memory_.memory.get() + i * block_bytes, ggml_backend_event_ptr(ggml_backend_event_new(inner)) });
+        free_.push_back(i);
+        if (!blocks_.back().copied) {
+            reason = "no events for the memory that experts pass through";
+            return;
+        }
+    }
+    // More than what a mapping's page faults and one core's copying need, and no more than leaves the machine usable.
+    const size_t n_threads = std::clamp<size_t>(cpu_count() / 2, 1, 4);
+    threads_.reserve(n_threads);
+    try {
+        while (threads_.size() < n_threads) {
+            threads_.emplace_back([this] { work(); });
+        }
+    } catch (const std::exception & refused) {
+        why_fewer_ = format("only %zu of %zu threads that copy could be started: %s", threads_.size(), n_threads,
+                            refused.what());
+        if (threads_.empty()) {
+            reason = why_fewer_;
+        }
+    }
+}
+
+staging_ring::~staging_ring() {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        ending_ = true;
+    }
+    changed_.notify_all();
+    for (std::thread & each : threads_) {
+        each.join();
+    }
+    link_->synchronize(); // copies out of the blocks
+}
+
+bool staging_ring::copy(const std::vector<piece> & pieces) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    pieces_ = pieces;
+    next_   = 0;
+    left_   = pieces.size();
+    failed_ = false;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return left_ == 0; });
+    if (failed_) {
+        fail(ROTARY_ERR_DEVICE, why_);
+    }
+    return !failed_;
+}
+
+void staging_ring::work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+        changed_.wait(lock, [&] { return ending_ || (next_ < pieces_.size() && !free_.empty()); });
+        if (ending_) {
+            return;
+        }
+        const piece  its   = pieces_[next_++];
+        const size_t index = free_.front();
+        free_.erase(free_.begin());
+        lock.unlock();
+        block & through = blocks_[index];
+        if (through.used) {
+            ggml_backend_event_synchronize(through.copied.get());
+        }
+        memcpy(through.memory, its.from, its.bytes);
+        const bool done = link_->copy(its.to, through.memory, its.bytes) && link_->record(through.copied.get());
+        lock.lock();
+        through.used = true;
+        if (!done && !failed_) {
+            failed_ = true;
+            why_    = last_error(); // this thread's, for the one that waits
+        }
+        free_.push_back(index);
+        left_--;
+        changed_.notify_all();
+    }
+}
+
+} // namespace rotary
