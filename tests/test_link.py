@@ -226,7 +226,7 @@ def test_prefetch_that_the_device_cannot_have(synthetic, stock_trace, late):
     assert_equal(paged, stock_trace(half, n_prompt=LONG, **CPU))
     [notice] = stats["notices"]
     assert "the router of layer 0, and maybe others, cannot be applied early" in notice
-    assert "not there as F32" in notice and "not brought ahead" in notice
+    assert "not there as F32" in notice and "not prefetched" in notice
     assert stats["predicted"] == 0 < stats["device_lookups"]
 
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
 // Page table of one layer as plain arrays, so that a GPU can hold it and resolve a lookup without asking the host.
-// Same contract as rotary_slots_resolve() in rotary.h, request by request: free slots first, then the expert of the lowest
-// value leaves (policies lru and lfu), what a lookup wants is never its victim. Between two lookups, slots can be reserved
-// for experts that the next one will probably want, as rotary_slots_reserve() does; they are copied piece by piece until
-// that lookup comes. One team of threads works on a table at a time; on the host a team is one.
+// Same contract as rotary_slots_resolve() in rotary.h, request by request: free slots first, then the victim is the expert
+// of the lowest value (policies lru and lfu); a lookup never evicts what it wants. Between two lookups, slots can be
+// reserved for experts that the next one will probably want, as rotary_slots_reserve() does; these are prefetched piece by
+// piece until that lookup comes. One team of threads works on a table at a time; on the host a team is one.
 
 #pragma once
 
@@ -18,8 +18,8 @@
 #define ROTARY_BOTH inline
 #endif
 
-#define ROTARY_PAGE_MOST_TOKENS 4                   // that a lookup is foretold for
-#define ROTARY_PAGE_MOST_GAIN 1.2676506002282294e30 // 2^100: then all values are made smaller
+#define ROTARY_PAGE_MAX_TOKENS 4                   // of a lookup that is predicted
+#define ROTARY_PAGE_MAX_GAIN 1.2676506002282294e30 // 2^100: then all values are made smaller
 
 struct rotary_page {
     int32_t expert; // to be paged in
@@ -29,36 +29,36 @@ struct rotary_page {
 
 // What changes with every lookup, besides the arrays.
 struct rotary_page_state {
-    double   clock;      // policies/policy.hpp: those of a valued_policy
-    double   growth;     // likewise
-    double   unused;     // likewise
+    double   clock;        // policies/policy.hpp: those of a valued_policy
+    double   growth;       // likewise
+    double   unused;       // likewise
     int64_t  call;
-    int32_t  n_pages;    // pages[] of the last lookup
+    int32_t  n_pages;      // pages[] of the last lookup
     int32_t  n_resident;
-    int32_t  n_foretold; // foretold[] for the next lookup
-    int32_t  n_ahead;    // ahead[]: slots reserved for some of them, in the order in which they are copied
-    uint32_t taken;      // pieces of ahead[] that are copied, or would be if there were more
-    uint64_t demanded;   // the lookup of this number has come: no more pieces are taken for it
+    int32_t  n_predicted;  // predicted[] for the next lookup
+    int32_t  n_prefetches; // prefetches[]: slots reserved for some of them, in the order in which they are copied
+    uint32_t taken;        // pieces of prefetches[] that are copied, or would be if there were more
+    uint64_t demanded;     // the lookup of this number has come: no more pieces are taken for it
     // counters since they were last cleared
     uint64_t lookups, requests, misses, evictions;
     uint64_t refused;                    // lookups that named an expert out of range, or more experts than slots
     uint64_t predicted, predicted_right; // as in rotary_stats
     uint64_t prefetched, prefetch_used, late_hits;
-    uint64_t pieces_unused;              // copied ahead for nothing
+    uint64_t pieces_unused;              // prefetched for nothing
 };
 
 struct rotary_page_table {
     int32_t             n_expert;
     int32_t             n_slots;
-    int32_t             n_pieces;  // of an expert
+    int32_t             n_pieces;   // of an expert
     rotary_page_state * state;
-    double *            value;     // [n_expert] the lowest leaves
-    int64_t *           wanted_by; // [n_expert] the last call that wanted this expert
-    int32_t *           slot_of;   // [n_expert] -1 absent, or not yet there
-    int32_t *           expert_of; // [n_slots] -1 free
-    rotary_page *       pages;     // [n_slots]
-    rotary_page *       ahead;     // [n_slots]
-    int32_t *           foretold;  // [n_expert]
+    double *            value;      // [n_expert] the lowest is the victim
+    int64_t *           wanted_by;  // [n_expert] the last call that wanted this expert
+    int32_t *           slot_of;    // [n_expert] -1 absent, or not yet there
+    int32_t *           expert_of;  // [n_slots] -1 free
+    rotary_page *       pages;      // [n_slots]
+    rotary_page *       prefetches; // [n_slots]
+    int32_t *           predicted;  // [n_expert]
 };
 
 // Bytes of a table's arrays in one piece, and the table over such a piece, its state elsewhere.
@@ -70,17 +70,17 @@ ROTARY_BOTH size_t rotary_page_table_bytes(int32_t n_expert, int32_t n_slots) {
 ROTARY_BOTH rotary_page_table rotary_page_table_at(void * memory, rotary_page_state * state, int32_t n_expert,
                                                    int32_t n_slots, int32_t n_pieces) {
     rotary_page_table table;
-    table.n_expert  = n_expert;
-    table.n_slots   = n_slots;
-    table.n_pieces  = n_pieces;
-    table.state     = state;
-    table.value     = (double *) memory;
-    table.wanted_by = (int64_t *) (table.value + n_expert);
-    table.pages     = (rotary_page *) (table.wanted_by + n_expert);
-    table.ahead     = table.pages + n_slots;
-    table.slot_of   = (int32_t *) (table.ahead + n_slots);
-    table.expert_of = table.slot_of + n_expert;
-    table.foretold  = table.expert_of + n_slots;
+    table.n_expert   = n_expert;
+    table.n_slots    = n_slots;
+    table.n_pieces   = n_pieces;
+    table.state      = state;
+    table.value      = (double *) memory;
+    table.wanted_by  = (int64_t *) (table.value + n_expert);
+    table.pages      = (rotary_page *) (table.wanted_by + n_expert);
+    table.prefetches = table.pages + n_slots;
+    table.slot_of    = (int32_t *) (table.prefetches + n_slots);
+    table.expert_of  = table.slot_of + n_expert;
+    table.predicted  = table.expert_of + n_slots;
     return table;
 }
 
@@ -105,13 +105,13 @@ struct rotary_page_alone {
     void    add(int32_t * value, int32_t by) const { *value += by; }
     void    add(uint64_t * value, uint64_t by) const { *value += by; }
     bool    any(bool mine) const { return mine; }
-    int32_t least(int64_t key, int32_t index) const { return key == INT64_MAX ? -1 : index; }
+    int32_t min(int64_t key, int32_t index) const { return key == INT64_MAX ? -1 : index; }
 };
 
-// Pieces of ahead[index] that are there, once nobody copies any more.
-ROTARY_BOTH int32_t rotary_page_landed(const rotary_page_table & table, int32_t index) {
-    const int64_t landed = (int64_t) table.state->taken - (int64_t) index * table.n_pieces;
-    return landed < 0 ? 0 : landed < table.n_pieces ? (int32_t) landed : table.n_pieces;
+// Pieces of prefetches[index] that have arrived, once nobody copies any more.
+ROTARY_BOTH int32_t rotary_page_arrived(const rotary_page_table & table, int32_t index) {
+    const int64_t arrived = (int64_t) table.state->taken - (int64_t) index * table.n_pieces;
+    return arrived < 0 ? 0 : arrived < table.n_pieces ? (int32_t) arrived : table.n_pieces;
 }
 
 // Numbers in the order of doubles.
@@ -132,7 +132,7 @@ ROTARY_BOTH void rotary_page_note(const Team & team, const rotary_page_table & t
     for (int32_t t = 0; t < ids.n_tokens; t++) {
         after = growth > 0 ? after * growth : after + ids.n_used;
     }
-    const bool much = growth > 0 && after > ROTARY_PAGE_MOST_GAIN;
+    const bool much = growth > 0 && after > ROTARY_PAGE_MAX_GAIN;
     for (int32_t expert = team.rank(); expert < table.n_expert; expert += team.size()) {
         double value = table.value[expert];
         double clock = before;
@@ -141,11 +141,11 @@ ROTARY_BOTH void rotary_page_note(const Team & team, const rotary_page_table & t
             const bool wants = rotary_page_id(ids, i) == expert;
             value            = !wants ? value : growth > 0 ? value + clock : clock;
         }
-        table.value[expert] = much ? value / ROTARY_PAGE_MOST_GAIN : value;
+        table.value[expert] = much ? value / ROTARY_PAGE_MAX_GAIN : value;
     }
     team.sync();
     if (team.rank() == 0) {
-        state.clock = much ? after / ROTARY_PAGE_MOST_GAIN : after;
+        state.clock = much ? after / ROTARY_PAGE_MAX_GAIN : after;
     }
 }
 
@@ -166,7 +166,7 @@ ROTARY_BOTH int32_t rotary_page_victim(const Team & team, const rotary_page_tabl
             best_slot = slot;
         }
     }
-    return team.least(best_key, best_slot);
+    return team.min(best_key, best_slot);
 }
 
 // Give `slot` to `expert`, its bytes still to come, by one member of the team.
@@ -181,32 +181,32 @@ ROTARY_BOTH void rotary_page_take(const rotary_page_table & table, int32_t slot,
     table.expert_of[slot] = expert;
 }
 
-// End the reservations of experts that `call` does not want, -1: of all. What has come whole stays, as the first to
-// leave; the slot of what has not is free.
+// End the reservations of experts that `call` does not want, or all of them if it is -1. What has arrived whole becomes
+// resident, as the next victim; the slot of what has not is free again.
 template <class Team>
-ROTARY_BOTH void rotary_page_settle(const Team & team, const rotary_page_table & table, int64_t call) {
+ROTARY_BOTH void rotary_page_commit(const Team & team, const rotary_page_table & table, int64_t call) {
     rotary_page_state & state = *table.state;
-    for (int32_t i = team.rank(); i < state.n_ahead; i += team.size()) {
-        const rotary_page page   = table.ahead[i];
-        const int32_t     landed = rotary_page_landed(table, i);
+    for (int32_t i = team.rank(); i < state.n_prefetches; i += team.size()) {
+        const rotary_page page    = table.prefetches[i];
+        const int32_t     arrived = rotary_page_arrived(table, i);
         if (table.wanted_by[page.expert] != call) {
-            table.slot_of[page.expert] = landed == table.n_pieces ? page.slot : -1;
-            table.expert_of[page.slot] = landed == table.n_pieces ? page.expert : -1;
+            table.slot_of[page.expert] = arrived == table.n_pieces ? page.slot : -1;
+            table.expert_of[page.slot] = arrived == table.n_pieces ? page.expert : -1;
             if (state.growth <= 0) {
                 table.value[page.expert] = state.unused - 1 - i;
             }
-            team.add(&state.n_resident, landed == table.n_pieces ? 1 : 0);
-            team.add(&state.pieces_unused, landed);
+            team.add(&state.n_resident, arrived == table.n_pieces ? 1 : 0);
+            team.add(&state.pieces_unused, arrived);
         }
     }
     team.sync();
     if (team.rank() == 0) {
-        state.unused -= state.n_ahead;
+        state.unused -= state.n_prefetches;
     }
 }
 
 // Make every expert of `ids` resident: slot_ids[n_used * n_tokens] receives their slots, table.pages what has to be
-// paged in. Called by every member of the team, when nobody copies ahead any more. A refused lookup pages nothing in and
+// paged in. Called by every member of the team, once no prefetch runs any more. A refused lookup pages nothing in and
 // sends every row to slot 0: the host finds it counted, and its output is thrown away.
 template <class Team>
 ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table & table, const rotary_page_ids & ids,
@@ -242,25 +242,25 @@ ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table 
     }
     team.sync();
 
-    for (int32_t i = team.rank(); i < state.n_foretold && !bad; i += team.size()) {
-        team.add(&state.predicted_right, table.wanted_by[table.foretold[i]] == call);
+    for (int32_t i = team.rank(); i < state.n_predicted && !bad; i += team.size()) {
+        team.add(&state.predicted_right, table.wanted_by[table.predicted[i]] == call);
     }
-    rotary_page_settle(team, table, bad ? -1 : call);
+    rotary_page_commit(team, table, bad ? -1 : call);
     for (int32_t i = 0; i < n && !bad; i++) {
         const int32_t expert = rotary_page_id(ids, i);
         if (table.slot_of[expert] >= 0) {
             continue; // the same for the whole team: everything is written before a sync
         }
-        int32_t ahead = 0;
-        while (ahead < state.n_ahead && table.ahead[ahead].expert != expert) {
-            ahead++;
+        int32_t prefetch = 0;
+        while (prefetch < state.n_prefetches && table.prefetches[prefetch].expert != expert) {
+            prefetch++;
         }
-        const bool    foreseen = ahead < state.n_ahead;
-        const int32_t slot     = foreseen ? table.ahead[ahead].slot : rotary_page_victim(team, table, call);
+        const bool    prefetched = prefetch < state.n_prefetches;
+        const int32_t slot       = prefetched ? table.prefetches[prefetch].slot : rotary_page_victim(team, table, call);
         team.sync(); // all have seen that it is absent
         if (team.rank() == 0) {
-            const int32_t first = foreseen ? rotary_page_landed(table, ahead) : 0;
-            if (foreseen) {
+            const int32_t first = prefetched ? rotary_page_arrived(table, prefetch) : 0;
+            if (prefetched) {
                 state.prefetch_used++;
                 state.late_hits += first < table.n_pieces;
             } else {
@@ -281,7 +281,7 @@ ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table 
     }
     team.sync();
     if (team.rank() == 0) {
-        state.n_foretold = state.n_ahead = 0;
+        state.n_predicted = state.n_prefetches = 0;
     }
 }
 
@@ -295,16 +295,16 @@ ROTARY_BOTH int64_t rotary_page_rank(float score) {
 // Reserve slots for the experts that the next lookup will probably want: the n_used with the highest of
 // scores[n_expert, n_tokens] for each token, the likeliest of all tokens first. Those that are there stay.
 template <class Team>
-ROTARY_BOTH void rotary_page_foretell(const Team & team, const rotary_page_table & table, const float * scores,
-                                      int32_t n_tokens, int32_t n_used) {
+ROTARY_BOTH void rotary_page_predict(const Team & team, const rotary_page_table & table, const float * scores,
+                                     int32_t n_tokens, int32_t n_used) {
     rotary_page_state & state = *table.state;
     const int64_t       call  = state.call + 1;
-    int64_t             last_key[ROTARY_PAGE_MOST_TOKENS];
-    int32_t             last[ROTARY_PAGE_MOST_TOKENS];
-    int32_t             n_foretold = 0;
+    int64_t             last_key[ROTARY_PAGE_MAX_TOKENS];
+    int32_t             last[ROTARY_PAGE_MAX_TOKENS];
+    int32_t             n_predicted = 0;
 
-    if (state.n_ahead > 0) { // for a lookup that never came
-        rotary_page_settle(team, table, -1);
+    if (state.n_prefetches > 0) { // for a lookup that never came
+        rotary_page_commit(team, table, -1);
     }
     team.sync();
     for (int32_t rank = 0; rank < n_used; rank++) {
@@ -319,7 +319,7 @@ ROTARY_BOTH void rotary_page_foretell(const Team & team, const rotary_page_table
                     best     = expert;
                 }
             }
-            best = team.least(best_key, best);
+            best = team.min(best_key, best);
             if (best < 0) {
                 continue; // fewer experts than are used
             }
@@ -328,17 +328,17 @@ ROTARY_BOTH void rotary_page_foretell(const Team & team, const rotary_page_table
             if (table.wanted_by[best] != call) {
                 team.sync();
                 if (team.rank() == 0) {
-                    table.wanted_by[best]      = call;
-                    table.foretold[n_foretold] = best;
+                    table.wanted_by[best]        = call;
+                    table.predicted[n_predicted] = best;
                 }
-                n_foretold++;
+                n_predicted++;
             }
             team.sync();
         }
     }
-    int32_t n_ahead = 0;
-    for (int32_t i = 0; i < n_foretold; i++) {
-        const int32_t expert = table.foretold[i];
+    int32_t n_prefetches = 0;
+    for (int32_t i = 0; i < n_predicted; i++) {
+        const int32_t expert = table.predicted[i];
         if (table.slot_of[expert] >= 0) {
             continue;
         }
@@ -348,17 +348,17 @@ ROTARY_BOTH void rotary_page_foretell(const Team & team, const rotary_page_table
         }
         if (team.rank() == 0) {
             rotary_page_take(table, slot, expert);
-            table.ahead[n_ahead] = { expert, slot, 0 };
+            table.prefetches[n_prefetches] = { expert, slot, 0 };
         }
-        n_ahead++;
+        n_prefetches++;
         team.sync();
     }
     if (team.rank() == 0) {
-        state.call       = call;
-        state.n_foretold = n_foretold;
-        state.n_ahead    = n_ahead;
-        state.taken      = 0;
-        state.predicted += n_foretold;
-        state.prefetched += n_ahead;
+        state.call         = call;
+        state.n_predicted  = n_predicted;
+        state.n_prefetches = n_prefetches;
+        state.taken        = 0;
+        state.predicted += n_predicted;
+        state.prefetched += n_prefetches;
     }
 }

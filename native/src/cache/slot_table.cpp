@@ -68,7 +68,7 @@ int32_t slot_table::place(const int32_t * ids, int32_t n_ids, int32_t * slot_ids
     return n_loads;
 }
 
-// A slot that nobody has any more; -1 if all are reserved or hold what this call wants.
+// A slot that is free, by eviction if need be; -1 if all are reserved or hold what this call wants.
 int32_t slot_table::take_slot() {
     std::vector<int32_t> candidates;
     for (int32_t slot = 0; slot < n_slots(); slot++) {
@@ -85,12 +85,12 @@ int32_t slot_table::take_slot() {
     }
     const int32_t expert = policy_->choose(candidates);
     const int32_t slot   = slot_of_[expert];
-    leave(expert);
+    evict(expert);
     return slot;
 }
 
-// Its slot still names it.
-void slot_table::leave(int32_t expert) {
+// The slot still names the expert: the caller gives it to another one.
+void slot_table::evict(int32_t expert) {
     slot_of_[expert] = -1;
     n_resident_--;
     policy_->leave(expert);
@@ -147,7 +147,7 @@ void slot_table::resize(int32_t first, int32_t n) {
     for (int32_t slot = first; slot < n_slots(); slot++) {
         const int32_t expert = expert_of_[slot];
         if (expert >= 0 && slot_of_[expert] == slot) {
-            leave(expert);
+            evict(expert);
         }
         expert_of_[slot] = -1;
     }
@@ -175,29 +175,29 @@ rotary_load slot_table::shrink() {
 // ---- the same on a device
 
 void slot_table::save(const rotary_page_table & to) const {
-    const valued_policy & its = *policy_->on_device();
+    const valued_policy & values = *policy_->on_device();
     std::copy(slot_of_.begin(), slot_of_.end(), to.slot_of);
     std::copy(expert_of_.begin(), expert_of_.end(), to.expert_of);
-    std::copy(its.value.begin(), its.value.end(), to.value);
+    std::copy(values.value.begin(), values.value.end(), to.value);
     std::copy(wanted_by_.begin(), wanted_by_.end(), to.wanted_by);
-    to.state->clock      = its.clock;
-    to.state->growth     = its.growth;
-    to.state->unused     = its.unused;
+    to.state->clock      = values.clock;
+    to.state->growth     = values.growth;
+    to.state->unused     = values.unused;
     to.state->call       = call_;
     to.state->n_resident = n_resident_;
-    to.state->n_pages = to.state->n_foretold = to.state->n_ahead = 0;
+    to.state->n_pages = to.state->n_predicted = to.state->n_prefetches = 0;
 }
 
 void slot_table::load(const rotary_page_table & from) {
-    valued_policy & its = *policy_->on_device();
+    valued_policy & values = *policy_->on_device();
     std::copy_n(from.slot_of, n_expert(), slot_of_.begin());
     std::copy_n(from.expert_of, n_slots(), expert_of_.begin());
-    std::copy_n(from.value, n_expert(), its.value.begin());
+    std::copy_n(from.value, n_expert(), values.value.begin());
     std::copy_n(from.wanted_by, n_expert(), wanted_by_.begin());
-    its.clock   = from.state->clock;
-    its.unused  = from.state->unused;
-    call_       = from.state->call;
-    n_resident_ = from.state->n_resident;
+    values.clock  = from.state->clock;
+    values.unused = from.state->unused;
+    call_         = from.state->call;
+    n_resident_   = from.state->n_resident;
 }
 
 } // namespace rotary

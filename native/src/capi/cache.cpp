@@ -22,20 +22,20 @@ struct rotary_slots : rotary::slot_table {
 
 struct rotary_cache {
     std::vector<std::unique_ptr<rotary_slots>> layers;
-    rotary::slot_split                         split;
+    rotary::rebalancer                         balance;
     int32_t                                    last = -1; // layer that was resolved
 
     // Between one token and the next.
-    void move_a_slot() {
-        rotary::slot_split::move its;
-        if (!split.propose(its) || !layers[its.from]->reserved().empty()) {
+    void rebalance() {
+        rotary::rebalancer::step step;
+        if (!balance.propose(step) || !layers[step.from]->reserved().empty()) {
             return;
         }
-        for (int32_t i = 0; i < its.n; i++) {
-            layers[its.from]->shrink();
+        for (int32_t i = 0; i < step.n; i++) {
+            layers[step.from]->shrink();
         }
-        layers[its.to]->resize(layers[its.to]->n_slots() + 1);
-        split.moved(its);
+        layers[step.to]->resize(layers[step.to]->n_slots() + 1);
+        balance.commit(step);
     }
 };
 
@@ -105,7 +105,7 @@ rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, 
     auto       cache   = std::make_unique<rotary_cache>();
     const auto history = rotary::routing_history_new(n_layers);
 
-    std::vector<rotary::slot_split::layer_slots> sizes;
+    std::vector<rotary::rebalancer::layer_slots> sizes;
     for (int32_t layer = 0; layer < n_layers; layer++) {
         if (n_expert < 1 || n_slots[layer] < 1 || n_slots[layer] > n_expert) {
             rotary::fail(ROTARY_ERR_ARG, rotary::format("cache: layer %d has %d slots for %d experts; 1 to as many as "
@@ -114,16 +114,17 @@ rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, 
             return nullptr;
         }
         const bool automatic = strcmp(policy, rotary::automatic_policy) == 0;
-        auto       its       = rotary::policy_new(automatic ? rotary::best_policy : policy,
+        auto       chosen    = rotary::policy_new(automatic ? rotary::best_policy : policy,
                                                   { n_expert, n_slots[layer], layer, layer, history, own });
-        if (!its) {
+        if (!chosen) {
             rotary::fail(ROTARY_ERR_ARG, rotary::policy_not_known(policy));
             return nullptr;
         }
-        cache->layers.push_back(std::make_unique<rotary_slots>(n_expert, n_slots[layer], std::move(its)));
-        sizes.push_back({ n_expert, n_slots[layer], least, rotary::slot_split::most(n_slots[layer], n_expert), 1 });
+        cache->layers.push_back(std::make_unique<rotary_slots>(n_expert, n_slots[layer], std::move(chosen)));
+        sizes.push_back(
+            { n_expert, n_slots[layer], least, rotary::rebalancer::max_slots(n_slots[layer], n_expert), 1 });
     }
-    cache->split = adaptive ? rotary::slot_split(sizes) : rotary::slot_split();
+    cache->balance = adaptive ? rotary::rebalancer(sizes) : rotary::rebalancer();
     return cache.release();
 }
 
@@ -134,13 +135,12 @@ void rotary_cache_free(rotary_cache * cache) {
 int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t * ids, const float * weights,
                              int32_t n_used, int32_t n_tokens, int32_t * slot_ids, rotary_load * loads) {
     if (layer < cache->last) {
-        cache->move_a_slot();
+        cache->rebalance();
     }
-    cache->last        = layer;
-    rotary_slots & its = *cache->layers[layer];
-    const int32_t  n   = its.resolve(ids, weights, n_used, n_tokens, slot_ids, loads);
+    cache->last     = layer;
+    const int32_t n = cache->layers[layer]->resolve(ids, weights, n_used, n_tokens, slot_ids, loads);
     if (n >= 0) {
-        cache->split.note(layer, ids, n_used, n_tokens);
+        cache->balance.note(layer, ids, n_used, n_tokens);
     }
     return n;
 }

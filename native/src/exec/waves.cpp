@@ -1,17 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// Executor: one multiplication in several passes, the waves. See executor.hpp.
-//
-// Each wave fills slots and multiplies the rows routed to their experts, gathered into a small graph of its own. An
-// expert's rows are always all in one wave, and a row's result does not depend on the others, so the output is the same
-// bit for bit where the kernel is the same. Waves serve a batch that wants more experts than there are slots, and a
-// lookup that waits for the disk: the experts that are there are computed first.
-//
-// With a link, nobody waits for a wave: while one is computed, the next one's experts are copied, into the other half of
-// the slots. So each absent expert crosses the bus once, and a layer streams through a double buffer.
+// Waves. See waves.hpp.
+
+#include "exec/waves.hpp"
 
 #include "base/error.hpp"
-#include "exec/executor.hpp"
 
 #include "ggml-impl.h"
 
@@ -20,7 +13,21 @@
 
 namespace rotary {
 
-void executor::plan_waves(const pool & pool, paged_layer & layer, const std::vector<int32_t> & order, size_t n_hits) {
+bool wave_runner::make_events() {
+    bool all = true;
+    for (ggml_backend_event_ptr & each : computed_) {
+        if (!each) {
+            each.reset(ggml_backend_event_new(ggml_backend_get_device(inner_)));
+        }
+        all = all && each;
+    }
+    return all;
+}
+
+// ---- planning
+
+void wave_runner::plan(paged_model & model, const paged_layer & layer, const std::vector<int32_t> & ids,
+                       const std::vector<int32_t> & order, size_t n_hits) {
     // Some kernels limit the rows of one multiplication, and a wave's activations take memory.
     static constexpr int64_t max_rows = 2048;
 
@@ -28,25 +35,26 @@ void executor::plan_waves(const pool & pool, paged_layer & layer, const std::vec
     std::vector<int32_t> wave_of(layer.n_expert, -1);
     std::vector<int32_t> slot_of(layer.n_expert, -1);
     std::vector<int64_t> n_rows(layer.n_expert, 0);
-    for (const int32_t expert : ids_) {
+    for (const int32_t expert : ids) {
         n_rows[expert]++;
     }
     // Reads go on while a wave is computed: half of the staging area for each of the two. Copies do: half of the slots.
-    const bool at_once = pool.direct() == nullptr && !pool.copies_by_link();
-    size_t     most    = pool.copies_by_link() ? std::max<size_t>(n_slots / 2, 1) : n_slots;
-    if (pool.direct() != nullptr) {
+    const direct_store * direct      = model.store.direct();
+    const bool           at_once     = direct == nullptr && !model.way.is_used();
+    size_t               max_experts = model.way.is_used() ? std::max<size_t>(n_slots / 2, 1) : n_slots;
+    if (direct != nullptr) {
         size_t largest = 1;
         for (const paged_tensor * tensor : layer.tensors) {
             largest = std::max(largest, tensor->expert_bytes);
         }
-        most = std::clamp<size_t>(pool.direct()->staging_bytes() / 2 / largest, 1, most);
+        max_experts = std::clamp<size_t>(direct->staging_bytes() / 2 / largest, 1, max_experts);
     }
     std::vector<int32_t> before; // experts of the wave before, which may still be computed
     size_t               n = 0;  // experts of this wave
     for (size_t first = 0; first < order.size(); first += n) {
         const size_t end  = at_once          ? std::min(first + n_slots, order.size())
                             : first < n_hits ? n_hits
-                                             : std::min(first + most, order.size());
+                                             : std::min(first + max_experts, order.size());
         int64_t      rows = 0;
         for (n = 0; first + n < end; n++) {
             rows += n_rows[order[first + n]];
@@ -64,35 +72,56 @@ void executor::plan_waves(const pool & pool, paged_layer & layer, const std::vec
         next.loads.resize(layer.table->place(&order[first], (int32_t) n, slots.data(), next.loads.data(), before));
         before.assign(&order[first], &order[first] + n);
         for (size_t i = 0; i < n; i++) {
-            wave_of[order[first + i]] = (int32_t) lookup_.waves.size();
+            wave_of[order[first + i]] = (int32_t) waves_.size();
             slot_of[order[first + i]] = slots[i];
         }
-        lookup_.waves.push_back(std::move(next));
+        waves_.push_back(std::move(next));
     }
-    for (size_t row = 0; row < ids_.size(); row++) {
-        wave & its = lookup_.waves[wave_of[ids_[row]]];
-        its.rows.push_back((int32_t) row);
-        its.slots.push_back(slot_of[ids_[row]]);
+    for (size_t row = 0; row < ids.size(); row++) {
+        wave & each = waves_[wave_of[ids[row]]];
+        each.rows.push_back((int32_t) row);
+        each.slots.push_back(slot_of[ids[row]]);
     }
 }
 
-ggml_status executor::run_waves(pool & pool, ggml_tensor * node, paged_tensor & tensor) {
-    lookup_.done.push_back(&tensor);
-    for (size_t i = 0; i < lookup_.waves.size(); i++) {
-        const wave &          each = lookup_.waves[i];
+void wave_runner::plan_hits_first(const std::vector<int32_t> & ids, const std::vector<int32_t> & slot_ids,
+                                  const std::vector<rotary_load> & loads, size_t n_hits) {
+    if (!waves_.empty()) {
+        return;
+    }
+    waves_.resize(2);
+    waves_[0].n_experts = n_hits;
+    waves_[1].n_experts = loads.size();
+    waves_[1].loads     = loads;
+    for (size_t row = 0; row < ids.size(); row++) {
+        const bool loaded =
+            std::any_of(loads.begin(), loads.end(), [&](const rotary_load & load) { return load.expert == ids[row]; });
+        wave & each = waves_[loaded ? 1 : 0];
+        each.rows.push_back((int32_t) row);
+        each.slots.push_back(slot_ids[row]);
+    }
+}
+
+// ---- running
+
+ggml_status wave_runner::run(paged_model & model, ggml_tensor * node, const paged_tensor & tensor) {
+    const paged_layer & layer = model.experts.layer_of(tensor);
+    for (size_t i = 0; i < waves_.size(); i++) {
+        const wave &          each = waves_[i];
         std::vector<fill_job> jobs;
         for (const rotary_load & load : each.loads) {
-            jobs.push_back({ &tensor, load.expert, load.slot });
+            jobs.push_back({ &tensor, tensor.slots, load.expert, load.slot });
         }
-        ggml_status status = wait_for_slots(pool, i) ? filler_.fill(pool, jobs) : GGML_STATUS_FAILED;
+        ggml_status status = wait_for_slots(model, layer, i) ? filler_.fill(model.store, model.way, model.stats, jobs)
+                                                             : GGML_STATUS_FAILED;
         if (status == GGML_STATUS_SUCCESS) {
-            status = run_wave(pool, node, tensor, each);
+            status = run_wave(model, node, tensor, each);
         }
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }
-        if (pool.copies_by_link()) {
-            ggml_backend_event_record(wave_[i % 2].get(), inner_);
+        if (model.way.is_used()) {
+            ggml_backend_event_record(computed_[i % 2].get(), inner_);
         }
     }
     return GGML_STATUS_SUCCESS;
@@ -100,13 +129,13 @@ ggml_status executor::run_waves(pool & pool, ggml_tensor * node, paged_tensor & 
 
 // Have the link wait for the computation that reads the slots wave `index` will overwrite. Those are the ones used longest
 // ago, so not the wave's before if there is room for both.
-bool executor::wait_for_slots(pool & pool, size_t index) {
-    if (!pool.copies_by_link() || index == 0) {
+bool wave_runner::wait_for_slots(paged_model & model, const paged_layer & layer, size_t index) {
+    if (!model.way.is_used() || index == 0) {
         return true; // the routing was waited for, and so was everything before it
     }
-    const size_t n_experts = lookup_.waves[index - 1].n_experts + lookup_.waves[index].n_experts;
-    const size_t reader    = n_experts <= (size_t) lookup_.layer->table->n_slots() ? 2 : 1; // so many waves ago
-    return index < reader || pool.side()->wait(wave_[(index - reader) % 2].get());
+    const size_t n_experts = waves_[index - 1].n_experts + waves_[index].n_experts;
+    const size_t reader    = n_experts <= (size_t) layer.table->n_slots() ? 2 : 1; // so many waves ago
+    return index < reader || model.way.over()->wait(computed_[(index - reader) % 2].get());
 }
 
 // A leaf that stands for `tensor`'s memory as rows of ne0: without it, building a graph would pull in its history.
@@ -117,10 +146,11 @@ static ggml_tensor * rows_of(ggml_context * ctx, const ggml_tensor * tensor) {
     return leaf;
 }
 
-ggml_status executor::run_wave(pool & pool, ggml_tensor * node, paged_tensor & tensor, const wave & its) {
+ggml_status wave_runner::run_wave(paged_model & model, ggml_tensor * node, const paged_tensor & tensor,
+                                  const wave & now) {
     const ggml_tensor * input  = node->src[1]; // [ne0, 1 or n_expert_used, n_tokens]
     const int64_t       n_used = node->ne[1];
-    const int64_t       n_rows = (int64_t) its.rows.size();
+    const int64_t       n_rows = (int64_t) now.rows.size();
     if (!ggml_is_contiguous(input) || !ggml_is_contiguous(node) || input->type != GGML_TYPE_F32) {
         fail(ROTARY_ERR_STATE, format("%s: input of type %s is not contiguous F32; raise the budget so that a batch's "
                                       "experts fit, or lower n_ubatch",
@@ -129,11 +159,11 @@ ggml_status executor::run_wave(pool & pool, ggml_tensor * node, paged_tensor & t
     }
 
     // Copied, as the wave may outlive its lookup.
-    in_flight_.push_back({ std::vector<int32_t>(n_rows), its.slots, its.rows });
+    in_flight_.push_back({ std::vector<int32_t>(n_rows), now.slots, now.rows });
     wave_rows & sources = in_flight_.back();
     for (int64_t i = 0; i < n_rows; i++) {
         // One input row a token, shared by its experts, or one for each expert.
-        sources.from[i] = (int32_t) (its.rows[i] / n_used * input->ne[1] + its.rows[i] % n_used % input->ne[1]);
+        sources.from[i] = (int32_t) (now.rows[i] / n_used * input->ne[1] + now.rows[i] % n_used % input->ne[1]);
     }
 
     const ggml_context_ptr owner(
@@ -159,7 +189,7 @@ ggml_status executor::run_wave(pool & pool, ggml_tensor * node, paged_tensor & t
             return GGML_STATUS_FAILED;
         }
     }
-    if (!pool.place_in_scratch(inner_, { gather, slots, to, rows, out })) {
+    if (!model.memory.place_in_scratch(inner_, { gather, slots, to, rows, out })) {
         fail(ROTARY_ERR_MEMORY, format("%s: no memory for the activations of %lld rows; lower n_ubatch",
                                        ggml_backend_name(inner_), (long long) n_rows));
         return GGML_STATUS_ALLOC_FAILED;
@@ -171,40 +201,13 @@ ggml_status executor::run_wave(pool & pool, ggml_tensor * node, paged_tensor & t
     ggml_backend_tensor_set_async(inner_, gather, sources.from.data(), 0, ggml_nbytes(gather));
     ggml_backend_tensor_set_async(inner_, slots, sources.slots.data(), 0, ggml_nbytes(slots));
     ggml_backend_tensor_set_async(inner_, to, sources.to.data(), 0, ggml_nbytes(to));
-    if (pool.copies_by_link()) {
+    if (model.way.is_used()) {
         return ggml_backend_graph_compute_async(inner_, graph);
     }
     // The next wave's experts are copied into slots that this one reads, and nobody else waits for it.
     const ggml_status status = ggml_backend_graph_compute(inner_, graph);
     in_flight_.clear();
     return status;
-}
-
-// ---- split
-
-// Two passes cost two small graphs; that pays only if the wait is longer.
-bool executor::worth_splitting(const pool & pool, const ggml_tensor * node) const {
-    static constexpr double least_us = 400;
-    return pool.direct() != nullptr && lookup_.n_hits > 0 && ggml_is_contiguous(node->src[1]) &&
-           pool.direct()->expected_wait_us() > least_us;
-}
-
-// The rows of resident experts, then those that are still being read.
-void executor::split_rows(const paged_layer & layer) {
-    if (!lookup_.waves.empty()) {
-        return;
-    }
-    lookup_.waves.resize(2);
-    lookup_.waves[0].n_experts = lookup_.n_hits;
-    lookup_.waves[1].n_experts = lookup_.loads.size();
-    lookup_.waves[1].loads     = lookup_.loads;
-    for (size_t row = 0; row < ids_.size(); row++) {
-        const bool loaded = std::any_of(lookup_.loads.begin(), lookup_.loads.end(),
-                                        [&](const rotary_load & load) { return load.expert == ids_[row]; });
-        wave &     its    = lookup_.waves[loaded ? 1 : 0];
-        its.rows.push_back((int32_t) row);
-        its.slots.push_back(layer.slot_ids_host[row]);
-    }
 }
 
 } // namespace rotary

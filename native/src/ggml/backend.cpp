@@ -124,7 +124,7 @@ ggml_backend_t backend_new(device & dev) {
         return nullptr;
     }
     auto context  = std::make_unique<backend>(backend{ dev, std::move(inner), nullptr, dev.name() });
-    context->exec = std::make_unique<executor>(context->inner.get());
+    context->exec = std::make_unique<executor>(context->inner.get(), paged_pool_of);
     auto * made   = new ggml_backend{ backend_guid(), backend_i, dev.handle(), context.get() };
     context.release();
     dev.add_user(1);

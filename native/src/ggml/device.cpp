@@ -58,30 +58,26 @@ static bool env_on(const char * name) {
 
 // The texts were checked when the library was registered.
 static pool_config config_from_environment() {
-    pool_config  config;
-    const char * text = getenv("ROTARY_BUDGET");
-    if (text != nullptr && *text != '\0') {
-        config.budget_text = text;
-        budget_parse(text, config.wanted);
+    pool_config    config;
+    model_config & model = config.model;
+    if (const std::string text = env_text("ROTARY_BUDGET"); !text.empty()) {
+        model.budget_text = text;
+        budget_parse(text, model.wanted);
     }
-    config.margin_bytes  = env_bytes("ROTARY_MARGIN");
-    config.repack        = env_on("ROTARY_REPACK");
-    config.direct        = env_on("ROTARY_DIRECT");
-    config.prefetch      = env_on("ROTARY_PREFETCH");
-    config.staging_bytes = env_bytes("ROTARY_STAGING");
-    config.adaptive      = env_text("ROTARY_SPLIT") != "even";
-    if (const std::string prefetch = env_text("ROTARY_PREFETCH"); predictor_known(prefetch)) {
-        config.predictor = prefetch;
+    model.margin_bytes         = env_bytes("ROTARY_MARGIN");
+    model.repack               = env_on("ROTARY_REPACK");
+    model.compute_from_mapping = env_on("ROTARY_DIRECT");
+    model.staging_bytes        = env_bytes("ROTARY_STAGING");
+    model.adaptive             = env_text("ROTARY_SPLIT") != "even";
+    config.prefetch.on         = env_on("ROTARY_PREFETCH");
+    if (const std::string predictor = env_text("ROTARY_PREFETCH"); predictor_known(predictor)) {
+        config.prefetch.predictor = predictor;
     }
-    if (const char * pin = getenv("ROTARY_PIN")) {
-        pin_parse(pin, config.pin);
+    if (const std::string policy = env_text("ROTARY_POLICY"); !policy.empty()) {
+        model.policy = policy;
     }
-    if (const char * policy = getenv("ROTARY_POLICY"); policy != nullptr && *policy != '\0') {
-        config.policy = policy;
-    }
-    if (const char * store = getenv("ROTARY_STORE")) {
-        store_parse(store, config.store);
-    }
+    pin_parse(env_text("ROTARY_PIN"), model.pin);
+    store_parse(env_text("ROTARY_STORE"), model.store);
     return config;
 }
 
@@ -146,9 +142,7 @@ uint64_t device::slot_bytes() const {
     uint64_t                          sum = 0;
     for (const std::shared_ptr<pool> & each : { opened_, from_environment_.lock() }) {
         if (each) {
-            rotary_stats stats = {};
-            each->stats(stats);
-            sum += stats.slot_bytes;
+            sum += each->stats().slot_bytes;
         }
     }
     return sum;
@@ -156,12 +150,12 @@ uint64_t device::slot_bytes() const {
 
 bool device::paging() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return opened_ || environment_.wanted.what != budget::kind::off;
+    return opened_ || environment_.model.wanted.what != budget::kind::off;
 }
 
 bool device::repack() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return opened_ ? opened_->config.repack : environment_.repack;
+    return opened_ ? opened_->model.config.repack : environment_.model.repack;
 }
 
 void device::remember_n_expert_used(const std::string & name, int32_t n) {

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: MIT
 //
 // ROTARY devices: one over each inner device, all for this process's ggml registry.
+//
+// ggml/ is what llama.cpp sees: the entry point (registry.cpp), devices (here and device_iface.cpp), the buffer type of expert
+// weights (paged_buffer.cpp) and the backend that computes (backend.cpp). Everything but expert lookup is handed to the inner
+// device. Called by ggml and llama.cpp, and by capi/, which opens and closes pools.
+// Threading: as ggml's own: devices from any thread, a backend from one at a time. A device's mutex guards which pool collects
+// and what the loader was told; no pool's lock is wanted while it is held.
 
 #pragma once
 

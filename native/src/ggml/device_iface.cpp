@@ -7,7 +7,7 @@
 
 #include "base/error.hpp"
 #include "base/inner_device.hpp"
-#include "ggml/inner.hpp"
+#include "store/loaded_weights.hpp"
 
 #include "ggml-impl.h"
 
@@ -94,7 +94,7 @@ static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backen
     }
     if (buft == dev.paged_buft()) {
         if (op->op == GGML_OP_MUL_MAT_ID && dev.paging() && is_expert_matrix(weight)) {
-            dev.collecting_pool()->notice(
+            dev.collecting_pool()->model.said.say(
                 format("%s: %s cannot multiply expert matrices of type %s; they are not paged", weight->name,
                        dev.inner_name().c_str(), ggml_type_name(weight->type)));
         }

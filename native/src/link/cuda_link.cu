@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Link to CUDA devices. See link.h. Linked with the static runtime, which finds the driver when it is first used, so
+// Link to CUDA devices. See link_api.h. Linked with the static runtime, which finds the driver when it is first used, so
 // this library loads, and says that there is no device, on a machine without one. Streams, events and addresses are
 // those of the device's primary context, which ggml-cuda uses too.
 
@@ -13,11 +13,11 @@
 
 struct rotary_link {
     int          device;
-    int          n_blocks;           // of a gather: enough reads in flight to fill the bus
-    cudaStream_t stream   = nullptr;
-    cudaStream_t beside   = nullptr; // for what is foretold
-    cudaEvent_t  wanted   = nullptr; // what is wanted has been copied
-    cudaEvent_t  foretold = nullptr; // so has what is foretold, or as much as there was time for
+    int          n_blocks;            // of a gather: enough reads in flight to fill the bus
+    cudaStream_t stream    = nullptr;
+    cudaStream_t beside    = nullptr; // for prefetches
+    cudaEvent_t  wanted    = nullptr; // what is wanted has been copied
+    cudaEvent_t  predicted = nullptr; // so have the prefetches, or as many as there was time for
 };
 
 static thread_local std::string last_error; // one link serves several threads
@@ -39,7 +39,7 @@ struct block_team {
     __device__ void    add(uint64_t * value, uint64_t by) const { atomicAdd((unsigned long long *) value, by); }
     __device__ bool    any(bool mine) const { return __syncthreads_or(mine) != 0; }
 
-    __device__ int32_t least(int64_t key, int32_t index) const {
+    __device__ int32_t min(int64_t key, int32_t index) const {
         for (int step = 16; step > 0; step /= 2) {
             const int64_t other_key   = __shfl_down_sync(0xffffffffu, (long long) key, step);
             const int32_t other_index = __shfl_down_sync(0xffffffffu, index, step);
@@ -66,7 +66,7 @@ struct block_team {
 
 // Block 0 resolves; the others, if there are any, copy the state before the computation overwrites it.
 static __global__ void __launch_bounds__(team_size)
-    resolve_kernel(rotary_page_table table, rotary_page_ids ids, int32_t * slot_ids, rotary_link_foretelling next) {
+    resolve_kernel(rotary_page_table table, rotary_page_ids ids, int32_t * slot_ids, rotary_link_prediction next) {
     __shared__ int64_t keys[team_size / 32];
     __shared__ int32_t indices[team_size / 32];
     if (blockIdx.x == 0) {
@@ -79,13 +79,13 @@ static __global__ void __launch_bounds__(team_size)
     }
 }
 
-// The next lookup's number, for those who copy ahead to see.
+// The next lookup's number, which prefetches look at.
 static __global__ void demand_kernel(rotary_page_state * state, uint64_t number) {
     atomicExch((unsigned long long *) &state->demanded, number);
 }
 
 // One warp for each product of the router.
-static __global__ void __launch_bounds__(team_size) score_kernel(rotary_link_foretelling next) {
+static __global__ void __launch_bounds__(team_size) score_kernel(rotary_link_prediction next) {
     const int32_t index = (int32_t) (blockIdx.x * (team_size / 32) + threadIdx.x / 32);
     const int32_t n     = next.layer.table.n_expert;
     if (index >= n * next.n_tokens) {
@@ -106,14 +106,14 @@ static __global__ void __launch_bounds__(team_size) score_kernel(rotary_link_for
     }
 }
 
-static __global__ void __launch_bounds__(team_size) foretell_kernel(rotary_link_foretelling next) {
+static __global__ void __launch_bounds__(team_size) predict_kernel(rotary_link_prediction next) {
     __shared__ int64_t keys[team_size / 32];
     __shared__ int32_t indices[team_size / 32];
-    rotary_page_foretell(block_team{ keys, indices }, next.layer.table, next.scores, next.n_tokens, next.n_used);
+    rotary_page_predict(block_team{ keys, indices }, next.layer.table, next.scores, next.n_tokens, next.n_used);
 }
 
-static constexpr int gather_threads = 256;
-static constexpr int ahead_blocks   = 16; // what is foretold must not take the processors from the computation
+static constexpr int gather_threads  = 256;
+static constexpr int prefetch_blocks = 16; // prefetches must not take the processors from the computation
 
 // Bytes [0, n) by a whole block. Both ends have the alignment of a GGUF file's tensors, 32 bytes at the least, where
 // an expert's size does too.
@@ -160,12 +160,12 @@ static __global__ void __launch_bounds__(gather_threads) gather_kernel(rotary_li
 
 // Pieces in their order, each by the block that takes it, until the lookup they are for has come. All that are taken are
 // copied, so their number says which are there.
-static __global__ void __launch_bounds__(gather_threads) ahead_kernel(rotary_link_layer layer, uint64_t number) {
+static __global__ void __launch_bounds__(gather_threads) prefetch_kernel(rotary_link_layer layer, uint64_t number) {
     __shared__ uint32_t taken;
 
     rotary_page_state & state  = *layer.table.state;
     const uint32_t      pieces = layer.table.n_pieces;
-    const uint32_t      all    = pieces * state.n_ahead;
+    const uint32_t      all    = pieces * state.n_prefetches;
     while (true) {
         if (threadIdx.x == 0) {
             const bool late = *(const volatile uint64_t *) &state.demanded >= number;
@@ -178,7 +178,7 @@ static __global__ void __launch_bounds__(gather_threads) ahead_kernel(rotary_lin
             return;
         }
         const rotary_link_piece piece =
-            rotary_link_piece_of(layer, layer.table.ahead[index / pieces], (int32_t) (index % pieces));
+            rotary_link_piece_of(layer, layer.table.prefetches[index / pieces], (int32_t) (index % pieces));
         copy_by_block(piece.to, piece.from, piece.bytes);
     }
 }
@@ -213,7 +213,7 @@ static void link_close(rotary_link * link) {
             cudaStreamDestroy(stream);
         }
     }
-    for (cudaEvent_t event : { link->wanted, link->foretold }) {
+    for (cudaEvent_t event : { link->wanted, link->predicted }) {
         if (event != nullptr) {
             cudaEventDestroy(event);
         }
@@ -237,7 +237,7 @@ static rotary_link * link_open(const char * device_id, char * error, size_t size
         !ok(cudaStreamCreateWithPriority(&link->stream, cudaStreamNonBlocking, highest), "cudaStreamCreate") ||
         !ok(cudaStreamCreateWithPriority(&link->beside, cudaStreamNonBlocking, lowest), "cudaStreamCreate") ||
         !ok(cudaEventCreateWithFlags(&link->wanted, cudaEventDisableTiming), "cudaEventCreate") ||
-        !ok(cudaEventCreateWithFlags(&link->foretold, cudaEventDisableTiming), "cudaEventCreate")) {
+        !ok(cudaEventCreateWithFlags(&link->predicted, cudaEventDisableTiming), "cudaEventCreate")) {
         snprintf(error, size, "%s", last_error.c_str());
         link_close(link);
         return nullptr;
@@ -250,10 +250,10 @@ static const char * link_error(const rotary_link *) {
     return last_error.c_str();
 }
 
-static void * link_lock(rotary_link * link, void * memory, size_t bytes, rotary_lock how) {
+static void * link_pin(rotary_link * link, void * memory, size_t bytes, rotary_pin how) {
     const current_device scope(link);
     const unsigned       flags   = cudaHostRegisterMapped | cudaHostRegisterPortable |
-                                   (how == ROTARY_LOCK_READ_ONLY ? cudaHostRegisterReadOnly : 0);
+                                   (how == ROTARY_PIN_READ_ONLY ? cudaHostRegisterReadOnly : 0);
     void *               address = nullptr;
     if (!ok(cudaHostRegister(memory, bytes, flags), "cudaHostRegister")) {
         return nullptr;
@@ -265,7 +265,7 @@ static void * link_lock(rotary_link * link, void * memory, size_t bytes, rotary_
     return address;
 }
 
-static void link_unlock(rotary_link * link, void * memory) {
+static void link_unpin(rotary_link * link, void * memory) {
     const current_device scope(link);
     ok(cudaHostUnregister(memory), "cudaHostUnregister");
 }
@@ -304,7 +304,7 @@ static bool link_copy(rotary_link * link, void * to, const void * from, size_t b
 }
 
 // On the stream beside, once what is wanted has been copied.
-static bool foretell(rotary_link * link, const rotary_link_foretelling * next) {
+static bool predict(rotary_link * link, const rotary_link_prediction * next) {
     const int n_products = next->layer.table.n_expert * next->n_tokens;
     const int n_blocks   = (n_products + team_size / 32 - 1) / (team_size / 32);
     if (!ok(cudaEventRecord(link->wanted, link->stream), "cudaEventRecord") ||
@@ -312,27 +312,27 @@ static bool foretell(rotary_link * link, const rotary_link_foretelling * next) {
         return false;
     }
     score_kernel<<<n_blocks, team_size, 0, link->beside>>>(*next);
-    foretell_kernel<<<1, team_size, 0, link->beside>>>(*next);
-    ahead_kernel<<<ahead_blocks, gather_threads, 0, link->beside>>>(next->layer, next->number);
-    return ok(cudaGetLastError(), "foretelling") &&
-           ok(cudaEventRecord(link->foretold, link->beside), "cudaEventRecord");
+    predict_kernel<<<1, team_size, 0, link->beside>>>(*next);
+    prefetch_kernel<<<prefetch_blocks, gather_threads, 0, link->beside>>>(next->layer, next->number);
+    return ok(cudaGetLastError(), "predicting") &&
+           ok(cudaEventRecord(link->predicted, link->beside), "cudaEventRecord");
 }
 
-static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, const rotary_link_foretelling * next) {
-    static constexpr int          copy_blocks = 4;
-    const rotary_link_foretelling none        = {};
+static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, const rotary_link_prediction * next) {
+    static constexpr int         copy_blocks = 4;
+    const rotary_link_prediction none        = {};
 
     const current_device scope(link);
-    if (lookup->foretold) {
+    if (lookup->predicted) {
         demand_kernel<<<1, 1, 0, link->stream>>>(lookup->layer.table.state, lookup->number);
-        if (!ok(cudaStreamWaitEvent(link->stream, link->foretold, 0), "cudaStreamWaitEvent")) {
+        if (!ok(cudaStreamWaitEvent(link->stream, link->predicted, 0), "cudaStreamWaitEvent")) {
             return false;
         }
     }
     resolve_kernel<<<next != nullptr ? 1 + copy_blocks : 1, team_size, 0, link->stream>>>(
         lookup->layer.table, lookup->ids, lookup->slot_ids, next != nullptr ? *next : none);
     gather_kernel<<<link->n_blocks, gather_threads, 0, link->stream>>>(lookup->layer);
-    return ok(cudaGetLastError(), "lookup") && (next == nullptr || foretell(link, next));
+    return ok(cudaGetLastError(), "lookup") && (next == nullptr || predict(link, next));
 }
 
 static bool link_synchronize(rotary_link * link) {
@@ -348,8 +348,8 @@ const rotary_link_api * rotary_link_get(void) {
         /* .open        = */ link_open,
         /* .close       = */ link_close,
         /* .error       = */ link_error,
-        /* .lock        = */ link_lock,
-        /* .unlock      = */ link_unlock,
+        /* .pin         = */ link_pin,
+        /* .unpin       = */ link_unpin,
         /* .host_new    = */ link_host_new,
         /* .host_free   = */ link_host_free,
         /* .wait        = */ link_wait,

@@ -120,7 +120,7 @@ bool link::copy(void * to, const void * from, size_t bytes) {
     return enqueue([&] { return api_->copy(handle_, to, from, bytes); });
 }
 
-bool link::look_up(const rotary_link_lookup & lookup, const rotary_link_foretelling * next) {
+bool link::look_up(const rotary_link_lookup & lookup, const rotary_link_prediction * next) {
     return enqueue([&] { return api_->look_up(handle_, &lookup, next); });
 }
 
@@ -128,33 +128,33 @@ bool link::synchronize() { // without the mutex: others may enqueue while this o
     return ok(api_->synchronize(handle_));
 }
 
-// Never read-only for memory that is yet to be written: pages that nobody has touched would be locked as they are, zeros.
-link::locked link::lock(void * memory, size_t bytes, bool read_only, std::string & reason) {
-    for (const rotary_lock how : { ROTARY_LOCK_READ_ONLY, ROTARY_LOCK_DEFAULT }) {
-        if (how == ROTARY_LOCK_READ_ONLY && !read_only) {
+// Never read-only for memory that is yet to be written: pages that nobody has touched would be pinned as zeros for good.
+link::pinned link::pin(void * memory, size_t bytes, bool read_only, std::string & reason) {
+    for (const rotary_pin how : { ROTARY_PIN_READ_ONLY, ROTARY_PIN_DEFAULT }) {
+        if (how == ROTARY_PIN_READ_ONLY && !read_only) {
             continue;
         }
-        void * on_device = api_->lock(handle_, memory, bytes, how);
+        void * on_device = api_->pin(handle_, memory, bytes, how);
         if (on_device != nullptr) {
-            const auto unlock = [self = self_.lock()](void * it) {
-                self->api_->unlock(self->handle_, it);
+            const auto unpin = [self = self_.lock()](void * pages) {
+                self->api_->unpin(self->handle_, pages);
             };
-            return { std::shared_ptr<void>(memory, unlock), (char *) on_device };
+            return { std::shared_ptr<void>(memory, unpin), (char *) on_device };
         }
         reason = api_->error(handle_);
     }
     return {};
 }
 
-link::locked link::host_memory(size_t bytes, std::string & reason) {
+link::pinned link::new_pinned(size_t bytes, std::string & reason) {
     void * on_device = nullptr;
     void * memory    = api_->host_new(handle_, bytes, &on_device);
     if (memory == nullptr) {
         reason = api_->error(handle_);
         return {};
     }
-    const auto free = [self = self_.lock()](void * it) {
-        self->api_->host_free(self->handle_, it);
+    const auto free = [self = self_.lock()](void * pages) {
+        self->api_->host_free(self->handle_, pages);
     };
     return { std::shared_ptr<void>(memory, free), (char *) on_device };
 }

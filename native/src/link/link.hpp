@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Link, as the pool and the executor use it: the library that moves experts to an inner device beside its computation
-// (link.h), found, opened and shared by everything on that device. Failures are this thread's error, or a reason that
-// is given back.
+// Link: the library that moves experts to an inner device beside its computation (link_api.h), found, opened and shared by
+// everything on that device. Failures are this thread's error, or a reason that is given back.
 // Threading: any thread.
 
 #pragma once
@@ -27,20 +26,20 @@ class link {
     link(const link &)             = delete;
     link & operator=(const link &) = delete;
 
-    // Page-locked host memory, and what the device calls it; empty, with a reason, if it cannot be had.
-    struct locked {
-        std::shared_ptr<void> memory; // unlocks, or frees, with the last copy
+    // Pinned (page-locked) host memory and its address on the device; empty, with a reason, if it cannot be had.
+    struct pinned {
+        std::shared_ptr<void> memory; // unpins, or frees, with the last copy
         char *                on_device = nullptr;
     };
-    locked lock(void * memory, size_t bytes, bool read_only,
-                std::string & reason);                      // where it is; read-only if it may be
-    locked host_memory(size_t bytes, std::string & reason); // new
+    pinned pin(void * memory, size_t bytes, bool read_only,
+               std::string & reason); // where it is; read-only if it may be
+    pinned new_pinned(size_t bytes, std::string & reason);
 
-    // On the link's stream: link.h. False with this thread's error.
+    // On the link's stream: link_api.h. False with this thread's error.
     bool wait(ggml_backend_event_t event);
     bool record(ggml_backend_event_t event);
     bool copy(void * to, const void * from, size_t bytes);
-    bool look_up(const rotary_link_lookup & lookup, const rotary_link_foretelling * next);
+    bool look_up(const rotary_link_lookup & lookup, const rotary_link_prediction * next);
     bool synchronize();
 
   private:

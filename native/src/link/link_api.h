@@ -5,8 +5,8 @@
 // needs the other to build.
 //
 // A link has one stream for what is wanted. It and the inner backend's stream wait for each other through events of the
-// inner device (ggml's event->context: a cudaEvent_t), never through the host. What is only foretold is copied by a
-// stream beside it, which stops when something is wanted. Functions that return bool enqueue, unless they say that they
+// inner device (ggml's event->context: a cudaEvent_t), never through the host. Prefetches are copied
+// by a stream beside it, which stops when something is wanted. Functions that return bool enqueue, unless they say that they
 // wait; false leaves a text in error().
 
 #pragma once
@@ -22,13 +22,13 @@ extern "C" {
 #endif
 
 #define ROTARY_LINK_ABI 2
-#define ROTARY_LINK_MOST_TENSORS 4
+#define ROTARY_LINK_MAX_TENSORS 4
 
 typedef struct rotary_link rotary_link;
 
-enum rotary_lock { // how host memory is page-locked in place
-    ROTARY_LOCK_READ_ONLY,
-    ROTARY_LOCK_DEFAULT,
+enum rotary_pin { // how host memory is pinned in place
+    ROTARY_PIN_READ_ONLY,
+    ROTARY_PIN_DEFAULT,
 };
 
 // Where one tensor of a layer comes from and goes to. `store` is an address that the device can read.
@@ -42,23 +42,23 @@ typedef struct rotary_link_tensor {
 typedef struct rotary_link_layer {
     rotary_page_table  table; // in device memory
     int32_t            n_tensors;
-    rotary_link_tensor tensors[ROTARY_LINK_MOST_TENSORS];
+    rotary_link_tensor tensors[ROTARY_LINK_MAX_TENSORS];
 } rotary_link_layer;
 
 // One lookup, resolved on the device: ids -> slot ids, then the absent experts into their slots.
 typedef struct rotary_link_lookup {
     rotary_link_layer layer;
-    rotary_page_ids   ids;      // in device memory
-    int32_t *         slot_ids; // in device memory
-    uint64_t          number;   // of this layer's lookups on the device, from 1
-    bool              foretold; // it has been: what is copied ahead for it has to stop
+    rotary_page_ids   ids;       // in device memory
+    int32_t *         slot_ids;  // in device memory
+    uint64_t          number;    // of this layer's lookups on the device, from 1
+    bool              predicted; // it has been: its prefetches have to stop
 } rotary_link_lookup;
 
-// The next layer's lookup, foretold from what this layer's experts get: that layer's router applied early. All in device
-// memory; the state is read before look_up()'s end, the rest later.
-typedef struct rotary_link_foretelling {
+// A prediction of the next layer's lookup from what this layer's experts get: that layer's router applied early. All in
+// device memory; the state is read before look_up()'s end, the rest later.
+typedef struct rotary_link_prediction {
     rotary_link_layer layer;     // the next
-    uint64_t          number;    // of the lookup that is foretold
+    uint64_t          number;    // of the predicted lookup
     const float *     router;    // [n_embd, n_expert]
     const float *     scale;     // [n_embd] on the state
     const float *     bias;      // [n_expert] on the products, or NULL
@@ -68,7 +68,7 @@ typedef struct rotary_link_foretelling {
     int32_t           n_embd, n_tokens, n_used;
     float *           copy;   // [n_embd, n_tokens] for the state
     float *           scores; // [n_expert, n_tokens] for the products
-} rotary_link_foretelling;
+} rotary_link_prediction;
 
 typedef struct rotary_link_api {
     int32_t      abi;  // ROTARY_LINK_ABI
@@ -79,19 +79,19 @@ typedef struct rotary_link_api {
     void (*close)(rotary_link * link);               // waits
     const char * (*error)(const rotary_link * link); // of this thread's last failing call, until its next one
 
-    // Page-lock host memory where it is, or get page-locked memory; the address at which the device sees it, NULL if
+    // Pin host memory where it is, or get new pinned memory; the address at which the device sees it, NULL if
     // that cannot be done.
-    void * (*lock)(rotary_link * link, void * memory, size_t bytes, enum rotary_lock how);
-    void (*unlock)(rotary_link * link, void * memory);
+    void * (*pin)(rotary_link * link, void * memory, size_t bytes, enum rotary_pin how);
+    void (*unpin)(rotary_link * link, void * memory);
     void * (*host_new)(rotary_link * link, size_t bytes, void ** on_device);
     void (*host_free)(rotary_link * link, void * memory);
 
     bool (*wait)(rotary_link * link, void * event);   // what follows waits for the event
     bool (*record)(rotary_link * link, void * event); // the event waits for what went before
-    bool (*copy)(rotary_link * link, void * to, const void * from, size_t bytes); // host ends: page-locked, or it waits
+    bool (*copy)(rotary_link * link, void * to, const void * from, size_t bytes); // waits unless host ends are pinned
     bool (*look_up)(rotary_link * link, const rotary_link_lookup * lookup,
-                    const rotary_link_foretelling * next);                        // or NULL
-    bool (*synchronize)(rotary_link * link);                                      // waits, for what is foretold too
+                    const rotary_link_prediction * next);                         // or NULL
+    bool (*synchronize)(rotary_link * link);                                      // waits, for prefetches too
 } rotary_link_api;
 
 // What a link library exports.

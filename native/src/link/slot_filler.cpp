@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Filler. See filler.hpp.
+// Slot filler. See slot_filler.hpp.
 
 #include "link/slot_filler.hpp"
 
@@ -12,6 +12,14 @@
 #include <algorithm>
 
 namespace rotary {
+
+ggml_tensor slot_view(const ggml_tensor & slots, int32_t slot) {
+    ggml_tensor one = slots;
+    one.ne[2]       = 1;
+    one.nb[3]       = one.nb[2];
+    one.data        = (char *) one.data + one.nb[2] * slot;
+    return one;
+}
 
 slot_filler::slot_filler(ggml_backend_t inner) :
     inner_(inner),
@@ -35,35 +43,34 @@ bool slot_filler::make_event() {
 }
 
 void slot_filler::copy(const piece & piece) {
-    const paged_tensor & tensor = *piece.job->tensor;
-    ggml_tensor          rows   = tensor.slot(piece.job->slot);
-    rows.ne[1]                  = piece.last - piece.first;
+    ggml_tensor rows = piece.job->target();
+    rows.ne[1]       = piece.last - piece.first;
     rows.nb[2] = rows.nb[3] = rows.nb[1] * rows.ne[1];
     rows.data               = (char *) rows.data + rows.nb[1] * piece.first;
     ggml_backend_tensor_set(&rows, piece.bytes + rows.nb[1] * piece.first, 0, rows.nb[2]);
 }
 
 void slot_filler::work(ggml_tensor *, int, int, void * self) {
-    auto & its = *(slot_filler *) self;
+    auto & filler = *(slot_filler *) self;
     while (true) {
-        const size_t index = its.next_.fetch_add(1, std::memory_order_relaxed);
-        if (index >= its.pieces_.size()) {
+        const size_t index = filler.next_.fetch_add(1, std::memory_order_relaxed);
+        if (index >= filler.pieces_.size()) {
             return;
         }
-        copy(its.pieces_[index]);
+        copy(filler.pieces_[index]);
     }
 }
 
 // Enqueues: the inner backend's next graph waits for the copies, the host does not. That nothing reads these slots any more
 // is the caller's care.
-ggml_status slot_filler::copy_by_link(pool & pool) {
-    link &                           side = *pool.side();
+ggml_status slot_filler::copy_by_link(transfer & way) {
+    link &                           over = *way.over();
     std::vector<staging_ring::piece> pieces;
     for (const piece & each : pieces_) {
-        const paged_tensor & tensor = *each.job->tensor;
-        char *               to     = (char *) tensor.slot(each.job->slot).data;
-        if (pool.is_locked(tensor, each.bytes)) {
-            if (!side.copy(to, each.bytes, tensor.expert_bytes)) {
+        const stored_tensor & tensor = *each.job->tensor;
+        char *                to     = (char *) each.job->target().data;
+        if (const char * pinned = way.pinned_at(tensor, each.job->expert, each.bytes)) {
+            if (!over.copy(to, pinned, tensor.expert_bytes)) {
                 return GGML_STATUS_FAILED;
             }
             continue;
@@ -73,21 +80,21 @@ ggml_status slot_filler::copy_by_link(pool & pool) {
                 { to + done, each.bytes + done, std::min(tensor.expert_bytes - done, staging_ring::block_bytes) });
         }
     }
-    staging_ring * ring = pieces.empty() ? nullptr : pool.ring();
-    if ((!pieces.empty() && (ring == nullptr || !ring->copy(pieces))) || !side.record(copied_.get())) {
+    staging_ring * ring = pieces.empty() ? nullptr : way.ring();
+    if ((!pieces.empty() && (ring == nullptr || !ring->copy(pieces))) || !over.record(copied_.get())) {
         return GGML_STATUS_FAILED;
     }
     ggml_backend_event_wait(inner_, copied_.get());
     return GGML_STATUS_SUCCESS;
 }
 
-ggml_status slot_filler::copy_all(pool & pool) {
-    if (graph_ == nullptr && pool.copies_by_link()) {
-        return copy_by_link(pool);
+ggml_status slot_filler::copy_all(transfer & way) {
+    if (graph_ == nullptr && way.is_used()) {
+        return copy_by_link(way);
     }
     if (graph_ == nullptr) {
         for (const piece & each : pieces_) {
-            ggml_tensor slot = each.job->tensor->slot(each.job->slot);
+            ggml_tensor slot = each.job->target();
             ggml_backend_tensor_set_async(inner_, &slot, each.bytes, 0, each.job->tensor->expert_bytes);
         }
         return GGML_STATUS_SUCCESS;
@@ -103,10 +110,11 @@ ggml_status slot_filler::copy_all(pool & pool) {
     return ggml_backend_graph_compute(inner_, graph_);
 }
 
-ggml_status slot_filler::fill(pool & pool, const std::vector<fill_job> & jobs) {
+ggml_status slot_filler::fill(expert_store & store, transfer & way, statistics & stats,
+                              const std::vector<fill_job> & jobs) {
     // Layouts interleave groups of at most this many rows.
     static constexpr int64_t row_group = 64;
-    static constexpr size_t  most      = 256 << 10; // bytes of a piece
+    static constexpr size_t  max_bytes = 256 << 10; // of a piece
 
     for (size_t done = 0; done < jobs.size();) {
         // The first job is waited for; what else has landed comes along.
@@ -114,40 +122,41 @@ ggml_status slot_filler::fill(pool & pool, const std::vector<fill_job> & jobs) {
         size_t n = 0;
         for (; done + n < jobs.size(); n++) {
             const fill_job & job = jobs[done + n];
-            if (n > 0 && !pool.fetchable(*job.tensor, job.expert)) {
+            if (n > 0 && !store.fetchable(*job.tensor, job.expert)) {
                 break;
             }
-            const char * bytes = pool.fetch(*job.tensor, job.expert);
+            const char * bytes = store.fetch(*job.tensor, job.expert);
             if (bytes == nullptr) {
                 return GGML_STATUS_FAILED;
             }
-            if (bytes == job.tensor->slot(job.slot).data) {
-                continue; // read in place
+            if (bytes == job.target().data) {
+                continue; // read straight into its slot
             }
-            const int64_t n_rows = job.tensor->ne[1];
+            const int64_t n_rows = job.slots->ne[1];
             const size_t  row    = job.tensor->expert_bytes / n_rows;
             const int64_t step   = graph_ == nullptr || n_rows % row_group != 0
                                        ? n_rows
-                                       : std::max<int64_t>(most / row / row_group, 1) * row_group;
+                                       : std::max<int64_t>(max_bytes / row / row_group, 1) * row_group;
             for (int64_t first = 0; first < n_rows; first += step) {
                 pieces_.push_back({ &job, bytes, first, std::min(first + step, n_rows) });
             }
         }
         const uint64_t    start  = now_us();
-        const ggml_status status = copy_all(pool);
-        if (pool.direct() != nullptr) {
+        const ggml_status status = copy_all(way);
+        if (store.direct() != nullptr) {
             // The staging area is reused.
-            if (graph_ == nullptr && !pool.copies_by_link()) {
+            if (graph_ == nullptr && !way.is_used()) {
                 ggml_backend_synchronize(inner_);
-            } else if (graph_ == nullptr && !pool.side()->synchronize()) {
+            } else if (graph_ == nullptr && !way.over()->synchronize()) {
                 return GGML_STATUS_FAILED;
             }
             for (size_t i = 0; i < n; i++) {
-                pool.release(*jobs[done + i].tensor, jobs[done + i].expert);
+                store.release(*jobs[done + i].tensor, jobs[done + i].expert);
             }
-            pool.direct()->pump();
+            store.direct()->pump();
         }
-        pool.count_page(now_us() - start);
+        const uint64_t us = now_us() - start;
+        stats.update([us](rotary_stats & totals) { totals.page_us += us; });
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }

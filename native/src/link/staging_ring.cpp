@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Ring. See ring.hpp.
+// Staging ring. See staging_ring.hpp.
 
 #include "link/staging_ring.hpp"
 
@@ -13,19 +13,26 @@
 
 namespace rotary {
 
-staging_ring::staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner, std::string & reason) :
-    link_(std::move(side)), memory_(link_->host_memory(block_bytes * n_blocks, reason)) {
+std::unique_ptr<staging_ring> staging_ring::open(std::shared_ptr<link> over, ggml_backend_dev_t inner,
+                                                 std::string & reason) {
+    std::unique_ptr<staging_ring> self(new staging_ring(std::move(over)));
+    return self->set_up(inner, reason) ? std::move(self) : nullptr;
+}
+
+bool staging_ring::set_up(ggml_backend_dev_t inner, std::string & reason) {
+    memory_ = link_->new_pinned(block_bytes * n_blocks, reason);
     if (!memory_.memory) {
         reason = "no memory can be page-locked, " + reason;
-        return;
+        return false;
     }
+    reason.clear();
     for (size_t i = 0; i < n_blocks; i++) {
         blocks_.push_back(
             { (char *) memory_.memory.get() + i * block_bytes, ggml_backend_event_ptr(ggml_backend_event_new(inner)) });
         free_.push_back(i);
         if (!blocks_.back().copied) {
             reason = "no events for the memory that experts pass through";
-            return;
+            return false;
         }
     }
     // More than what a mapping's page faults and one core's copying need, and no more than leaves the machine usable.
@@ -36,12 +43,10 @@ staging_ring::staging_ring(std::shared_ptr<link> side, ggml_backend_dev_t inner,
             threads_.emplace_back([this] { work(); });
         }
     } catch (const std::exception & refused) {
-        why_fewer_ = format("only %zu of %zu threads that copy could be started: %s", threads_.size(), n_threads,
-                            refused.what());
-        if (threads_.empty()) {
-            reason = why_fewer_;
-        }
+        reason = format("only %zu of %zu threads that copy could be started: %s", threads_.size(), n_threads,
+                        refused.what());
     }
+    return !threads_.empty();
 }
 
 staging_ring::~staging_ring() {
@@ -61,13 +66,13 @@ bool staging_ring::copy(const std::vector<piece> & pieces) {
     pieces_ = pieces;
     next_   = 0;
     left_   = pieces.size();
-    failed_ = false;
+    failure_.clear();
     changed_.notify_all();
     changed_.wait(lock, [&] { return left_ == 0; });
-    if (failed_) {
-        fail(ROTARY_ERR_DEVICE, why_);
+    if (!failure_.empty()) {
+        fail(ROTARY_ERR_DEVICE, failure_);
     }
-    return !failed_;
+    return failure_.empty();
 }
 
 void staging_ring::work() {
@@ -77,7 +82,7 @@ void staging_ring::work() {
         if (ending_) {
             return;
         }
-        const piece  its   = pieces_[next_++];
+        const piece  next  = pieces_[next_++];
         const size_t index = free_.front();
         free_.erase(free_.begin());
         lock.unlock();
@@ -85,13 +90,12 @@ void staging_ring::work() {
         if (through.used) {
             ggml_backend_event_synchronize(through.copied.get());
         }
-        memcpy(through.memory, its.from, its.bytes);
-        const bool done = link_->copy(its.to, through.memory, its.bytes) && link_->record(through.copied.get());
+        memcpy(through.memory, next.from, next.bytes);
+        const bool done = link_->copy(next.to, through.memory, next.bytes) && link_->record(through.copied.get());
         lock.lock();
         through.used = true;
-        if (!done && !failed_) {
-            failed_ = true;
-            why_    = last_error(); // this thread's, for the one that waits
+        if (!done && failure_.empty()) {
+            failure_ = last_error(); // this thread's, for the one that waits
         }
         free_.push_back(index);
         left_--;

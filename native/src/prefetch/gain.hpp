@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Experience: what foretelling was worth so far, and so what to follow, and how far ahead.
+// Prefetch gain: what predictions were worth so far, and so which of them to follow, and how many layers ahead.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -11,32 +11,29 @@
 
 namespace rotary {
 
-// An expert foretold for a layer, and its place in the ranking.
+// An expert predicted for a layer, and its place in the ranking.
 struct guess {
     int32_t expert;
     int32_t rank;
 };
 
-// What predictions were worth so far, and so which to follow. A wrong read keeps the disk from a right one for as long as
-// a right one would have saved, so a rank is followed where it is right more often than not; and nothing is foretold
-// where the reads that it foresees take less time than foretelling does.
-class experience {
+// A wrong read keeps the disk from a right one for as long as a right one would have saved, so a rank is followed where it
+// is right more often than not; and nothing is predicted where the reads that it saves take less time than predicting.
+class prefetch_gain {
   public:
-    static constexpr int n_distances = 4; // layers ahead, at the most
+    static constexpr int n_distances = 4; // layers ahead, at most
 
     void learn(int distance, int32_t rank, bool right);
-    void count_gain(double us); // the disk's time for what a lookup missed and trusted guesses had named
-    void count_cost(double us); // of foretelling once
-
-    bool trusts(int distance, int32_t rank) const;
-    void count_read(size_t bytes); // asked for ahead of one layer
+    void count_gain(double us);    // the disk's time for what a lookup missed and trusted guesses had named
+    void count_cost(double us);    // of predicting once
+    void count_read(size_t bytes); // prefetched for one layer
     void count_layer(double us);   // from one layer's lookup to the next, waits for the disk left out
 
+    bool   trusts(int distance, int32_t rank) const;
     double layer_us() const { return layer_us_; }
-    // Layers ahead that are worth foretelling where reads ahead may take so many bytes: as many as fill them.
-    int depth(size_t window) const;
+    int depth(size_t window) const; // layers ahead that are worth predicting: as many as fill a window of so many bytes
 
-    bool pays(); // whether to foretell now: if not, then still from time to time, to see when it does again
+    bool pays(); // whether to predict now: if not, then still from time to time, to see when it pays again
 
   private:
     std::vector<float> right_[n_distances]; // [rank] share of the guesses at absent experts that were right

@@ -6,109 +6,47 @@
 
 #include "base/clock.hpp"
 #include "base/error.hpp"
-#include "pool/pool.hpp"
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <sys/mman.h>
 
 namespace rotary {
 
-// ---- staging area
-
-static size_t whole_units(size_t bytes) {
-    return (bytes + staging_area::unit - 1) / staging_area::unit * staging_area::unit;
-}
-
-staging_area::staging_area(size_t bytes) : size_(whole_units(bytes)) {
-    free_.reserve(2);
-    void * memory = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory != MAP_FAILED) {
-        base_ = (char *) memory;
-        free_.push_back({ 0, size_ });
-    }
-}
-
-staging_area::~staging_area() {
-    if (base_ != nullptr) {
-        munmap(base_, size_);
-    }
-}
-
-char * staging_area::take(size_t bytes) {
-    bytes = whole_units(bytes);
-    for (auto it = free_.begin(); it != free_.end(); ++it) {
-        if (it->size < bytes) {
-            continue;
-        }
-        char * block = base_ + it->offset;
-        if (free_.capacity() < n_taken_ + 2) { // one more gap than blocks: give() needs no memory
-            const size_t index = it - free_.begin();
-            free_.reserve(2 * (n_taken_ + 2));
-            it = free_.begin() + index;
-        }
-        n_taken_++;
-        it->offset += bytes;
-        it->size -= bytes;
-        if (it->size == 0) {
-            free_.erase(it);
-        }
-        return block;
-    }
-    return nullptr;
-}
-
-void staging_area::give(char * block, size_t bytes) noexcept {
-    const gap  its{ (size_t) (block - base_), whole_units(bytes) };
-    const auto next = std::lower_bound(free_.begin(), free_.end(), its,
-                                       [](const gap & a, const gap & b) { return a.offset < b.offset; });
-    const auto it   = free_.insert(next, its);
-    n_taken_--;
-    if (it + 1 != free_.end() && it->offset + it->size == (it + 1)->offset) {
-        it->size += (it + 1)->size;
-        free_.erase(it + 1);
-    }
-    if (it != free_.begin() && (it - 1)->offset + (it - 1)->size == it->offset) {
-        (it - 1)->size += it->size;
-        free_.erase(it);
-    }
-}
-
 // ---- wanting
 
-direct_store::direct_store(std::unique_ptr<reader> reader, size_t staging_bytes, place_for place) :
-    place_(std::move(place)), area_(staging_bytes), reader_(std::move(reader)) {}
+direct_store::direct_store(std::unique_ptr<reader> reader, size_t staging_bytes) :
+    area_(staging_bytes), reader_(std::move(reader)) {}
 
-direct_store::found direct_store::demand(const paged_tensor & tensor, int32_t expert, char * place) {
+direct_store::found direct_store::demand(const stored_tensor & tensor, int32_t expert, char * target) {
     const auto [it, absent] = parts_.try_emplace({ &tensor, expert }, part{});
-    part & its              = it->second;
+    part & entry            = it->second;
     bool   fresh            = absent;
-    if (its.now == state::failed) {
-        its   = part{}; // try again
+    if (entry.now == state::failed) {
+        entry = part{}; // try again
         fresh = true;
     }
-    if (its.now == state::queued && !its.demanded) {
-        prefetch_bytes_ -= fresh ? 0 : tensor.expert_bytes; // its place in that queue will be skipped
-        its.demanded = true;
-        its.place    = place;
+    if (entry.now == state::queued && !entry.demanded) {
+        prefetch_bytes_ -= fresh ? 0 : tensor.expert_bytes; // the other entry, in that queue, will be skipped
+        entry.demanded = true;
+        entry.target   = target;
         demanded_bytes_ += tensor.expert_bytes;
         demanded_.push_back(it->first);
         return found::absent;
     }
-    if (its.now == state::in_flight && !its.demanded) {
+    if (entry.now == state::in_flight && !entry.demanded) {
         prefetch_bytes_ -= tensor.expert_bytes;
         demanded_bytes_ += tensor.expert_bytes;
     }
-    const bool late = its.now == state::in_flight;
-    its.demanded    = true;
+    const bool late = entry.now == state::in_flight;
+    entry.demanded  = true;
     return late ? found::in_flight : found::landed;
 }
 
-void direct_store::prefetch(const paged_tensor & tensor, int32_t expert, bool in_place) {
+void direct_store::prefetch(const stored_tensor & tensor, int32_t expert, target_source * targets) {
     const auto [it, absent] = parts_.try_emplace({ &tensor, expert }, part{});
     if (absent) {
-        it->second.in_place = in_place;
+        it->second.targets = targets;
         prefetch_bytes_ += tensor.expert_bytes;
         prefetches_.push_back(it->first);
     }
@@ -125,38 +63,38 @@ void direct_store::cancel_queued() {
     prefetches_.clear();
 }
 
-void direct_store::cancel(const paged_tensor & tensor) {
+void direct_store::cancel(const stored_tensor & tensor) {
     for (auto it = parts_.begin(); it != parts_.end();) {
-        const part & its   = it->second;
-        const bool   begun = its.now == state::in_flight || its.now == state::landed;
-        if (it->first.first != &tensor || its.demanded || (begun && its.place != nullptr)) {
+        const part & entry = it->second;
+        const bool   begun = entry.now == state::in_flight || entry.now == state::landed;
+        if (it->first.first != &tensor || entry.demanded || (begun && entry.target != nullptr)) {
             ++it;
             continue;
         }
-        if (its.now == state::queued || its.now == state::in_flight) {
+        if (entry.now == state::queued || entry.now == state::in_flight) {
             prefetch_bytes_ -= tensor.expert_bytes;
         }
         it = parts_.erase(it);
     }
 }
 
-bool direct_store::in_flight(const paged_tensor & tensor, int32_t expert) const {
+bool direct_store::in_flight(const stored_tensor & tensor, int32_t expert) const {
     const auto it = parts_.find({ &tensor, expert });
     return it != parts_.end() && it->second.now == state::in_flight;
 }
 
-void direct_store::finish(const paged_tensor & tensor, int32_t expert) {
+void direct_store::finish(const stored_tensor & tensor, int32_t expert) {
     while (in_flight(tensor, expert)) {
-        land(true);
+        reap(true);
     }
 }
 
-const char * direct_store::landed_at(const paged_tensor & tensor, int32_t expert) const {
+const char * direct_store::landed_at(const stored_tensor & tensor, int32_t expert) const {
     const auto it = parts_.find({ &tensor, expert });
-    return it != parts_.end() && it->second.now == state::landed ? it->second.place : nullptr;
+    return it != parts_.end() && it->second.now == state::landed ? it->second.target : nullptr;
 }
 
-void direct_store::drop(const paged_tensor & tensor, int32_t expert) {
+void direct_store::drop(const stored_tensor & tensor, int32_t expert) {
     const auto it = parts_.find({ &tensor, expert });
     if (it != parts_.end() && it->second.now == state::queued) {
         (it->second.demanded ? demanded_bytes_ : prefetch_bytes_) -= tensor.expert_bytes;
@@ -174,7 +112,7 @@ size_t direct_store::prefetch_window() const {
 // ---- reading
 
 void direct_store::pump() {
-    land(false);
+    reap(false);
     while (reads_.size() < reader_->capacity() && start(demanded_, true)) {
     }
     while (reads_.size() < reader_->capacity() && demanded_.empty() && in_flight_bytes_ < prefetch_window() &&
@@ -185,7 +123,7 @@ void direct_store::pump() {
 // Start the first read of a queue; false if there is none, or no room for it.
 bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
     // One read of neighbours: what amortises a request, and not so much that a demand waits long behind a prefetch.
-    const size_t most = demanded ? 4 << 20 : 1 << 20;
+    const size_t max_bytes = demanded ? 4 << 20 : 1 << 20;
 
     const auto waiting = [&](const part_key & key) {
         const auto it = parts_.find(key);
@@ -197,17 +135,17 @@ bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
     if (queue.empty()) {
         return false;
     }
-    const paged_tensor & first = *queue.front().first;
-    const uint64_t       begin = first.offset + first.expert_bytes * queue.front().second;
-    const size_t         align = first.file->alignment();
-    const uint64_t       from  = begin / align * align;
+    const stored_tensor & first = *queue.front().first;
+    const uint64_t        begin = first.offset + first.expert_bytes * queue.front().second;
+    const size_t          align = first.file->alignment();
+    const uint64_t        from  = begin / align * align;
 
     part & leader = parts_[queue.front()];
-    if (leader.in_place && !demanded) {
-        leader.place = place_(first, queue.front().second);
+    if (leader.targets != nullptr && !demanded) {
+        leader.target = leader.targets->claim(first, queue.front().second);
     }
-    if (leader.place != nullptr) {
-        this->begin(queue, 1, from, begin + first.expert_bytes, leader.place - (begin - from), nullptr);
+    if (leader.target != nullptr) {
+        this->begin(queue, 1, from, begin + first.expert_bytes, leader.target - (begin - from), nullptr);
         return true;
     }
 
@@ -216,8 +154,8 @@ bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
     while (n < queue.size()) {
         const auto [tensor, expert] = queue[n];
         if (tensor->file != first.file || tensor->offset + tensor->expert_bytes * expert != end ||
-            (n > 0 && (!waiting(queue[n]) || parts_[queue[n]].place != nullptr || parts_[queue[n]].in_place ||
-                       end + tensor->expert_bytes - begin > most))) {
+            (n > 0 && (!waiting(queue[n]) || parts_[queue[n]].target != nullptr ||
+                       parts_[queue[n]].targets != nullptr || end + tensor->expert_bytes - begin > max_bytes))) {
             break;
         }
         end += tensor->expert_bytes;
@@ -248,11 +186,11 @@ bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
 // Start one read, of the file's bytes [from, end), for the first n parts of a queue.
 void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, uint64_t end, char * memory,
                          const std::shared_ptr<char> & block) {
-    const paged_tensor & first = *queue.front().first;
-    const uint64_t       start = first.offset + first.expert_bytes * queue.front().second;
-    const size_t         align = first.file->alignment();
-    const size_t         size  = (end - from + align - 1) / align * align;
-    const uint64_t       tag   = next_read_++;
+    const stored_tensor & first = *queue.front().first;
+    const uint64_t        start = first.offset + first.expert_bytes * queue.front().second;
+    const size_t          align = first.file->alignment();
+    const size_t          size  = (end - from + align - 1) / align * align;
+    const uint64_t        tag   = next_read_++;
     // What may fail for want of memory comes first: a read is noted if and only if it is submitted.
     std::vector<part_key> parts(queue.begin(), queue.begin() + n);
     reads_.emplace(tag, read{ std::move(parts), block, (size_t) (end - start), first.file });
@@ -270,7 +208,7 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
         each.block  = block;
         each.data   = data;
         data += queue[i].first->expert_bytes;
-        counters_.prefetched += !each.demanded && queue[i].first->leads;
+        counters_.prefetched += !each.demanded && queue[i].first->counts_expert;
     }
     queue.erase(queue.begin(), queue.begin() + n);
     if (in_flight_bytes_ == 0) {
@@ -288,9 +226,9 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
 bool direct_store::make_room() {
     auto oldest = parts_.end();
     for (auto it = parts_.begin(); it != parts_.end(); ++it) {
-        const part & its = it->second;
-        if (its.now == state::landed && its.block && !its.demanded &&
-            (oldest == parts_.end() || its.read < oldest->second.read)) {
+        const part & entry = it->second;
+        if (entry.now == state::landed && entry.block && !entry.demanded &&
+            (oldest == parts_.end() || entry.read < oldest->second.read)) {
             oldest = it;
         }
     }
@@ -301,11 +239,11 @@ bool direct_store::make_room() {
     return true;
 }
 
-void direct_store::land(bool wait) {
+void direct_store::reap(bool wait) {
     reader_->complete(results_, wait); // what it handed over before it failed is still there the next time
     for (const read_result & result : results_) {
-        const auto its = reads_.find(result.tag);
-        for (const part_key & key : its->second.parts) {
+        const auto finished = reads_.find(result.tag);
+        for (const part_key & key : finished->second.parts) {
             const auto it = parts_.find(key);
             if (it == parts_.end() || it->second.read != result.tag) {
                 continue; // dropped meanwhile, and perhaps wanted anew
@@ -318,8 +256,8 @@ void direct_store::land(bool wait) {
             }
             (each.demanded ? demanded_bytes_ : prefetch_bytes_) -= key.first->expert_bytes;
         }
-        in_flight_bytes_ -= its->second.bytes;
-        reads_.erase(its);
+        in_flight_bytes_ -= finished->second.bytes;
+        reads_.erase(finished);
     }
     if (!results_.empty() && in_flight_bytes_ == 0) {
         const uint64_t busy_us = std::max<uint64_t>(now_us() - busy_since_us_, 1);
@@ -333,12 +271,12 @@ void direct_store::land(bool wait) {
     results_.clear();
 }
 
-bool direct_store::landed(const paged_tensor & tensor, int32_t expert) const {
+bool direct_store::landed(const stored_tensor & tensor, int32_t expert) const {
     const auto it = parts_.find({ &tensor, expert });
     return it != parts_.end() && it->second.now == state::landed;
 }
 
-const char * direct_store::wait(const paged_tensor & tensor, int32_t expert) {
+const char * direct_store::wait(const stored_tensor & tensor, int32_t expert) {
     const part_key key{ &tensor, expert };
     demand(tensor, expert);
     if (!landed(tensor, expert)) {
@@ -346,13 +284,13 @@ const char * direct_store::wait(const paged_tensor & tensor, int32_t expert) {
         pump();
         while (parts_[key].now == state::queued || parts_[key].now == state::in_flight) {
             if (!reads_.empty()) {
-                land(true);
+                reap(true);
             } else {
                 // Nothing in flight and no room: what has landed early for later is in the way. It is read again then.
-                for (auto & [other, its] : parts_) {
-                    if (its.now == state::landed && its.block) {
-                        its          = part{};
-                        its.demanded = true;
+                for (auto & [other, entry] : parts_) {
+                    if (entry.now == state::landed && entry.block) {
+                        entry          = part{};
+                        entry.demanded = true;
                         demanded_bytes_ += other.first->expert_bytes;
                         demanded_.push_back(other);
                     }
@@ -363,28 +301,28 @@ const char * direct_store::wait(const paged_tensor & tensor, int32_t expert) {
         }
         counters_.stall_us += now_us() - start_us;
     }
-    const part & its = parts_[key];
-    if (its.now == state::failed) {
-        fail_part(key, its);
+    const part & part = parts_[key];
+    if (part.now == state::failed) {
+        fail_part(key, part.error);
         parts_.erase(key); // tried again when it is wanted again
         return nullptr;
     }
-    return its.data;
+    return part.data;
 }
 
-void direct_store::fail_part(const part_key & key, const part & its) const {
-    const paged_tensor & tensor = *key.first;
-    const weight_file &  file   = *tensor.file;
+void direct_store::fail_part(const part_key & key, int error) const {
+    const stored_tensor & tensor = *key.first;
+    const weight_file &   file   = *tensor.file;
     if (!file.unchanged()) {
         return;
     }
     fail(ROTARY_ERR_READ,
          format("%s: %s, expert %d: reading %zu bytes at %llu failed, %s; check the disk, then load the model again",
                 file.path().c_str(), tensor.name.c_str(), key.second, tensor.expert_bytes,
-                (unsigned long long) (tensor.offset + tensor.expert_bytes * key.second), strerror(its.error)));
+                (unsigned long long) (tensor.offset + tensor.expert_bytes * key.second), strerror(error)));
 }
 
-void direct_store::take(const paged_tensor & tensor, int32_t expert) {
+void direct_store::take(const stored_tensor & tensor, int32_t expert) {
     const auto it = parts_.find({ &tensor, expert });
     if (it != parts_.end() && it->second.now == state::landed) {
         parts_.erase(it);
@@ -393,7 +331,7 @@ void direct_store::take(const paged_tensor & tensor, int32_t expert) {
 
 void direct_store::clear() {
     while (std::any_of(reads_.begin(), reads_.end(), [](const auto & each) { return each.second.block == nullptr; })) {
-        land(true);
+        reap(true);
     }
     parts_.clear();
     demanded_.clear();
@@ -403,9 +341,9 @@ void direct_store::clear() {
 
 void direct_store::reset_counters() {
     counters_ = {};
-    for (const auto & [key, its] : parts_) { // what is used from now on counts as read from now on
-        const bool begun = its.now == state::in_flight || its.now == state::landed;
-        counters_.prefetched += begun && !its.demanded && key.first->leads;
+    for (const auto & [key, entry] : parts_) { // what is used from now on counts as read from now on
+        const bool begun = entry.now == state::in_flight || entry.now == state::landed;
+        counters_.prefetched += begun && !entry.demanded && key.first->counts_expert;
     }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Direct store: expert bytes read from the model's file past the page cache, in the background, through a bounded
-// staging area, or straight to where they are wanted. A *part* is one expert of one tensor; it is queued, in flight, or
+// Direct store: expert bytes read from the model's file by direct I/O, past the page cache, in the background, through a
+// bounded staging area or straight to a read target. A *part* is one expert of one tensor; it is queued, in flight, or
 // landed, until it is taken or dropped. Reads on demand go before prefetches, in the order they were asked for;
 // neighbours in the file are read as one into the staging area. Knows neither slots nor graphs.
 // Threading: none of its own; the pool locks. Reads go on in the background between calls.
@@ -10,53 +10,30 @@
 
 #include "rotary.h"
 #include "store/reader.hpp"
-#include "store/weight_file.hpp"
+#include "store/staging_area.hpp"
+#include "store/stored_tensor.hpp"
 
 #include <cstdint>
 #include <deque>
-#include <functional>
 #include <memory>
 #include <unordered_map>
 #include <vector>
 
 namespace rotary {
 
-struct paged_tensor;
-
-// Memory for reads in flight, in one piece: first fit over whole units, neighbours joined again when they are freed.
-class staging_area {
+// Says where a prefetched part is read to. Asked when its read begins: a slot taken when it is queued would cost a resident
+// expert for a read that may never begin.
+class target_source {
   public:
-    explicit staging_area(size_t bytes);
-    ~staging_area();
-    staging_area(const staging_area &)             = delete;
-    staging_area & operator=(const staging_area &) = delete;
+    virtual ~target_source() = default;
 
-    bool   ok() const { return base_ != nullptr; }
-    size_t size() const { return size_; }
-    char * base() const { return base_; }
-    char * take(size_t bytes); // NULL if there is no room
-    void   give(char * block, size_t bytes) noexcept;
-
-    static constexpr size_t unit = 4096;
-
-  private:
-    struct gap {
-        size_t offset, size;
-    };
-
-    char *           base_ = nullptr;
-    size_t           size_;
-    size_t           n_taken_ = 0;
-    std::vector<gap> free_; // in order; with room for what may be given back
+    // NULL is the staging area.
+    virtual char * claim(const stored_tensor & tensor, int32_t expert) = 0;
 };
 
 class direct_store {
   public:
-    // Where a prefetched part may be read to, given when its read begins: NULL is the staging area. A place has its
-    // part's offset in the file modulo the file's alignment, and the rest of the first and the last sector around it.
-    using place_for = std::function<char *(const paged_tensor & tensor, int32_t expert)>;
-
-    direct_store(std::unique_ptr<reader> reader, size_t staging_bytes, place_for place);
+    direct_store(std::unique_ptr<reader> reader, size_t staging_bytes);
 
     bool                     ok() const { return area_.ok(); }
     rotary_io                io() const { return reader_->kind(); }
@@ -66,34 +43,36 @@ class direct_store {
 
     enum class found { absent, in_flight, landed };
 
-    // Want a part now, at `place` if it is not on its way to another. Tells what a prefetch had already done for it.
-    found demand(const paged_tensor & tensor, int32_t expert, char * place = nullptr);
+    // Want a part now, read to `target` unless it is already on its way to another; NULL is the staging area. A target has
+    // its part's offset in the file modulo the file's alignment, and room around it for the rest of the first and the last
+    // sector. Tells what a prefetch had already done for the part.
+    found demand(const stored_tensor & tensor, int32_t expert, char * target = nullptr);
 
-    // Want a part soon: read it when nothing is wanted now, in place if there is one for it.
-    void prefetch(const paged_tensor & tensor, int32_t expert, bool in_place);
+    // Want a part soon: read it when nothing is wanted now, to where `targets` says then, if it is not NULL.
+    void prefetch(const stored_tensor & tensor, int32_t expert, target_source * targets);
 
     // Forget prefetches: those that have not begun; those of a tensor in the staging area or on their way there.
     void cancel_queued();
-    void cancel(const paged_tensor & tensor);
+    void cancel(const stored_tensor & tensor);
 
-    // Parts at their place: whether one is on its way, how to wait until it is not, where it has landed (or NULL), and
-    // how to forget that.
-    bool knows(const paged_tensor & tensor, int32_t expert) const { return parts_.count({ &tensor, expert }) != 0; }
-    bool in_flight(const paged_tensor & tensor, int32_t expert) const;
-    void finish(const paged_tensor & tensor, int32_t expert);
-    const char * landed_at(const paged_tensor & tensor, int32_t expert) const;
-    void         drop(const paged_tensor & tensor, int32_t expert);
+    // Parts that are read to a target: whether one is on its way, how to wait until it is not, at which target it has
+    // landed (or NULL), and how to forget that.
+    bool knows(const stored_tensor & tensor, int32_t expert) const { return parts_.count({ &tensor, expert }) != 0; }
+    bool in_flight(const stored_tensor & tensor, int32_t expert) const;
+    void finish(const stored_tensor & tensor, int32_t expert);
+    const char * landed_at(const stored_tensor & tensor, int32_t expert) const;
+    void         drop(const stored_tensor & tensor, int32_t expert);
 
     // Notice what has landed, and start what can be started; neither waits.
-    void notice() { land(false); }
+    void notice() { reap(false); }
     void pump();
 
     // A part's bytes once it has landed, valid until take() or the next wait(); NULL with this thread's error if it
     // cannot be read.
-    const char * wait(const paged_tensor & tensor, int32_t expert);
-    bool         landed(const paged_tensor & tensor, int32_t expert) const;
-    void         take(const paged_tensor & tensor, int32_t expert); // done with the bytes
-    void         clear(); // done with everything; no place is written any more
+    const char * wait(const stored_tensor & tensor, int32_t expert);
+    bool         landed(const stored_tensor & tensor, int32_t expert) const;
+    void         take(const stored_tensor & tensor, int32_t expert); // done with the bytes
+    void         clear(); // done with everything; no target is written any more
 
     // Time for reading so much, and until everything demanded has landed, by the bandwidth seen so far.
     double time_for(size_t bytes) const { return (double) bytes / bytes_per_us_; } // us
@@ -102,7 +81,7 @@ class direct_store {
     // Bytes of prefetches queued and in flight, and how many are worth having: more only delay what is demanded next.
     size_t prefetch_bytes() const { return prefetch_bytes_; }
     size_t prefetch_window() const;
-    void   expect_layers_of(double us) { layer_us_ = us; } // what is read meanwhile costs nothing
+    void   set_layer_time(double us) { layer_us_ = us; } // what is read in that time delays nothing
 
     struct counters {
         uint64_t reads          = 0;
@@ -116,7 +95,7 @@ class direct_store {
     void             reset_counters();
 
   private:
-    using part_key = std::pair<const paged_tensor *, int32_t>;
+    using part_key = std::pair<const stored_tensor *, int32_t>;
     struct key_hash {
         size_t operator()(const part_key & key) const {
             return std::hash<const void *>()(key.first) ^ ((size_t) key.second * 0x9E3779B97F4A7C15u);
@@ -126,8 +105,8 @@ class direct_store {
     struct part {
         state                 now      = state::queued;
         bool                  demanded = false;
-        bool                  in_place = false;   // a prefetch for which a place is to be sought
-        char *                place    = nullptr; // NULL: the staging area
+        target_source *       targets  = nullptr; // of a prefetch whose target is yet to be claimed
+        char *                target   = nullptr; // NULL: the staging area
         uint64_t              read     = 0;       // the read it comes with
         std::shared_ptr<char> block;              // of the staging area, shared by the parts of one read
         const char *          data  = nullptr;
@@ -135,8 +114,9 @@ class direct_store {
     };
     struct read {
         std::vector<part_key> parts;
-        std::shared_ptr<char> block; // here as well: a part may be dropped while the kernel still writes; NULL in place
-        size_t                bytes;
+        std::shared_ptr<char>
+               block; // here as well: a part may be dropped while the kernel still writes; NULL: at a target
+        size_t bytes;
 
         std::shared_ptr<weight_file> file; // stays open, whatever becomes of the tensor meanwhile
     };
@@ -145,10 +125,9 @@ class direct_store {
     void begin(std::deque<part_key> & queue, size_t n, uint64_t from, uint64_t end, char * memory,
                const std::shared_ptr<char> & block);
     bool make_room();
-    void land(bool wait);
-    void fail_part(const part_key & key, const part & its) const;
+    void reap(bool wait);
+    void fail_part(const part_key & key, int error) const;
 
-    place_for                                    place_;
     staging_area                                 area_; // first, so the last to go: every block returns to it
     std::unordered_map<part_key, part, key_hash> parts_;
     std::deque<part_key>                         demanded_;
@@ -161,7 +140,7 @@ class direct_store {
     uint64_t                                     busy_since_us_   = 0;    // with something in flight
     uint64_t                                     busy_bytes_      = 0;    // asked for since
     double                                       bytes_per_us_    = 1000; // seen; a guess at first
-    double                                       layer_us_        = 4000; // the same
+    double                                       layer_us_        = 4000; // likewise
     counters                                     counters_;
     std::vector<read_result>                     results_;
     std::unique_ptr<reader>                      reader_; // last, so the first to go: it waits for its reads

@@ -139,7 +139,7 @@ long uring::enter(unsigned n_wait) {
 }
 
 int uring::complete(std::vector<read_result> & results, bool wait) {
-    static constexpr int most_naps = 1000; // a second of a kernel that is short of memory
+    static constexpr int max_naps = 1000; // a second of a kernel that is short of memory
 
     reap(results);
     for (int naps = 0; wait && results.empty() && in_flight_ > 0 && refused_ == 0; reap(results)) {
@@ -147,7 +147,7 @@ int uring::complete(std::vector<read_result> & results, bool wait) {
             continue;
         }
         const int error = errno;
-        if ((error != EAGAIN && error != EBUSY && error != ENOMEM) || ++naps > most_naps) {
+        if ((error != EAGAIN && error != EBUSY && error != ENOMEM) || ++naps > max_naps) {
             return error;
         }
         nap();
@@ -158,7 +158,7 @@ int uring::complete(std::vector<read_result> & results, bool wait) {
 // A read is cancelled with the thread that had asked for it, and asked for again; without end where the kernel can start
 // no thread of its own.
 void uring::reap(std::vector<read_result> & results) {
-    static constexpr unsigned most_cancelled = 8;
+    static constexpr unsigned max_cancelled = 8;
 
     results.reserve(results.size() + in_flight_); // what has left the ring must not be lost
     unsigned head = *cq_head_;
@@ -174,7 +174,7 @@ void uring::reap(std::vector<read_result> & results) {
         const size_t done  = cqe.res > 0 ? its.request.go_on_at(its.done, cqe.res) : its.done;
         if (again || (done > its.done && done < its.request.needed)) { // a short read: ask for the rest
             its.done = done;
-            if (cqe.res == -ECANCELED && ++its.cancelled > most_cancelled) {
+            if (cqe.res == -ECANCELED && ++its.cancelled > max_cancelled) {
                 refused_ = ECANCELED;
             }
             if (!ending_ && refused_ == 0) {

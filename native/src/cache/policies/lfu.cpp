@@ -24,11 +24,11 @@ class lfu : public valued_policy {
             clock *= i % n_used == 0 ? growth : 1;
             value[ids[i]] += clock;
         }
-        if (clock > ROTARY_PAGE_MOST_GAIN) {
+        if (clock > ROTARY_PAGE_MAX_GAIN) {
             for (double & each : value) {
-                each /= ROTARY_PAGE_MOST_GAIN;
+                each /= ROTARY_PAGE_MAX_GAIN;
             }
-            clock /= ROTARY_PAGE_MOST_GAIN;
+            clock /= ROTARY_PAGE_MAX_GAIN;
         }
     }
 

@@ -45,13 +45,13 @@ class s3fifo : public policy {
         shorten();
     }
     void resize(int32_t n_slots) override {
-        most_small_  = std::max(1, n_slots / 10);
-        most_ghosts_ = n_slots;
+        max_small_  = std::max(1, n_slots / 10);
+        max_ghosts_ = n_slots;
         shorten();
     }
 
     int32_t choose(const std::vector<int32_t> & candidates) override {
-        for (size_t i = 0; small_.size() >= most_small_ && i < small_.size();) {
+        for (size_t i = 0; small_.size() >= max_small_ && i < small_.size();) {
             const int32_t expert = small_[i];
             if (!in(candidates, expert)) {
                 i++;
@@ -86,14 +86,14 @@ class s3fifo : public policy {
     }
 
     void shorten() {
-        while (ghosts_.size() > most_ghosts_) {
+        while (ghosts_.size() > max_ghosts_) {
             ghosts_.pop_front();
         }
     }
 
     std::deque<int32_t>  small_, main_, ghosts_; // oldest first
     std::vector<int32_t> uses_;                  // [n_expert] since it entered or was spared, 3 at the most
-    size_t               most_small_ = 1, most_ghosts_ = 1;
+    size_t               max_small_ = 1, max_ghosts_ = 1;
 };
 
 } // namespace
