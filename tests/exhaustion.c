@@ -14,7 +14,8 @@
 //   EXHAUST_LIBRARY=name    part of the asking library's path, instead of libggml-rotary
 //
 // A test turns the same knobs through ctypes: exhaust_at, exhaust_n; or exhaust_site, which fails the first call from one
-// place in the library. Places are numbered from 1 as they are met. Nothing is counted while exhaust_on is 0.
+// place in the library. Places are numbered from 1 as they are met. Nothing is counted while exhaust_on is 0; with
+// exhaust_ring that becomes 1 when io_uring_enter() fails to wait.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -39,6 +40,7 @@ atomic_long exhaust_on   = 0;
 atomic_long exhaust_at   = 0;
 atomic_long exhaust_n    = 1;
 atomic_long exhaust_site = 0;
+atomic_long exhaust_ring = 0;
 
 // what happened
 atomic_long exhaust_calls  = 0; // while on
@@ -296,7 +298,11 @@ long syscall(long number, ...) {
         return -1;
     }
     NEXT(syscall)
-    return next(number, a, b, c, d, e, f);
+    const long result = next(number, a, b, c, d, e, f);
+    if (exhaust_ring && number == SYS_io_uring_enter && c > 0 && result < 0) {
+        exhaust_on = 1;
+    }
+    return result;
 }
 
 // ---- threads

@@ -207,11 +207,12 @@ class Shortage(Knobs):
 
     def begin(self, **knobs: int) -> None:
         """Count anew, with these knobs."""
-        self.set(**{"at": 0, "n": 1, "site": 0, "calls": 0, "failed": 0, **knobs, "on": 1})
+        usual = {"at": 0, "n": 1, "site": 0, "ring": 0, "calls": 0, "failed": 0, "on": 1}
+        self.set(**{**usual, **knobs})
 
     def end(self) -> int:
         """No more failures; how many there were."""
-        self.on = 0
+        self.set(ring=0, on=0)
         return self.failed
 
     def place(self, site: int) -> int:

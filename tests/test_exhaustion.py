@@ -8,12 +8,24 @@ that is announced; the process lives, and what runs next is exact. Each test run
 from __future__ import annotations
 
 import ctypes
+import errno
+import functools
 import os
 import sys
 
 import llama_cpp.llama_cpp as api
 import pytest
-from paged import Apart, Shortage, apart, assert_equal, exhaustion, make
+from paged import (
+    Apart,
+    Disk,
+    Shortage,
+    apart,
+    assert_equal,
+    exhaustion,
+    faulty_disk,
+    has_io_uring,
+    make,
+)
 from tracing import OPTIONS, trace
 
 from rotary_llamacpp import _native
@@ -108,32 +120,79 @@ def attempt(function, *args):
         return type(error).__name__, str(error)
 
 
-def run_from_every_place(model, rotary):
+def fail_each_place(shortage, run, known=0):
     """Runs with the first allocation of each place in the library failing, and the run after each.
 
-    The last line on stderr names the place.
+    Of the places met so far, the first `known` are left out. The last line on stderr names the place.
     """
-    shortage = Shortage()
-    llama = make(model, rotary, **PLAIN)
-    shortage.begin()
-    trace(llama, PROMPT, 4)
-    shortage.end()
     found = []
-    site = 1
+    site = known + 1
     while site <= shortage.sites:
         print(f"place {site} at {shortage.place(site):#x}", file=sys.stderr, flush=True)
         shortage.begin(site=site)
-        result = attempt(trace, llama, PROMPT, 4)
+        result = attempt(run)
         if shortage.end():
-            found.append((site, result, attempt(trace, llama, PROMPT, 4)))
+            found.append((site, result, attempt(run)))
         site += 1
     return found
+
+
+def run_from_every_place(model, rotary):
+    shortage = Shortage()
+    llama = make(model, rotary, **PLAIN)
+    run = functools.partial(trace, llama, PROMPT, 4)
+    shortage.begin()
+    run()
+    shortage.end()
+    return fail_each_place(shortage, run)
+
+
+def open_and_run(model, rotary, threads_left=-1, enter_error=0, n_prompt=PROMPT):
+    disk = Disk()
+    disk.set(threads_left=threads_left, enter_error=0)
+    llama = make(model, rotary, **PLAIN)
+    disk.set(enter_error=enter_error)
+    try:
+        return trace(llama, n_prompt, 4), llama.rotary_stats()
+    finally:
+        llama.close()
+
+
+def open_from_every_place(model, rotary, ways):
+    """Opens the model in each of these ways of reading; each place fails that is not met before the last."""
+    shortage = Shortage()
+    for io, threads_left in ways:
+        os.environ["ROTARY_IO"] = io
+        known = shortage.sites
+        run = functools.partial(open_and_run, model, rotary, threads_left)
+        shortage.begin()
+        usual = run()
+        shortage.end()
+    return usual, fail_each_place(shortage, run, known)
+
+
+def open_with_a_ring_that_stops(model, rotary, n_calls):
+    """Opens the model with a ring that fails at the first read, as does one of the first calls from there on.
+
+    One token's experts are read in place: a read that got lost would be waited for.
+    """
+    os.environ["ROTARY_IO"] = "uring"
+    shortage = Shortage()
+    run = functools.partial(open_and_run, model, rotary, enter_error=errno.EPERM, n_prompt=1)
+    usual, found = run(), []
+    for call in range(1, n_calls + 1):
+        print(f"call {call}", file=sys.stderr, flush=True)
+        shortage.begin(at=call, ring=1, on=0)
+        result = attempt(run)
+        found += [(call, result, attempt(run))] if shortage.end() else []
+    return usual, found
 
 
 def check_error(result):
     kind, text = result
     assert kind in ("LibraryError", "ReadError", "RotaryError", "ValueError"), result
-    assert text and "\n" not in text, result
+    assert "\n" not in text, result
+    assert "memory" in text or text.startswith("Failed to "), result  # that is what llama-cpp-python says
 
 
 @pytest.mark.slow
@@ -153,6 +212,44 @@ def test_memory_while_graphs_run(native, synthetic, stock_trace, short_of, store
         else:
             assert_equal(result, stock)
         assert_equal(after, stock)
+
+
+THREADS, FEW_THREADS, URING = ("threads", -1), ("threads", 3), ("uring", -1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run_each", "what"),
+    [
+        pytest.param(open_from_every_place, [THREADS], id="threads"),
+        pytest.param(open_from_every_place, [THREADS, FEW_THREADS], id="few threads"),
+        pytest.param(open_from_every_place, [THREADS, URING], id="what only uring asks for"),
+        pytest.param(open_with_a_ring_that_stops, 30, id="a ring that stops"),
+    ],
+)
+def test_memory_while_a_model_opens(
+    native, synthetic, stock_trace, short_of, tmp_path_factory, run_each, what
+):
+    if what not in ([THREADS], [THREADS, FEW_THREADS]) and not has_io_uring():
+        pytest.skip("no io_uring here")
+    model = synthetic(type="q8_0", layers=2, experts=8)
+    n_prompt = 1 if run_each is open_with_a_ring_that_stops else PROMPT
+    stock = stock_trace(model, n_prompt=n_prompt, n_decode=4, **PLAIN)
+    environment = short_of("malloc")
+    environment["LD_PRELOAD"] += ":" + faulty_disk(tmp_path_factory.mktemp("disk"))["LD_PRELOAD"]
+    with Apart(run_each, model, DIRECT, what, environment=environment) as run:
+        usual, found = run.result(600)
+    assert found, "there were places"
+    expert_bytes, notices = usual[1]["expert_bytes"], set(usual[1]["notices"])
+    for _, result, after in found:
+        if isinstance(result[0], str):
+            check_error(result)
+        else:
+            assert_equal(result[0], stock)
+            assert result[1]["expert_bytes"] == expert_bytes, "all experts are paged"
+            assert result[1]["store"] == "direct" or set(result[1]["notices"]) > notices
+        assert_equal(after[0], stock)
+        assert after[1]["store"] == "direct"
 
 
 # ---- the end of a process

@@ -16,7 +16,9 @@ namespace rotary {
 static std::vector<std::string> split(const std::string & text, char by) {
     std::vector<std::string> parts;
     std::istringstream       stream(text);
-    for (std::string part; std::getline(stream, part, by);) {
+    std::string              part;
+    part.reserve(text.size()); // here: in getline(), a shortage of memory passes for the end of the text
+    while (std::getline(stream, part, by)) {
         if (!part.empty()) {
             parts.push_back(part);
         }
@@ -56,16 +58,17 @@ static std::vector<cgroup_mount> read_mounts(const std::string & controller, con
     std::ifstream             file(root + "/proc/self/mountinfo");
     std::string               line;
     bool                      said = false;
+    line.reserve(4096); // as in split()
     while (std::getline(file, line)) {
         said              = true;
         const size_t left = line.find(" - "); // before it, fields that vary in number
         if (left == std::string::npos || line.compare(left + 3, 6, "cgroup") != 0) {
             continue;
         }
-        const auto own   = split(line.substr(0, left), ' ');
-        const auto its   = split(line.substr(left + 3), ' ');
-        const bool is_v2 = !its.empty() && its[0] == "cgroup2";
-        if (own.size() > 4 && (is_v2 || (!its.empty() && its[0] == "cgroup" && has(its.back(), controller)))) {
+        const auto own    = split(line.substr(0, left), ' ');
+        const auto fields = split(line.substr(left + 3), ' ');
+        const bool is_v2  = !fields.empty() && fields[0] == "cgroup2";
+        if (own.size() > 4 && (is_v2 || (!fields.empty() && fields[0] == "cgroup" && has(fields.back(), controller)))) {
             found.push_back({ is_v2, unescaped(own[3]), unescaped(own[4]) });
         }
     }
@@ -92,6 +95,7 @@ std::vector<cgroup> own_cgroups(const std::string & controller, const std::strin
 
     std::ifstream groups(root + "/proc/self/cgroup"); // lines "id:controllers:path"; v2 has id 0 and no controllers
     std::string   line;
+    line.reserve(4096);                               // as in split()
     while (std::getline(groups, line)) {
         const size_t a = line.find(':');
         const size_t b = a == std::string::npos ? a : line.find(':', a + 1); // the path may have colons
@@ -137,6 +141,7 @@ uint64_t number(const std::string & word, uint64_t otherwise) {
 uint64_t read_number(const std::string & path, uint64_t otherwise) {
     std::ifstream file(path);
     std::string   word;
+    word.reserve(64); // as in split()
     return file >> word ? number(word, otherwise) : otherwise;
 }
 

@@ -15,7 +15,7 @@
 namespace rotary {
 
 uint32_t cpu_quota(const std::string & root) {
-    uint64_t least = UINT32_MAX;
+    uint64_t n_cpus = UINT32_MAX;
     for (const cgroup & group : own_cgroups("cpu", root)) {
         for (const std::string & dir : group.dirs) {
             uint64_t quota  = UINT64_MAX;
@@ -31,11 +31,11 @@ uint32_t cpu_quota(const std::string & root) {
                 period = read_number(dir + "/cpu.cfs_period_us", 0);
             }
             if (quota != UINT64_MAX && period != 0) {
-                least = std::min(least, quota / period);
+                n_cpus = std::min(n_cpus, quota / period);
             }
         }
     }
-    return (uint32_t) least;
+    return (uint32_t) n_cpus;
 }
 
 uint32_t cpu_count(const std::string & root) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// CPUs that this process may keep busy. As rotary_llamacpp/machine.py counts them.
+// CPUs that this process may keep busy. rotary_llamacpp/machine.py counts them in the same way.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace rotary {
 
-// Those that it may run on, and no more than the quotas of its cgroups; at least 1. /proc is below `root`.
+// CPUs that the process may run on, limited by the quotas of its cgroups; at least 1. /proc is below `root`.
 uint32_t cpu_count(const std::string & root = "");
 
 // Whole CPUs of the tightest quota, UINT32_MAX without one.

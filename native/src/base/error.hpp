@@ -16,13 +16,13 @@ __attribute__((format(printf, 1, 2))) std::string format(const char * fmt, ...);
 // Remember `text` as this thread's last error, log it, and hand `status` back.
 int32_t fail(rotary_status status, const std::string & text);
 
-// The same without a word in the log: the error of another thread, which has been logged there.
+// Remember another thread's error as this thread's; that thread has logged it.
 void set_error(rotary_status status, const std::string & text);
 
-// That an exception came to where none may pass: memory ran out, or what it says. Needs no memory itself.
+// Remember the exception that is being handled, at a place where none may pass, as this thread's error. Needs no memory.
 int32_t fail_by_exception() noexcept; // call it in a handler
 
-// Runs `run` where no exception may pass: `otherwise` and this thread's error if one comes.
+// Call `run` where no exception may pass: returns `otherwise`, with this thread's error, if one is thrown.
 template <typename result, typename function> result guarded(result otherwise, const function & run) noexcept {
     try {
         return run();

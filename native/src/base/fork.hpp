@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Fork: what a child of this process lacks. fork() copies memory and one thread: other threads' locks stay locked, and
-// who waits for these threads waits forever. Whoever has threads, locks, or reads in flight is told before and after.
+// Fork: what a child of this process lacks. fork() copies memory and one thread: locks of other threads stay locked, and
+// waiting for these threads never ends. Objects with threads, locks, or reads in flight are told before and after.
 // Threading: before() and after() run in the thread that forks. vfork() and posix_spawn(), with which programs start
 // other programs, call neither.
 
@@ -13,11 +13,11 @@
 
 namespace rotary {
 
-// Counts fork(): another number in a child than in its parent.
+// Number of forks between the first process and this one: differs between a child and its parent.
 uint32_t fork_generation();
 
-// Have `before` called before every fork() and `after` after it, in the parent and in the child. As the last member of a
-// class it is there only while the others are.
+// Have `before` called before every fork() and `after` after it, in the parent and in the child. Make it the last member
+// of a class, so that it exists only while the others do.
 class fork_guard {
   public:
     fork_guard(std::function<void()> before, std::function<void(bool in_child)> after);
@@ -32,7 +32,7 @@ class fork_guard {
     std::function<void(bool)> after_;
 };
 
-// A mutex that is held for moments only, and that is free in the child.
+// A mutex that is held for moments only, and that is free in a forked child.
 class fork_mutex : public std::mutex {
   public:
     fork_mutex();

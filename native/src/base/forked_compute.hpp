@@ -11,11 +11,11 @@
 
 namespace rotary {
 
-// OpenMP keeps its threads for each thread that computes. In a child those are gone, and it waits for them: a thread that
-// had computed before the fork must leave computing to another. True if `inner` computes so and this is such a thread.
+// OpenMP keeps threads for each thread that computes. In a child those are gone, and it would wait for them: a thread that
+// computed before the fork must leave computing to another one. True if `inner` uses OpenMP and this is such a thread.
 bool lost_threads(ggml_backend_t inner);
 
-// Compute on a thread of its own, and have its error here. GGML_STATUS_FAILED if it cannot be started.
+// Compute on a new thread, and take over its error. GGML_STATUS_FAILED if the thread cannot be started.
 ggml_status on_new_thread(const std::function<ggml_status()> & compute);
 
 } // namespace rotary

@@ -24,6 +24,7 @@ static std::map<std::string, uint64_t> read_fields(const std::string & path) {
     std::map<std::string, uint64_t> found;
     std::ifstream                   file(path);
     std::string                     line;
+    line.reserve(4096); // here: in getline(), a shortage of memory passes for the end of the file
     while (std::getline(file, line)) {
         const size_t name  = line.find_first_of(" \t");
         const size_t first = line.find_first_not_of(" \t", name);
@@ -110,14 +111,15 @@ uint64_t host_memory_promised() {
     std::string   line;
     uint64_t      begin = 0, end = 0, kib = 0, untouched = 0, promised = 0;
     bool          counts = false;
+    line.reserve(4096); // as above
 
     const std::lock_guard<std::mutex> lock(slots_mutex);
     while (std::getline(smaps, line)) {
         char     flags[5];
         uint64_t inode;
         if (sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %*x %*s %" SCNu64, &begin, &end, flags, &inode) == 4) {
-            const auto inside = [&](const auto & its) {
-                return begin < (uint64_t) its.second && end > (uint64_t) its.first;
+            const auto inside = [&](const auto & range) {
+                return begin < (uint64_t) range.second && end > (uint64_t) range.first;
             };
             counts = flags[1] == 'w' && flags[3] == 'p' && inode == 0 && (end - begin) / 1024 > stack_kib + 4 &&
                      std::none_of(slots.begin(), slots.end(), inside);
@@ -135,6 +137,7 @@ uint64_t host_memory_promised() {
 static double some_avg10(const std::string & path) {
     std::ifstream file(path);
     std::string   word;
+    word.reserve(4096); // as above
     while (file >> word) {
         if (word.compare(0, 6, "avg10=") == 0) {
             return strtod(word.c_str() + 6, nullptr);

@@ -41,6 +41,7 @@ static bool parse_number(const std::string & digits, double & out) {
         return false;
     }
     std::istringstream in(digits);
+    in.exceptions(std::ios::badbit); // a shortage of memory is no mistake in the text
     in.imbue(std::locale::classic());
     return static_cast<bool>(in >> out) && std::isfinite(out);
 }

@@ -55,7 +55,7 @@ std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> 
         return {};
     }
     // Raise the lowest layers first, one slot a round, until a round adds none: equal shares, and the remainder spread.
-    // Rounds are at most the largest n_expert, so this costs nothing beside the allocation that follows.
+    // There are at most n_expert rounds, so this costs nothing beside the allocation that follows.
     for (bool added = true; added;) {
         added          = false;
         int32_t lowest = INT32_MAX;
@@ -77,11 +77,11 @@ std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> 
 
 std::string budget_too_small(const std::string & model, const std::string & text, uint64_t bytes,
                              const std::vector<layer_size> & layers) {
-    const uint64_t least = budget_min_bytes(layers);
+    const uint64_t min_bytes = budget_min_bytes(layers);
     return format("%s: budget %s is %s; one token's experts take %s in %zu layers; use \"min\" or raise the budget to "
                   "%llu MiB",
-                  model.c_str(), text.c_str(), mib(bytes).c_str(), mib(least).c_str(), layers.size(),
-                  (unsigned long long) ((least + 1048575) / 1048576));
+                  model.c_str(), text.c_str(), mib(bytes).c_str(), mib(min_bytes).c_str(), layers.size(),
+                  (unsigned long long) ((min_bytes + 1048575) / 1048576));
 }
 
 } // namespace rotary

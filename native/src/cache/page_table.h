@@ -24,10 +24,10 @@
 struct rotary_page {
     int32_t expert; // to be paged in
     int32_t slot;   // into this slot
-    int32_t first;  // from this piece on: those before it are there
+    int32_t first;  // the first piece to copy: those before it have arrived
 };
 
-// What changes with every lookup, besides the arrays.
+// State that changes with every lookup, besides the arrays.
 struct rotary_page_state {
     double   clock;        // policies/policy.hpp: those of a valued_policy
     double   growth;       // likewise
@@ -38,7 +38,7 @@ struct rotary_page_state {
     int32_t  n_predicted;  // predicted[] for the next lookup
     int32_t  n_prefetches; // prefetches[]: slots reserved for some of them, in the order in which they are copied
     uint32_t taken;        // pieces of prefetches[] that are copied, or would be if there were more
-    uint64_t demanded;     // the lookup of this number has come: no more pieces are taken for it
+    uint64_t demanded;     // number of the lookup that has come: its prefetches stop
     // counters since they were last cleared
     uint64_t lookups, requests, misses, evictions;
     uint64_t refused;                    // lookups that named an expert out of range, or more experts than slots
@@ -61,7 +61,7 @@ struct rotary_page_table {
     int32_t *           predicted;  // [n_expert]
 };
 
-// Bytes of a table's arrays in one piece, and the table over such a piece, its state elsewhere.
+// Bytes that a table's arrays take in one piece, and a table over such a piece. The state is elsewhere.
 ROTARY_BOTH size_t rotary_page_table_bytes(int32_t n_expert, int32_t n_slots) {
     return (sizeof(double) + sizeof(int64_t) + 2 * sizeof(int32_t)) * n_expert +
            (sizeof(int32_t) + 2 * sizeof(rotary_page)) * n_slots;
@@ -121,7 +121,7 @@ ROTARY_BOTH int64_t rotary_page_order(double value) {
     return bits < 0 ? INT64_MIN - bits : bits;
 }
 
-// What a use of these experts makes of their values, as policies/lru.cpp and lfu.cpp do.
+// Update values for a use of these experts, as policies/lru.cpp and lfu.cpp do.
 template <class Team>
 ROTARY_BOTH void rotary_page_note(const Team & team, const rotary_page_table & table, const rotary_page_ids & ids) {
     rotary_page_state & state  = *table.state;
@@ -149,8 +149,8 @@ ROTARY_BOTH void rotary_page_note(const Team & team, const rotary_page_table & t
     }
 }
 
-// The slot that an expert is paged into: a free one, else that of the lowest value whose expert is neither wanted by
-// `call` nor on its way; -1 if there is none. The same for the whole team.
+// The slot that an expert is paged into: a free one, else that of the expert of the lowest value which is neither wanted by
+// `call` nor being prefetched; -1 if there is none. All members of the team get the same answer.
 template <class Team>
 ROTARY_BOTH int32_t rotary_page_victim(const Team & team, const rotary_page_table & table, int64_t call) {
     int64_t best_key  = INT64_MAX;
@@ -169,7 +169,7 @@ ROTARY_BOTH int32_t rotary_page_victim(const Team & team, const rotary_page_tabl
     return team.min(best_key, best_slot);
 }
 
-// Give `slot` to `expert`, its bytes still to come, by one member of the team.
+// Give `slot` to `expert`, whose bytes are still to come. Called by one member of the team.
 ROTARY_BOTH void rotary_page_take(const rotary_page_table & table, int32_t slot, int32_t expert) {
     rotary_page_state & state   = *table.state;
     const int32_t       evicted = table.expert_of[slot];

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
 // Rebalancer: how many of a model's slots each layer has. Layers begin with equal shares, as the budget divides them; then
-// slots go one at a time from where they serve least to where they would serve most. Pure logic: it proposes, and somebody
-// else does it.
+// slots go one at a time from where they serve least to where they would serve most. Pure logic: it proposes steps,
+// and its owner takes them.
 //
 // What a slot is worth to a layer is seen from two tables without bytes, one of fewer slots and one of more, that serve
 // the same routings by lfu: the difference of their misses.
@@ -55,10 +55,10 @@ class rebalancer {
         layer_slots                 now;
         int32_t                     n_expert_used = 0; // one token's experts
         std::unique_ptr<slot_table> fewer, more;
-        double                      saved  = 0;        // misses by more slots, a token's counting less with each
+        double                      saved  = 0;        // misses that more slots save; those of older tokens count less
         double                      demand = 0;        // slots that lookups of few tokens want, lately
 
-        double unit() const;                           // misses a byte of a slot, of a miss saved
+        double unit() const;                           // worth of a saved miss, by the byte of a slot
         double worth() const { return saved * unit(); }
         double variance() const { return saved * unit() * unit(); }
         void   resize();

@@ -101,7 +101,7 @@ const char * rotary_policy_names(void) {
 }
 
 rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, int32_t n_layers, int32_t n_expert,
-                                const int32_t * n_slots, int32_t adaptive, int32_t least) {
+                                const int32_t * n_slots, int32_t adaptive, int32_t min_slots) {
     auto       cache   = std::make_unique<rotary_cache>();
     const auto history = rotary::routing_history_new(n_layers);
 
@@ -122,7 +122,7 @@ rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, 
         }
         cache->layers.push_back(std::make_unique<rotary_slots>(n_expert, n_slots[layer], std::move(chosen)));
         sizes.push_back(
-            { n_expert, n_slots[layer], least, rotary::rebalancer::max_slots(n_slots[layer], n_expert), 1 });
+            { n_expert, n_slots[layer], min_slots, rotary::rebalancer::max_slots(n_slots[layer], n_expert), 1 });
     }
     cache->balance = adaptive ? rotary::rebalancer(sizes) : rotary::rebalancer();
     return cache.release();

@@ -73,7 +73,7 @@ void rotary_pool_close(rotary_pool * handle) {
     }
 }
 
-// What changes a pool waits for the graph that runs over it: not from within that graph.
+// Changing a pool waits for the graph that runs over it, so it cannot be done from within that graph.
 static bool is_amid(rotary_pool * handle) {
     if (handle->shared->lock.held_here()) {
         fail(ROTARY_ERR_STATE,

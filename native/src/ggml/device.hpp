@@ -6,7 +6,7 @@
 // weights (paged_buffer.cpp) and the backend that computes (backend.cpp). Everything but expert lookup is handed to the inner
 // device. Called by ggml and llama.cpp, and by capi/, which opens and closes pools.
 // Threading: as ggml's own: devices from any thread, a backend from one at a time. A device's mutex guards which pool collects
-// and what the loader was told; no pool's lock is wanted while it is held.
+// and what the loader was told; no pool's lock is taken while it is held.
 
 #pragma once
 
@@ -50,6 +50,14 @@ class device {
     bool    repack() const;
     void    remember_n_expert_used(const std::string & name, int32_t n); // from the loader's question
     int32_t n_expert_used(const std::string & name) const;
+
+    // That memory ran out when the loader asked, for the pool that was opened for this model.
+    void lose() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (opened_) {
+            opened_->lose(1);
+        }
+    }
 
     // Backends and paged buffers alive on this device.
     void add_user(int n) {

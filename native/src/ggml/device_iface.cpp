@@ -30,7 +30,7 @@ static const char * device_get_description(ggml_backend_dev_t dev) {
 
 static void device_get_memory(ggml_backend_dev_t dev, size_t * free, size_t * total) {
     ggml_backend_dev_memory(self(dev).inner(), free, total);
-    // Slots on a GPU show in its free memory; the CPU backend calls all memory free, so ours must be told.
+    // Slots on a GPU reduce the memory it reports as free; the CPU backend reports all memory as free, so they are subtracted.
     if (ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(self(dev).inner()))) {
         *free -= std::min<size_t>(*free, self(dev).slot_bytes());
     }
@@ -126,7 +126,16 @@ static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor 
     if (weight != nullptr && weight->buffer != nullptr) {
         ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(weight->buffer);
         if (ggml_backend_buffer_get_size(weight->buffer) == 0 && weight->op == GGML_OP_NONE) {
-            return is_view_op(op->op) || guarded(false, [&] { return loader_supports_op(self(dev), op, buft); });
+            if (is_view_op(op->op)) {
+                return true;
+            }
+            try {
+                return loader_supports_op(self(dev), op, buft);
+            } catch (...) { // the loader takes a no, and the weight would not be paged
+                fail_by_exception();
+                self(dev).lose();
+                return false;
+            }
         }
         if (buft == self(dev).paged_buft()) {
             return is_view_op(op->op) || supports_paged(self(dev), op);

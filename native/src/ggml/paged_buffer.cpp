@@ -18,6 +18,7 @@ struct paged_buffer {
     std::shared_ptr<pool> owner;
     char *                base;
     bool                  owns_memory;
+    bool                  lost = false; // of some experts, no more than that is known
 };
 
 static paged_buffer & self(ggml_backend_buffer_t buffer) {
@@ -30,6 +31,7 @@ static void buffer_free(ggml_backend_buffer_t buffer) {
         paged.owner->remove_owner(buffer);
         return true;
     });
+    paged.owner->lose(paged.lost ? -1 : 0);
     paged.dev.add_user(-1);
     if (paged.owns_memory) {
         ggml_aligned_free(paged.base, buffer->size);
@@ -43,11 +45,16 @@ static void * buffer_get_base(ggml_backend_buffer_t buffer) {
 
 static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor * tensor) {
     if (tensor->view_src == nullptr && tensor->ne[2] > 1) {
-        const paged_buffer & paged = self(buffer);
-        return guarded(GGML_STATUS_ALLOC_FAILED, [&] {
+        paged_buffer & paged = self(buffer);
+        const bool     known = guarded(false, [&] {
             paged.owner->add_tensor(buffer, tensor, paged.dev.n_expert_used(tensor->name), !paged.owns_memory);
-            return GGML_STATUS_SUCCESS;
+            return true;
         });
+        if (!known && !paged.lost) { // the loader goes on without asking
+            paged.lost = true;
+            paged.owner->lose(1);
+        }
+        return known ? GGML_STATUS_SUCCESS : GGML_STATUS_ALLOC_FAILED;
     }
     return GGML_STATUS_SUCCESS;
 }

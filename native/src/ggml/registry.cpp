@@ -151,6 +151,7 @@ static bool make_devices() {
     if (names != nullptr && *names != '\0') {
         std::istringstream list(names);
         std::string        name;
+        name.reserve(strlen(names)); // here: in getline(), a shortage of memory passes for the end of the text
         while (std::getline(list, name, ',')) {
             ggml_backend_dev_t dev = inner_find(name);
             if (dev == nullptr) {

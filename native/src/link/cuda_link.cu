@@ -115,7 +115,7 @@ static __global__ void __launch_bounds__(team_size) predict_kernel(rotary_link_p
 static constexpr int gather_threads  = 256;
 static constexpr int prefetch_blocks = 16; // prefetches must not take the processors from the computation
 
-// Bytes [0, n) by a whole block. Both ends have the alignment of a GGUF file's tensors, 32 bytes at the least, where
+// Bytes [0, n) by a whole block. Both ends have the alignment of a GGUF file's tensors, at least 32 bytes, where
 // an expert's size does too.
 static __device__ void copy_by_block(char * to, const char * from, size_t n) {
     const bool aligned = (((uintptr_t) to | (uintptr_t) from) & 15) == 0;

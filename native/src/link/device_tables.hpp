@@ -26,7 +26,7 @@ class device_tables {
     device_tables(ggml_backend_dev_t inner, std::string model, statistics & stats) :
         inner_(inner), model_(std::move(model)), stats_(stats) {}
 
-    // A layer as its table wants it. Without a slot table, or with a tensor that the device cannot read, it gets none.
+    // What a table has to know of a layer. Without a slot table, or with a tensor that the device cannot read, it gets none.
     struct layer {
         int32_t                         il;
         int32_t                         n_expert;

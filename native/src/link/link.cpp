@@ -92,12 +92,13 @@ link::~link() {
     }
 }
 
+// Throws nothing: threads that copy and destructors ask, too.
 bool link::ok(bool done) const {
-    if (!done) {
-        fail(ROTARY_ERR_DEVICE,
-             format("%s: %s; load the model again", ggml_backend_dev_name(inner_), api_->error(handle_)));
-    }
-    return done;
+    return done || guarded(false, [&] {
+               fail(ROTARY_ERR_DEVICE,
+                    format("%s: %s; load the model again", ggml_backend_dev_name(inner_), api_->error(handle_)));
+               return false;
+           });
 }
 
 // A failure is logged without the mutex: whoever listens to the log may ask for something.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Link: what moves experts to a device beside its computation, as a library of its own that libggml-rotary.so opens
-// when its inner device is of that kind. The CUDA one is link.cu. A C interface of function pointers, so that neither
+// when its inner device is of that kind. The CUDA one is cuda_link.cu. A C interface of function pointers, so that neither
 // needs the other to build.
 //
 // A link has one stream for what is wanted. It and the inner backend's stream wait for each other through events of the
@@ -51,7 +51,7 @@ typedef struct rotary_link_lookup {
     rotary_page_ids   ids;       // in device memory
     int32_t *         slot_ids;  // in device memory
     uint64_t          number;    // of this layer's lookups on the device, from 1
-    bool              predicted; // it has been: its prefetches have to stop
+    bool              predicted; // it was predicted: its prefetches have to stop
 } rotary_link_lookup;
 
 // A prediction of the next layer's lookup from what this layer's experts get: that layer's router applied early. All in

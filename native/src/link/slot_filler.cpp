@@ -117,7 +117,7 @@ ggml_status slot_filler::fill(expert_store & store, transfer & way, statistics &
     static constexpr size_t  max_bytes = 256 << 10; // of a piece
 
     for (size_t done = 0; done < jobs.size();) {
-        // The first job is waited for; what else has landed comes along.
+        // Wait for the first job only; take along what else has landed.
         pieces_.clear();
         size_t n = 0;
         for (; done + n < jobs.size(); n++) {

@@ -13,6 +13,7 @@
 
 namespace rotary {
 
+// It is made before the first thread starts: the destructor ends them, wherever memory runs out.
 std::unique_ptr<staging_ring> staging_ring::open(std::shared_ptr<link> over, ggml_backend_dev_t inner,
                                                  std::string & reason) {
     std::unique_ptr<staging_ring> self(new staging_ring(std::move(over)));
@@ -20,6 +21,7 @@ std::unique_ptr<staging_ring> staging_ring::open(std::shared_ptr<link> over, ggm
 }
 
 bool staging_ring::set_up(ggml_backend_dev_t inner, std::string & reason) {
+    failure_.reserve(512); // here: a thread that copies has nobody to tell that memory ran out
     memory_ = link_->new_pinned(block_bytes * n_blocks, reason);
     if (!memory_.memory) {
         reason = "no memory can be page-locked, " + reason;
@@ -95,7 +97,8 @@ void staging_ring::work() {
         lock.lock();
         through.used = true;
         if (!done && failure_.empty()) {
-            failure_ = last_error(); // this thread's, for the one that waits
+            failure_.assign(last_error(),
+                            strnlen(last_error(), failure_.capacity())); // this thread's, for the one that waits
         }
         free_.push_back(index);
         left_--;

@@ -13,8 +13,8 @@ namespace rotary {
 // Host memory of so many bytes in all: what always stays free of it.
 uint64_t host_margin(uint64_t total);
 
-// What budget "auto" leaves free of the inner device's `total`: for other programs' peaks, and for what of ours is small and
-// comes later.
+// What budget "auto" leaves free of the inner device's `total`: for peaks of other programs, and for our own small
+// allocations that come later.
 uint64_t margin_bytes(const paged_model & model, uint64_t total);
 
 // Memory that slots may take besides what they have.

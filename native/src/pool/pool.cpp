@@ -59,7 +59,7 @@ bool pool::copy_out(const ggml_tensor * weight, void * data, size_t offset, size
 
 // ---- slots
 
-// What an exception leaves half done is undone, and tried again when it is asked for again.
+// If an exception is thrown, slots are released, and the next call tries again.
 int32_t pool::prepare() {
     if (lock.is_orphaned()) {
         return fail(
@@ -67,6 +67,12 @@ int32_t pool::prepare() {
             format("%s: this process was forked %s, so it cannot be used here; load the model in this process",
                    model.config.name.c_str(),
                    model.inner_is_host() ? "while its parent computed with the model" : "after the model was loaded"));
+    }
+    if (n_lost_ > 0) {
+        return fail(ROTARY_ERR_MEMORY,
+                    format("%s: memory ran out while its experts were loaded, and not all are known; "
+                           "close other programs, then load the model again",
+                           model.config.name.c_str()));
     }
     if (sizing_.is_done() || model.experts.tensors().empty()) {
         return sizing_.status();
@@ -109,7 +115,7 @@ bool pool::begin_graph(ggml_backend_t user) {
     if (spoiled_ && !forget_slots()) {
         return false;
     }
-    model.store.count_reads(); // a reset of the counters is for what comes now
+    model.store.count_reads(); // a reset of the counters counts from this graph on
     governor_.follow();
     rebalance(model, user);
     predicted.forget_guesses();

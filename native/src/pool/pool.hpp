@@ -17,6 +17,7 @@
 
 #include "ggml-backend.h"
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -41,6 +42,9 @@ class pool : public std::enable_shared_from_this<pool> {
                   size_t size); // false with this thread's error
 
     // ---- for the C API and the executor, with the lock held
+    void lose(int n) {
+        n_lost_ += n;
+    }                  // models of which not all experts are known, since memory ran out; without the lock
     int32_t prepare(); // choose the store, divide the budget and allocate slots, unless that is done
     void    set_budget(const budget & wanted, const std::string & text);
     int32_t warm(int32_t il, std::vector<int32_t> experts); // first_fill::set(), before slots are allocated
@@ -71,6 +75,7 @@ class pool : public std::enable_shared_from_this<pool> {
     sizing                      sizing_;
     memory_governor             governor_;
     std::vector<ggml_backend_t> users_;
+    std::atomic<int>            n_lost_{ 0 };
     bool                        spoiled_ = false; // by a failure after which slots could not be forgotten
     std::shared_ptr<pool>       self_;            // of an orphaned one, which is never destroyed
 

@@ -9,11 +9,11 @@
 namespace rotary {
 
 pool_lock::pool_lock(bool serves_child, std::function<void()> orphan) :
-    // Not waited for: a graph may take long, and wait for a lock of Python's that the one who forks holds.
+    // The lock is not waited for: a graph may take long, and may wait for a lock of Python's that the forking thread holds.
     guard_([this] { locked_for_fork_ = !held_here() && mutex_.try_lock(); },
            [this, serves_child, orphan = std::move(orphan)](bool in_child) {
                if (in_child && (!locked_for_fork_ || !serves_child)) {
-                   new (&mutex_) std::mutex; // who held it may not be here
+                   new (&mutex_) std::mutex; // the holder may not exist here
                    holder_   = std::thread::id();
                    orphaned_ = true;
                    orphan();

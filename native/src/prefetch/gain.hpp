@@ -11,7 +11,7 @@
 
 namespace rotary {
 
-// An expert predicted for a layer, and its place in the ranking.
+// An expert predicted for a layer, and the place it has in the ranking.
 struct guess {
     int32_t expert;
     int32_t rank;

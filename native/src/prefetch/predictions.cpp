@@ -17,7 +17,7 @@ void layer_prediction::forget_guesses() {
     }
 }
 
-// ---- who predicts
+// ---- the predictor
 
 bool predictions::applies_routers() const {
     const bool others = config_.predictor != automatic_predictor && config_.predictor != router_predictor;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Predictions: who predicts what a pool's layers will want, and what is predicted for each layer's next lookup: the next
-// layers' routers, applied early; routings where those cannot be had or others are asked for.
+// Predictions: the predictor of a pool, and what it predicts for each layer's next lookup. Routers of the next layers are
+// applied early; a predictor from routings serves where those cannot be had or another one is asked for.
 // Threading: under the pool's lock, but for the name, which may be asked for at any time.
 
 #pragma once

@@ -3,8 +3,8 @@
 // Prefetcher: reads what the next layers will probably want while the disk has nothing else to do.
 //
 // prefetch/ knows what will be wanted: routers as graphs have them (router_finder.hpp) and applied early (router.hpp),
-// predictors from routings alone (predictors/), who of them predicts for a pool and what (predictions.hpp), what following
-// them is worth (gain.hpp), and the two that act on it: this one, for reads of the direct store, and device_prefetch.hpp,
+// predictors from routings alone (predictors/), which of them a pool uses and what they say (predictions.hpp), what
+// following them is worth (gain.hpp), and the two that act on it: this one, for reads of the direct store, and device_prefetch.hpp,
 // for copies of the link. A prediction is a hint; exactness does not rest on it. Called by exec/ at each lookup.
 // Threading: one prefetcher for each backend, one graph at a time, under the lock of the pool that the graph runs over.
 

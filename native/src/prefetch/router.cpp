@@ -67,14 +67,14 @@ router_products::router_products(ggml_backend_t inner) : cpu_(inner) {
 
 bool router_products::multiply(const std::vector<router *> & routers, std::vector<float> & normed, int64_t n_tokens,
                                std::vector<const float *> & products) {
-    static constexpr size_t most = 16; // nodes
+    static constexpr size_t max_nodes = 16;
 
-    if (cpu_ == nullptr || routers.size() * 3 > most) {
+    if (cpu_ == nullptr || routers.size() * 3 > max_nodes) {
         return false;
     }
     if (!context_) {
-        context_.reset(
-            ggml_init({ ggml_tensor_overhead() * most + ggml_graph_overhead_custom(most, false), nullptr, true }));
+        context_.reset(ggml_init(
+            { ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false), nullptr, true }));
     }
     ggml_reset(context_.get());
     size_t n_products = 0;
@@ -84,7 +84,7 @@ bool router_products::multiply(const std::vector<router *> & routers, std::vecto
     products_.resize(n_products);
     products.clear();
 
-    ggml_cgraph * graph = ggml_new_graph_custom(context_.get(), most, false);
+    ggml_cgraph * graph = ggml_new_graph_custom(context_.get(), max_nodes, false);
     float *       out   = products_.data();
     for (router * each : routers) {
         ggml_tensor * state  = ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, each->n_embd(), n_tokens);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Router: which experts a layer will probably choose, from the hidden state that an earlier layer's experts get: the
-// later layer's router applied early. A hint only; exactness does not rest on it.
+// Router: predicts which experts a layer will choose, from the hidden state that an earlier layer's experts get, by applying
+// the later layer's router early. A hint only; exactness does not rest on it.
 // Idea: Eliseev and Mazur, "Fast inference of mixture-of-experts language models with offloading", arXiv 2312.17238.
 // Threading: none of its own; the pool locks.
 

@@ -16,7 +16,9 @@ namespace rotary {
 // ---- wanting
 
 direct_store::direct_store(std::unique_ptr<reader> reader, size_t staging_bytes) :
-    area_(staging_bytes), reader_(std::move(reader)) {}
+    area_(staging_bytes), reader_(std::move(reader)) {
+    results_.reserve(reader::max_in_flight); // the reader can always hand over
+}
 
 direct_store::found direct_store::demand(const stored_tensor & tensor, int32_t expert, char * target) {
     const auto [it, absent] = parts_.try_emplace({ &tensor, expert }, part{});
@@ -262,7 +264,7 @@ void direct_store::reap(bool wait) {
     if (!results_.empty() && in_flight_bytes_ == 0) {
         const uint64_t busy_us = std::max<uint64_t>(now_us() - busy_since_us_, 1);
         counters_.read_us += busy_us;
-        // What landed while nobody looked was noticed late: a span that did not end in a wait tells a lower bound only.
+        // Reads that landed while nobody looked were noticed late: unless the span ended in a wait, this is only a lower bound.
         const double seen = (double) busy_bytes_ / busy_us;
         if (wait || seen > bytes_per_us_) {
             bytes_per_us_ += (seen - bytes_per_us_) / 8;
@@ -286,7 +288,7 @@ const char * direct_store::wait(const stored_tensor & tensor, int32_t expert) {
             if (!reads_.empty()) {
                 reap(true);
             } else {
-                // Nothing in flight and no room: what has landed early for later is in the way. It is read again then.
+                // Nothing in flight and no room: parts that landed early are in the way. They are read again when they are wanted.
                 for (auto & [other, entry] : parts_) {
                     if (entry.now == state::landed && entry.block) {
                         entry          = part{};
@@ -329,9 +331,9 @@ void direct_store::take(const stored_tensor & tensor, int32_t expert) {
     }
 }
 
-void direct_store::clear() {
-    while (std::any_of(reads_.begin(), reads_.end(), [](const auto & each) { return each.second.block == nullptr; })) {
-        reap(true);
+void direct_store::clear() noexcept {
+    if (std::any_of(reads_.begin(), reads_.end(), [](const auto & each) { return each.second.block == nullptr; })) {
+        reader_->finish(); // their ends are noticed the next time
     }
     parts_.clear();
     demanded_.clear();

@@ -72,7 +72,7 @@ class direct_store {
     const char * wait(const stored_tensor & tensor, int32_t expert);
     bool         landed(const stored_tensor & tensor, int32_t expert) const;
     void         take(const stored_tensor & tensor, int32_t expert); // done with the bytes
-    void         clear(); // done with everything; no target is written any more
+    void         clear() noexcept; // done with everything; no target is written any more
 
     // Time for reading so much, and until everything demanded has landed, by the bandwidth seen so far.
     double time_for(size_t bytes) const { return (double) bytes / bytes_per_us_; } // us
@@ -107,7 +107,7 @@ class direct_store {
         bool                  demanded = false;
         target_source *       targets  = nullptr; // of a prefetch whose target is yet to be claimed
         char *                target   = nullptr; // NULL: the staging area
-        uint64_t              read     = 0;       // the read it comes with
+        uint64_t              read     = 0;       // number of the read that brings it
         std::shared_ptr<char> block;              // of the staging area, shared by the parts of one read
         const char *          data  = nullptr;
         int                   error = 0;

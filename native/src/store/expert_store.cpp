@@ -138,7 +138,7 @@ static uint64_t staging_bytes(uint64_t wanted, uint64_t available, uint64_t min_
     return std::max(wanted, min_bytes);
 }
 
-// Open the direct store, or open it to the models that came since. What fails leaves their mappings usable.
+// Open the direct store, or open it to models that were loaded since. If that fails, their mappings stay usable.
 bool expert_store::open_direct(uint64_t one_token, const std::function<void()> & unpin) {
     uint64_t largest = 0, all_bytes = 0;
     for (const stored_tensor * tensor : tensors_) {

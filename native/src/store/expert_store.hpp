@@ -8,8 +8,8 @@
 // become ordinary memory, and nothing is left in the page cache that memory pressure could fight over. In front of an inner
 // device with memory of its own, what has been read stays in a tier of slots in RAM (ram_tier.hpp).
 //
-// store/ knows files, reads and memory; it knows neither graphs nor the inner device's slots: who wants an expert hands over
-// a read target. Called by link/ (which copies the bytes), model/ (sizing), prefetch/ and exec/.
+// store/ knows files, reads and memory; it knows neither graphs nor the inner device's slots: callers hand
+// over a read target. Called by link/ (which copies the bytes), model/ (sizing), prefetch/ and exec/.
 // Threading: none of its own, the pool locks; reads go on in the background between calls.
 
 #pragma once
@@ -60,7 +60,7 @@ class expert_store {
     bool         fetchable(const stored_tensor & tensor, int32_t expert) const; // without waiting
     void         release(const stored_tensor & tensor, int32_t expert);
 
-    // A weight's bytes for somebody who does not compute with them; false with this thread's error.
+    // A weight's bytes for a caller who does not compute with them; false with this thread's error.
     bool copy_out(const char * weight, void * data, size_t offset, size_t size) const;
 
     bool files_unchanged() const; // else this thread's error says what happened

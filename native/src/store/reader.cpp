@@ -26,9 +26,9 @@ class read_threads {
     static constexpr size_t n_wanted   = 8;
     static constexpr size_t n_requests = n_wanted * 4; // in flight
 
-    // As many as the system gives us; then without any, complete() reads.
-    explicit read_threads(std::string & reason) {
-        threads_.reserve(n_wanted);
+    // As many as the system gives us; then without any, complete() reads. It is made before the first of them starts: the
+    // destructor ends them, wherever memory runs out.
+    explicit read_threads(std::string & reason) : read_threads() {
         try {
             while (threads_.size() < n_wanted) {
                 threads_.emplace_back([this] { work(); });
@@ -78,6 +78,8 @@ class read_threads {
     }
 
   private:
+    read_threads() { threads_.reserve(n_wanted); }
+
     void work() {
         std::unique_lock<std::mutex> lock(mutex_);
         while (true) {
@@ -142,6 +144,8 @@ reader::reader() :
             mutex_.unlock();
         }) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    finished_.reserve(max_in_flight);
+    some_.reserve(max_in_flight);
     open();
 }
 
@@ -179,11 +183,17 @@ std::vector<std::string> reader::take_notices() {
 // ---- reading
 
 size_t reader::capacity() const {
+    static_assert(uring::n_entries <= max_in_flight && read_threads::n_requests <= max_in_flight, "no more than that");
     return kind_ == ROTARY_IO_URING ? (size_t) uring::n_entries : read_threads::n_requests;
 }
 
 void reader::submit(const read_request & request) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    resume();
+    start(request);
+}
+
+void reader::start(const read_request & request) {
     if (!uring_ && !threads_) {
         open();
     }
@@ -200,35 +210,54 @@ void reader::complete(std::vector<read_result> & results, bool wait) {
         results.insert(results.end(), finished_.begin(), finished_.end());
         finished_.clear();
     }
-    take(results, wait && results.empty());
+    collect(results, wait && results.empty());
+    resume();
+    if (wait && results.empty()) { // the ring has failed
+        collect(results, true);
+    }
 }
 
-void reader::take(std::vector<read_result> & results, bool wait) {
+void reader::finish() noexcept {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    finish_all();
+    for (const read_request & each : unread_) {
+        finished_.push_back({ each.tag, ECANCELED });
+    }
+    unread_.clear();
+}
+
+// Needs no memory where `results` has room for all that is in flight: a thread that forks calls it.
+void reader::collect(std::vector<read_result> & results, bool wait) {
     if (uring_) {
         const int error = uring_->complete(results, wait);
-        if (error == 0) {
-            return;
+        if (error != 0) {
+            unread_     = uring_->take_back(results, error);
+            ring_error_ = error;
+            uring_.reset();
         }
-        notices_.push_back(format("io_uring does not work any more, so reads go through threads: io_uring_enter: %s",
-                                  strerror(error)));
-        const std::vector<read_request> unread = uring_->take_back(results, error);
-        uring_.reset();
-        start_threads();
-        for (const read_request & each : unread) {
-            threads_->submit(each);
-        }
-    }
-    if (threads_) {
-        threads_->complete(results, wait && results.empty());
+    } else if (threads_) {
+        threads_->complete(results, wait);
     }
 }
 
-void reader::finish_all() {
-    std::vector<read_result> some;
+// What a ring has left unread goes to threads. Where memory runs out, the rest of that is done the next time.
+void reader::resume() {
+    if (ring_error_ != 0) {
+        notices_.push_back(format("io_uring does not work any more, so reads go through threads: io_uring_enter: %s",
+                                  strerror(ring_error_)));
+        start_threads();
+        ring_error_ = 0;
+    }
+    for (; !unread_.empty(); unread_.pop_back()) {
+        start(unread_.back());
+    }
+}
+
+void reader::finish_all() noexcept {
     while ((uring_ && uring_->in_flight() > 0) || (threads_ && threads_->in_flight() > 0)) {
-        some.clear();
-        take(some, true);
-        finished_.insert(finished_.end(), some.begin(), some.end());
+        some_.clear();
+        collect(some_, true);
+        finished_.insert(finished_.end(), some_.begin(), some_.end());
     }
 }
 

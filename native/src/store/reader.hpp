@@ -55,13 +55,19 @@ class reader {
     ~reader(); // waits for what is in flight: nobody must write into freed memory
 
     rotary_io kind() const { return kind_; }
-    size_t    capacity() const; // reads that may be in flight
+    size_t    capacity() const;                 // reads that may be in flight
+
+    static constexpr size_t max_in_flight = 64; // whatever the capacity is by now
 
     // Start a read; the caller keeps to the capacity.
     void submit(const read_request & request);
 
-    // Take what has finished. With `wait`, and something in flight, at least one.
+    // Take what has finished. With `wait`, and something in flight, at least one. Where memory runs out, nothing is lost:
+    // what is not in `results` comes the next time.
     void complete(std::vector<read_result> & results, bool wait);
+
+    // Wait until nothing is in flight, so that no memory is written any more. What has not begun yet is cancelled.
+    void finish() noexcept;
 
     // Fallbacks since this was last asked, with their reasons.
     std::vector<std::string> take_notices();
@@ -69,14 +75,19 @@ class reader {
   private:
     void open();
     void start_threads();
-    void take(std::vector<read_result> & results, bool wait);
-    void finish_all();
+    void start(const read_request & request);
+    void collect(std::vector<read_result> & results, bool wait);
+    void resume();
+    void finish_all() noexcept;
 
-    std::mutex                    mutex_;    // between the user and a fork
+    std::mutex                    mutex_;          // between the user and a fork
     std::atomic<rotary_io>        kind_{ ROTARY_IO_THREADS };
-    std::unique_ptr<uring>        uring_;    // one of the two; neither in a child that has not read yet
+    std::unique_ptr<uring>        uring_;          // one of the two; neither in a child that has not read yet
     std::unique_ptr<read_threads> threads_;
-    std::vector<read_result>      finished_; // before a fork, and not taken yet
+    std::vector<read_result>      finished_;       // before a fork, and not taken yet; with room for all, as the next
+    std::vector<read_result>      some_;
+    std::vector<read_request>     unread_;         // of a ring that has failed
+    int                           ring_error_ = 0; // of one for which there are no threads yet
     std::vector<std::string>      notices_;
     fork_guard                    guard_;
 };

@@ -67,6 +67,9 @@ bool uring::set_up(std::string & reason) {
     cq_mask_  = *at(params.cq_off.ring_mask);
     cqes_     = (const io_uring_cqe *) (const void *) (ring_ + params.cq_off.cqes);
     slots_.resize(n_entries);
+    free_.reserve(n_entries);   // here: what has left the ring must not be lost, nor a destructor fail,
+    unread_.reserve(n_entries); // where memory has run out
+    dropped_.reserve(n_entries);
     for (unsigned i = 0; i < n_entries; i++) {
         free_.push_back(i);
     }
@@ -79,13 +82,13 @@ char * uring::map(size_t size, long what) const {
 }
 
 uring::~uring() {
-    std::vector<read_result> dropped;
-    int                      error = 0;
+    int error = 0;
     while (in_flight_ > 0 && error == 0) {
-        dropped.clear();
-        error = complete(dropped, true);
+        dropped_.clear();
+        error = complete(dropped_, true);
     }
-    take_back(dropped, error);
+    dropped_.clear();
+    take_back(dropped_, error);
     abandon();
 }
 
@@ -117,16 +120,16 @@ void uring::submit(const read_request & request) {
 }
 
 void uring::push(size_t index) {
-    const slot &   its  = slots_[index];
-    const unsigned tail = *sq_tail_;
-    io_uring_sqe & sqe  = sqes_[tail & sq_mask_];
+    const slot &   entry = slots_[index];
+    const unsigned tail  = *sq_tail_;
+    io_uring_sqe & sqe   = sqes_[tail & sq_mask_];
     memset(&sqe, 0, sizeof(sqe));
     sqe.opcode                 = IORING_OP_READ;
-    sqe.fd                     = its.request.fd;
-    sqe.off                    = its.request.offset + its.done;
-    sqe.addr                   = (uint64_t) (its.request.memory + its.done);
-    sqe.len                    = (unsigned) (its.request.size - its.done);
-    sqe.user_data              = (uint64_t) its.turn << 32 | index;
+    sqe.fd                     = entry.request.fd;
+    sqe.off                    = entry.request.offset + entry.done;
+    sqe.addr                   = (uint64_t) (entry.request.memory + entry.done);
+    sqe.len                    = (unsigned) (entry.request.size - entry.done);
+    sqe.user_data              = (uint64_t) entry.turn << 32 | index;
     sq_array_[tail & sq_mask_] = tail & sq_mask_;
     __atomic_store_n(sq_tail_, tail + 1, __ATOMIC_RELEASE);
     enter(0); // what it did not take now, the next call will
@@ -160,7 +163,7 @@ int uring::complete(std::vector<read_result> & results, bool wait) {
 void uring::reap(std::vector<read_result> & results) {
     static constexpr unsigned max_cancelled = 8;
 
-    results.reserve(results.size() + in_flight_); // what has left the ring must not be lost
+    results.reserve(results.size() + in_flight_); // the same
     unsigned head = *cq_head_;
     while (head != __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE)) {
         const io_uring_cqe cqe = cqes_[head & cq_mask_];
@@ -169,22 +172,22 @@ void uring::reap(std::vector<read_result> & results) {
         if (index >= slots_.size() || slots_[index].turn != cqe.user_data >> 32) {
             continue;
         }
-        slot &       its   = slots_[index];
+        slot &       entry = slots_[index];
         const bool   again = cqe.res == -EINTR || cqe.res == -EAGAIN || cqe.res == -ECANCELED;
-        const size_t done  = cqe.res > 0 ? its.request.go_on_at(its.done, cqe.res) : its.done;
-        if (again || (done > its.done && done < its.request.needed)) { // a short read: ask for the rest
-            its.done = done;
-            if (cqe.res == -ECANCELED && ++its.cancelled > max_cancelled) {
+        const size_t done  = cqe.res > 0 ? entry.request.go_on_at(entry.done, cqe.res) : entry.done;
+        if (again || (done > entry.done && done < entry.request.needed)) { // a short read: ask for the rest
+            entry.done = done;
+            if (cqe.res == -ECANCELED && ++entry.cancelled > max_cancelled) {
                 refused_ = ECANCELED;
             }
             if (!ending_ && refused_ == 0) {
                 push(index);
                 continue;
             }
-            unread_.push_back(its.request.rest(its.done));
+            unread_.push_back(entry.request.rest(entry.done));
         } else {
-            const int error = cqe.res < 0 ? -cqe.res : done >= its.request.needed ? 0 : ENODATA;
-            results.push_back({ its.request.tag, error });
+            const int error = cqe.res < 0 ? -cqe.res : done >= entry.request.needed ? 0 : ENODATA;
+            results.push_back({ entry.request.tag, error });
         }
         release(index);
     }

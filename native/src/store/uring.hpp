@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Uring: an io_uring of reads, through its system calls: all that is needed of it is one ring.
+// Uring: an io_uring of reads, through the system calls: one ring is all that is needed.
 // Threading: one user thread at a time.
 // Source: io_uring_setup(2), io_uring_enter(2).
 
@@ -42,7 +42,7 @@ class uring {
         read_request request;
         size_t       done;      // bytes that have come; a read may come in pieces
         unsigned     cancelled; // how often the kernel has cancelled it
-        uint32_t     turn;      // of using this slot: what comes for an earlier one is nobody's
+        uint32_t     turn;      // counts uses of this slot: completions for an earlier one are ignored
     };
 
     uring() = default;
@@ -73,6 +73,7 @@ class uring {
     bool                      ending_    = false;
     int                       refused_   = 0; // errno, once the kernel goes on cancelling a read
     std::vector<read_request> unread_;        // while it ends
+    std::vector<read_result>  dropped_;       // by the destructor
 };
 
 } // namespace rotary

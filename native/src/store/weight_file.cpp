@@ -43,18 +43,19 @@ template <typename predicate> static std::vector<mapping> mappings(const predica
     std::vector<mapping> found;
     std::ifstream        maps("/proc/self/maps");
     std::string          line;
+    line.reserve(4096); // here: in getline(), a shortage of memory passes for the end of the file
     while (std::getline(maps, line)) {
         uint64_t begin, end;
         int      path = 0;
-        mapping  its;
+        mapping  next;
         if (sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %*s %" SCNx64 " %x:%x %" SCNu64 " %n", &begin, &end,
-                   &its.offset, &its.major, &its.minor, &its.inode, &path) < 6) {
+                   &next.offset, &next.major, &next.minor, &next.inode, &path) < 6) {
             continue;
         }
-        its.range = { (char *) begin, (char *) end };
-        its.path  = path > 0 ? line.substr(path) : "";
-        if (its.inode != 0 && !its.path.empty() && its.path[0] == '/' && wanted(its)) {
-            found.push_back(its);
+        next.range = { (char *) begin, (char *) end };
+        next.path  = path > 0 ? line.substr(path) : "";
+        if (next.inode != 0 && !next.path.empty() && next.path[0] == '/' && wanted(next)) {
+            found.push_back(next);
         }
     }
     return found;
@@ -62,7 +63,7 @@ template <typename predicate> static std::vector<mapping> mappings(const predica
 
 static bool mapping_at(const char * address, mapping & found) {
     const auto here =
-        mappings([&](const mapping & its) { return address >= its.range.begin && address < its.range.end; });
+        mappings([&](const mapping & each) { return address >= each.range.begin && address < each.range.end; });
     if (!here.empty()) {
         found = here[0];
     }
@@ -239,19 +240,19 @@ bool mapping_takeover::add(const std::vector<memory_range> & experts, const std:
     };
     // Of the first expert that is still mapped; another pool has copied pages that are not experts' alone.
     mapping first;
-    if (std::none_of(experts.begin(), experts.end(), [&](const memory_range & its) {
-            return first_page(its) < its.end && mapping_at(first_page(its), first);
+    if (std::none_of(experts.begin(), experts.end(), [&](const memory_range & each) {
+            return first_page(each) < each.end && mapping_at(first_page(each), first);
         })) {
         return true;
     }
     // What is left of one mapping: pools of several devices share it, and llama.cpp has unmapped what it copied from the
     // ends of the file. By now that may be anybody's memory.
-    const auto base_of = [](const mapping & its) {
-        return (uintptr_t) its.range.begin - its.offset;
+    const auto base_of = [](const mapping & each) {
+        return (uintptr_t) each.range.begin - each.offset;
     };
-    const auto left = mappings([&](const mapping & its) {
-        return its.inode == first.inode && its.major == first.major && its.minor == first.minor &&
-               base_of(its) == base_of(first);
+    const auto left = mappings([&](const mapping & each) {
+        return each.inode == first.inode && each.major == first.major && each.minor == first.minor &&
+               base_of(each) == base_of(first);
     });
     const auto clip = [&](const memory_range & range, const mapping & within) {
         // A page that an expert shares with something else is kept.
@@ -308,8 +309,8 @@ bool mapping_takeover::add_siblings(const std::set<std::string> & paths, const s
             prefixes.insert(prefix);
         }
     }
-    const auto siblings = mappings([&](const mapping & its) {
-        return shard_prefix(its.path, prefix) && prefixes.count(prefix) != 0 && with_experts.count(its.path) == 0;
+    const auto siblings = mappings([&](const mapping & each) {
+        return shard_prefix(each.path, prefix) && prefixes.count(prefix) != 0 && with_experts.count(each.path) == 0;
     });
     return std::all_of(siblings.begin(), siblings.end(),
                        [&](const mapping & each) { return add_copy(each.path, each.range.begin, each.range.end); });

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // ARC: experts used once since they came and those used again, each least recently used first, and how much of the slots
-// the first kind gets, which follows from which kind is missed after it has left. Who must not leave now is passed over.
+// the first kind gets, which follows from which kind is missed after its eviction. Experts that must not be evicted now are skipped.
 // Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003.
 
 #include "cache/policies/policy.hpp"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Least frequently used, older uses counting less: each token takes a twentieth of what the uses before it are worth.
+// Least frequently used, older uses counting less: with each token, uses before it lose a twentieth of their worth.
 // Instead of all values shrinking, what a use adds grows.
 // Lee et al., "LRFU: a spectrum of policies that subsumes the least recently used and least frequently used policies",
 // IEEE Transactions on Computers 50, 2001.

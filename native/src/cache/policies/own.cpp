@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// A policy that is the caller's, in Python for example: rotary_policy in rotary.h.
+// A policy of the caller's own, in Python for example: rotary_policy in rotary.h.
 
 #include "cache/policies/policy.hpp"
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Eviction policy of one layer: which resident expert leaves when a slot is wanted. Pure logic, one policy a file, chosen
-// by name. A policy sees every routing of its layer, what enters and what leaves; the slot table asks it for a victim.
+// Eviction policy of one layer: picks the victim when a slot is wanted. Pure logic, one policy a file, chosen by name. A
+// policy sees every routing of its layer, and which experts enter slots and leave them.
 // Threading: none of its own; the owner of the slot table locks.
 
 #pragma once
@@ -22,23 +22,23 @@ class policy {
     // A routing, ids[n_tokens][n_used] with the router's weights or NULL, before any of it enters.
     virtual void note(const int32_t * ids, const float * weights, int32_t n_used, int32_t n_tokens) = 0;
 
-    // Experts that come and go. `wanted` is false for one that came ahead and was not wanted then.
+    // An expert enters a slot or is evicted. `wanted` is false for one that was prefetched and not used.
     virtual void enter(int32_t /* expert */, bool /* wanted */) {}
     virtual void leave(int32_t /* expert */) {}
 
-    // Its layer has as many slots from now on.
+    // The layer has this many slots from now on.
     virtual void resize(int32_t /* n_slots */) {}
 
     virtual bool wants_weights() const { return false; }
 
-    // Who leaves, of these resident experts, in the order of their slots; never empty.
+    // The victim among these resident experts, which are in the order of their slots; never empty.
     virtual int32_t choose(const std::vector<int32_t> & candidates) = 0;
 
-    // The same as a device can do it, if it can: page_table.h.
+    // This policy as a device can run it (page_table.h); NULL if it cannot.
     virtual class valued_policy * on_device() { return nullptr; }
 };
 
-// Each expert has a value, resident or not, and the one of the lowest leaves.
+// Each expert has a value, resident or not; the victim has the lowest.
 class valued_policy : public policy {
   public:
     explicit valued_policy(int32_t n_expert) : value(n_expert, 0.0) {}
@@ -80,7 +80,7 @@ bool                             policy_known(const std::string & name);
 std::string                      policy_not_known(const std::string & name);
 std::shared_ptr<routing_history> routing_history_new(int32_t n_layers); // for all policies of one model
 
-// Not one by itself: the best that can run where lookups are resolved. recall wants to see all routings, on the host.
+// "auto" stands for the best policy that can run where lookups are resolved; recall has to see all routings on the host.
 static constexpr const char * automatic_policy = "auto";
 static constexpr const char * best_policy      = "recall";
 static constexpr const char * best_on_device   = "lfu";

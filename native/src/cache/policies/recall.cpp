@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Recall: tokens that were routed alike go on alike. The last token's routing, in all layers as far as it is known, is
+// Recall: tokens that were routed alike are followed by tokens that are routed alike. The last token's routing, in all layers as far as it is known, is
 // compared with that of each token of a window behind it; what followed the similar ones is probably wanted next. Where
 // nothing is recalled, it is lfu.
 //
@@ -79,7 +79,7 @@ class recall : public policy {
     }
 
   private:
-    static constexpr double keep = 0.95, further = 0.8; // what a token later, or further ahead, counts less
+    static constexpr double keep = 0.95, further = 0.8; // what counts less with each token before, or after
 
     // What followed a token counts by the fourth power of its likeness.
     void score() {

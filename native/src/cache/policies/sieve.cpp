@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // SIEVE: a queue in the order of arrival, a hand that goes from the oldest to the newest, and a mark for those used since
-// it last passed. The hand takes the first without a mark; who must not leave now is passed over as it is.
+// it last passed. The victim is the first without a mark; experts that must not be evicted now are skipped as they are.
 // Zhang et al., "SIEVE is simpler than LRU: an efficient turn-key eviction algorithm for web caches", NSDI 2024.
 
 #include "cache/policies/policy.hpp"
@@ -30,7 +30,7 @@ class sieve : public policy {
     }
 
     int32_t choose(const std::vector<int32_t> & candidates) override {
-        while (true) { // twice round at the most: the first time takes the marks away
+        while (true) { // at most two rounds: the first one removes the marks
             hand_                = hand_ < (int64_t) queue_.size() ? hand_ : 0;
             const int32_t expert = queue_[hand_];
             if (std::find(candidates.begin(), candidates.end(), expert) != candidates.end()) {

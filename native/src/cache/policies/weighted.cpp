@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// As lfu, but a use is worth what the router gave it, where that is known: an expert that was nearly not chosen is less
-// likely to be wanted again.
+// Like lfu, but a use counts by the router's weight, where that is known: an expert that was barely chosen is less likely
+// to be wanted again.
 
 #include "cache/policies/policy.hpp"
 
@@ -18,17 +18,17 @@ class weighted : public valued_policy {
     bool wants_weights() const override { return true; }
 
     void note(const int32_t * ids, const float * weights, int32_t n_used, int32_t n_tokens) override {
-        static constexpr double keep = 0.95, most = 1e100;
+        static constexpr double keep = 0.95, max_gain = 1e100;
 
         for (int32_t i = 0; i < n_used * n_tokens; i++) {
             clock /= i % n_used == 0 ? keep : 1;
             value[ids[i]] += weights != nullptr ? clock * std::sqrt((double) weights[i]) : clock;
         }
-        if (clock > most) {
+        if (clock > max_gain) {
             for (double & each : value) {
-                each /= most;
+                each /= max_gain;
             }
-            clock /= most;
+            clock /= max_gain;
         }
     }
 };

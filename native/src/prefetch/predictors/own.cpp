@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// A predictor that is the caller's, in Python for example: rotary_predictor in rotary.h.
+// A predictor of the caller's own, in Python for example: rotary_predictor in rotary.h.
 
 #include "prefetch/predictors/predictor.hpp"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// What the layer chose most often, each token taking a twentieth of what was before.
+// What the layer chose most often; with each token, choices before it lose a twentieth of their worth.
 
 #include "prefetch/predictors/predictor.hpp"
 

@@ -16,8 +16,9 @@ struct known_predictor {
 static const known_predictor known[] = {
     { "previous", previous_new },
     { "popular", popular_new },
-    { "transition", [](const predictor_setting & its) { return std::unique_ptr<predictor>(transition_new(its)); } },
-    { "similar", [](const predictor_setting & its) { return std::unique_ptr<predictor>(similar_new(its)); } },
+    { "transition",
+      [](const predictor_setting & setting) { return std::unique_ptr<predictor>(transition_new(setting)); } },
+    { "similar", [](const predictor_setting & setting) { return std::unique_ptr<predictor>(similar_new(setting)); } },
     { "mixed", mixed_new },
 };
 

@@ -28,7 +28,7 @@ class predictor {
     virtual void learn(int32_t /* layer */, const float * /* popularity */, const float * /* pairs */,
                        const float * /* popularity_before */, int64_t /* n_tokens */) {}
 
-    // After the routing of `layer`: what `ahead` will want for the last token, likeliest first, n of them at the most.
+    // After the routing of `layer`: what `ahead` will want for the last token, likeliest first, at most n.
     virtual void name(int32_t layer, int32_t ahead, int32_t n, std::vector<int32_t> & experts) = 0;
 };
 
@@ -68,7 +68,7 @@ const char *               predictor_names(); // "previous,popular,..."
 bool                       predictor_known(const std::string & name);
 std::string                predictor_not_known(const std::string & name);
 
-// Not among those: the next layers' routers, and the best of the others where they cannot be had.
+// Not predictors from routings: "auto" and "router", the next layers' routers; and the best one where those cannot be had.
 static constexpr const char * automatic_predictor = "auto";
 static constexpr const char * router_predictor    = "router";
 static constexpr const char * best_without_router = "mixed";

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// What the tokens routed most like this one, in the layers so far, chose there: as the eviction policy recall, within a
-// token.
+// What those tokens chose there that were routed most like this one in the layers so far: the idea of the eviction policy
+// recall, within one token.
 
 #include "prefetch/predictors/predictor.hpp"
 
@@ -37,9 +37,9 @@ class similar : public scoring_predictor {
             told_[expert] = n_noted_;
         }
         for (size_t i = 0; i < shared_.size(); i++) {
-            const std::vector<int32_t> & its = tokens_[i][layer];
+            const std::vector<int32_t> & then = tokens_[i][layer];
             shared_[i] +=
-                std::count_if(its.begin(), its.end(), [&](int32_t expert) { return told_[expert] == n_noted_; });
+                std::count_if(then.begin(), then.end(), [&](int32_t expert) { return told_[expert] == n_noted_; });
         }
     }
 

@@ -77,9 +77,9 @@ class transition : public scoring_predictor {
 
     // [n_expert][n_expert]; made when it is first wanted.
     std::vector<float> & table(int32_t distance, int32_t layer) {
-        std::vector<float> & its = pairs_[distance - 1][layer];
-        its.resize((size_t) n_expert_ * n_expert_, 0);
-        return its;
+        std::vector<float> & pairs = pairs_[distance - 1][layer];
+        pairs.resize((size_t) n_expert_ * n_expert_, 0);
+        return pairs;
     }
 
     int32_t                                        last_ = -1;
