@@ -64,7 +64,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find native/src native/cuda tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find native/src tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 
 fuzz: setup
 	$(PY) -m tests.fuzz.run $(FUZZ)

@@ -3,7 +3,7 @@
 
 ``/proc/self/cgroup`` has the path of the process's own group as its cgroup namespace shows it,
 ``/proc/self/mountinfo`` what of each hierarchy is mounted where. In a container the two need not fit
-together; then all that is mounted counts. native/src/cgroup.cpp finds the same groups for paging, and
+together; then all that is mounted counts. native/src/base/cgroup.cpp finds the same groups for paging, and
 tests/test_machine.py holds both to the same trees.
 
 Source: cgroups(7), cgroup_namespaces(7), proc_pid_mountinfo(5).

@@ -59,7 +59,7 @@ def budget_bytes(budget: Budget, layers: Sequence[LayerInfo], free_bytes: int) -
 
 
 def raised_evenly(n_bytes: int, layers: Sequence[LayerInfo]) -> list[int]:
-    """Raise the layers with the fewest slots until nothing fits, as native/src/cache/budget.cpp does."""
+    """Raise the layers with the fewest slots until nothing fits, as native/src/cache/division.cpp does."""
     slots = [layer.n_expert_used for layer in layers]
     used = sum(n * layer.expert_bytes for n, layer in zip(slots, layers, strict=True))
     while True:

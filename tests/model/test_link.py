@@ -221,7 +221,7 @@ def test_prefetch_that_the_device_cannot_have(synthetic, stock_trace, late):
     assert_equal(paged, stock_trace(half, n_prompt=LONG, **CPU))
     [notice] = stats["notices"]
     assert "the router of layer 0, and maybe others, cannot be applied early" in notice
-    assert "not there as F32" in notice and "not brought ahead" in notice
+    assert "not there as F32" in notice and "not prefetched" in notice
     assert stats["predicted"] == 0 < stats["device_lookups"]
 
 
@@ -485,7 +485,7 @@ def test_the_cuda_link_without_a_gpu(native):
 
 
 class Api(ctypes.Structure):
-    """The beginning of link.h's rotary_link_api."""
+    """The beginning of link_api.h's rotary_link_api."""
 
     _fields_ = (
         ("abi", ctypes.c_int32),

@@ -2,7 +2,7 @@
 //
 // page_table.h for a test: a table in host memory, resolved by a team of one, or by a team of threads as a GPU's are.
 
-#include "page_table.h"
+#include "cache/page_table.h"
 
 #include <condition_variable>
 #include <cstring>
@@ -72,7 +72,7 @@ struct threads_team {
         sync(); // before the next vote changes it
         return result;
     }
-    int32_t least(int64_t key, int32_t index) const {
+    int32_t min(int64_t key, int32_t index) const {
         at.meet(false, key, index);
         const int32_t result = at.least;
         sync();
@@ -139,9 +139,9 @@ EXPORT int32_t table_resolve(table * made, const int32_t * ids, int32_t n_used, 
 // scores[n_tokens, n_expert] of the next lookup. ahead: as pages. Returns how many are to be copied ahead.
 EXPORT int32_t table_foretell(table * made, const float * scores, int32_t n_tokens, int32_t n_used, int32_t n_threads,
                               int32_t * ahead) {
-    as_team(n_threads, [&](const auto & team) { rotary_page_foretell(team, made->its, scores, n_tokens, n_used); });
-    memcpy(ahead, made->its.ahead, sizeof(rotary_page) * made->state.n_ahead);
-    return made->state.n_ahead;
+    as_team(n_threads, [&](const auto & team) { rotary_page_predict(team, made->its, scores, n_tokens, n_used); });
+    memcpy(ahead, made->its.prefetches, sizeof(rotary_page) * made->state.n_prefetches);
+    return made->state.n_prefetches;
 }
 
 // So many pieces have been taken, and copied if there were so many.
@@ -151,10 +151,10 @@ EXPORT void table_land(table * made, uint32_t n_pieces) {
 
 EXPORT void table_settle(table * made, int32_t n_threads) {
     as_team(n_threads, [&](const auto & team) {
-        rotary_page_settle(team, made->its, -1);
+        rotary_page_commit(team, made->its, -1);
         team.sync();
         if (team.rank() == 0) {
-            made->state.n_ahead = made->state.n_foretold = 0;
+            made->state.n_prefetches = made->state.n_predicted = 0;
         }
     });
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The page table that a device resolves itself (native/src/page_table.h): request by request as the
+"""The page table that a device resolves itself (native/src/cache/page_table.h): request by request as the
 slot table."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which predictions are followed, and how many layers ahead (native/src/experience.hpp)."""
+"""Which predictions are followed, and how many layers ahead (native/src/prefetch/gain.hpp)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """prefetch_gain_host.cpp, compiled."""
-    loaded = pure_logic(tmp_path_factory.mktemp("gain"), "native/prefetch_gain_host.cpp", "experience.cpp")
+    loaded = pure_logic(tmp_path_factory.mktemp("gain"), "native/prefetch_gain_host.cpp", "prefetch/gain.cpp")
     loaded.experience_new.restype = ctypes.c_void_p
     loaded.experience_layer_us.restype = ctypes.c_double
     for name in ("trusts", "pays"):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // A GPU for machines without one: a ggml device whose stream is a thread that computes with the CPU backend, late and
-// by chance later, and the link to it (native/src/link.h), whose stream is another such thread. Its memory is ordinary
+// by chance later, and the link to it (native/src/link/link_api.h), whose stream is another such thread. Its memory is ordinary
 // memory that it does not admit to be. Nothing waits for anything unless it is told to, so a missing event shows as a
 // wrong logit.
 //
@@ -20,7 +20,7 @@
 //
 // It copies to and from page-locked memory only, and locks none twice.
 
-#include "link.h"
+#include "link/link_api.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
@@ -436,8 +436,8 @@ static thread_local std::string last_error; // one link serves several threads
 
 struct rotary_link {
     stream           queue{ 2 };
-    stream           beside{ 4 }; // for what is foretold
-    event            wanted, foretold;
+    stream           beside{ 4 }; // for prefetches
+    event            wanted, predicted;
     std::minstd_rand chance{ 3 };
     long             n_asked = 0;
 
@@ -453,10 +453,10 @@ struct rotary_link {
     }
 };
 
-static void * link_lock(rotary_link *, void * memory, size_t bytes, rotary_lock how) {
+static void * link_pin(rotary_link *, void * memory, size_t bytes, rotary_pin how) {
     const char *      text   = getenv("LATE_LOCK");
     const std::string refuse = text != nullptr ? text : "";
-    if (refuse == "none" || refuse == "new" || (refuse == "default" && how == ROTARY_LOCK_READ_ONLY)) {
+    if (refuse == "none" || refuse == "new" || (refuse == "default" && how == ROTARY_PIN_READ_ONLY)) {
         last_error = "operation not supported";
         return nullptr;
     }
@@ -492,7 +492,7 @@ static void copy_piece(const rotary_link_layer & layer, const rotary_page & page
     memcpy(piece.to, piece.from, piece.bytes);
 }
 
-static void score(const rotary_link_foretelling & its) {
+static void score(const rotary_link_prediction & its) {
     const int32_t n = its.layer.table.n_expert;
     for (int32_t index = 0; index < n * its.n_tokens; index++) {
         const float * state = its.copy + index / n * its.n_embd;
@@ -507,7 +507,7 @@ static void score(const rotary_link_foretelling & its) {
 // A piece at a time, until the lookup they are for has come.
 static void copy_ahead(const rotary_link_layer & layer, uint64_t number) {
     rotary_page_state & state  = *layer.table.state;
-    const uint32_t      all    = layer.table.n_pieces * state.n_ahead;
+    const uint32_t      all    = layer.table.n_pieces * state.n_prefetches;
     const long          most   = knob("LATE_PIECES");
     const auto          wanted = [&] {
         return __atomic_load_n(&state.demanded, __ATOMIC_ACQUIRE) >= number;
@@ -518,21 +518,22 @@ static void copy_ahead(const rotary_link_layer & layer, uint64_t number) {
         }
         if (!wanted()) {
             const uint32_t index = state.taken++;
-            copy_piece(layer, layer.table.ahead[index / layer.table.n_pieces], (int32_t) index % layer.table.n_pieces);
+            copy_piece(layer, layer.table.prefetches[index / layer.table.n_pieces],
+                       (int32_t) index % layer.table.n_pieces);
         }
     }
 }
 
-static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, const rotary_link_foretelling * next) {
-    if (lookup->foretold) {
+static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, const rotary_link_prediction * next) {
+    if (lookup->predicted) {
         link->queue.put(
             [its = *lookup] { __atomic_store_n(&its.layer.table.state->demanded, its.number, __ATOMIC_RELEASE); });
-        link->queue.wait(link->foretold);
+        link->queue.wait(link->predicted);
     }
-    static const int32_t          wild_id = -7;
-    const rotary_link_foretelling none    = {};
-    const bool                    wild    = getenv("LATE_WILD") != nullptr;
-    const bool                    on = link->ask([link, wild, its = *lookup, ahead = next != nullptr ? *next : none] {
+    static const int32_t         wild_id = -7;
+    const rotary_link_prediction none    = {};
+    const bool                   wild    = getenv("LATE_WILD") != nullptr;
+    const bool                   on = link->ask([link, wild, its = *lookup, ahead = next != nullptr ? *next : none] {
         for (int32_t i = 0; i < ahead.n_embd * ahead.n_tokens; i++) {
             ahead.copy[i] = ((const float *) (ahead.state + ahead.stride * (i / ahead.n_embd)))[i % ahead.n_embd];
         }
@@ -552,10 +553,10 @@ static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, 
         link->beside.wait(link->wanted);
         link->beside.put([its = *next] {
             score(its);
-            rotary_page_foretell(rotary_page_alone{}, its.layer.table, its.scores, its.n_tokens, its.n_used);
+            rotary_page_predict(rotary_page_alone{}, its.layer.table, its.scores, its.n_tokens, its.n_used);
             copy_ahead(its.layer, its.number);
         });
-        link->beside.record(link->foretold);
+        link->beside.record(link->predicted);
     }
     return on;
 }
@@ -576,8 +577,8 @@ EXPORT const rotary_link_api * rotary_link_get(void) {
         },
         /* .close       = */ [](rotary_link * link) { delete link; },
         /* .error       = */ [](const rotary_link *) { return last_error.c_str(); },
-        /* .lock        = */ link_lock,
-        /* .unlock      = */ [](rotary_link *, void * memory) { known.remove(memory); },
+        /* .pin         = */ link_pin,
+        /* .unpin       = */ [](rotary_link *, void * memory) { known.remove(memory); },
         /* .host_new    = */ link_host_new,
         /* .host_free   = */
         [](rotary_link *, void * memory) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 //
-// What this machine lets a process have (native/src/memory.hpp, cpus.hpp), for test_machine.py.
+// What this machine lets a process have (native/src/base/memory.hpp, cpus.hpp), for test_machine.py.
 
-#include "cpus.hpp"
-#include "memory.hpp"
+#include "base/cpus.hpp"
+#include "base/memory.hpp"
 
 extern "C" {
 

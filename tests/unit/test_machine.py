@@ -20,10 +20,10 @@ from tests.support.compiled import pure_logic
 MIB = 1 << 20
 GIB = 1 << 30
 SOURCES = (
-    "memory.cpp",
-    "cgroup.cpp",
-    "cpus.cpp",
-    "fork.cpp",
+    "base/memory.cpp",
+    "base/cgroup.cpp",
+    "base/cpus.cpp",
+    "base/fork.cpp",
 )  # with machine_host.cpp
 V1_NO_LIMIT = 0x7FFFFFFFFFFFF000  # PAGE_COUNTER_MAX
 V1_NO_LIMIT_64K = 0x7FFFFFFFFFFF0000  # the same with pages of 64 KiB
