@@ -29,7 +29,9 @@ from ..units import clock, mib, percent
 
 _INTERVAL_SECONDS = 0.25
 _BAR_COLUMNS = 24
-_Progress = tuple[float | None, list[str]]  # what is done of the phase, 0 to 1, None if unknown; figures
+_Progress = tuple[
+    float | None, list[str]
+]  # share of the phase that is done, None if unknown; and texts of figures
 
 
 @contextlib.contextmanager
@@ -58,7 +60,7 @@ def watching(off: bool = False, panel: bool = False) -> Iterator[Watcher | None]
         yield None
         return
     also_tokens = not sys.stdout.isatty()
-    # llama_cpp points standard error elsewhere while it loads.
+    # llama_cpp redirects standard error while it loads.
     descriptor = os.dup(sys.stderr.fileno())
     with os.fdopen(descriptor, "w", encoding=sys.stderr.encoding, errors="replace") as out:
         closing: contextlib.AbstractContextManager[Watcher]
@@ -108,7 +110,7 @@ class Live(Watcher):
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._stop()
-        del self._logger.handle  # the class has it again
+        del self._logger.handle  # uncovers the method of the class
 
     # ---- phases
 

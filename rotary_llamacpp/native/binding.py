@@ -204,7 +204,7 @@ class Library:
         return self.text(self.c.rotary_built_ggml_version()), self.text(self.c.rotary_built_ggml_commit())
 
     def _check_ggml(self) -> None:
-        # The commit is compared by the library itself, which knows what a build without git calls it.
+        # The library itself compares commits, because it knows how a build without git names them.
         (here, _), (built, _) = ggml_build(self.llama), self.built_ggml()
         if here != built:
             raise VersionError(

@@ -18,7 +18,7 @@ _MAX_LETTERS = 400  # of a message that is passed on; numpy's fill a page
 
 def _reason(error: Exception) -> LibraryError:
     if isinstance(error, ModuleNotFoundError) and error.name == "llama_cpp":
-        binding.check_llama_cpp_version()  # says so in its own words if it is not installed
+        binding.check_llama_cpp_version()  # raises a clearer error if it is not installed
     said = " ".join(str(error).split())[:_MAX_LETTERS]
     place = os.environ.get("LLAMA_CPP_LIB_PATH")
     if place is not None:
