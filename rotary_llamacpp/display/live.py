@@ -29,9 +29,8 @@ from ..units import clock, mib, percent
 
 _INTERVAL_SECONDS = 0.25
 _BAR_COLUMNS = 24
-_Progress = tuple[
-    float | None, list[str]
-]  # share of the phase that is done, None if unknown; and texts of figures
+# Share of the phase that is done, None if unknown; and texts of figures.
+_Progress = tuple[float | None, list[str]]
 
 
 @contextlib.contextmanager

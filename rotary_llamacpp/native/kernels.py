@@ -238,9 +238,8 @@ class _Layer:
     def attention(self) -> tuple[list[Any], Any]:
         shape, n = self.shape, self.n_tokens
         keys = self.new(F16, shape.n_key * shape.n_head_kv, shape.depth)
-        values = self.new(
-            F16, 1, shape.depth * shape.n_value * shape.n_head_kv
-        )  # transposed: cell after cell
+        # Transposed: cell after cell.
+        values = self.new(F16, 1, shape.depth * shape.n_value * shape.n_head_kv)
         n_rope = shape.n_key - shape.n_key % 2
         queries = self.op("rope", self.queries, self.positions, n_rope, 0)
         turned = self.op("rope", self.keys, self.positions, n_rope, 0)

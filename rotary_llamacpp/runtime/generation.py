@@ -177,9 +177,7 @@ def generate(
     tokens = llama.tokenize(prompt.encode(), add_bos=bool(llama._model.add_bos_token()), special=True)
     if not tokens:
         tokens = [llama.token_bos()]
-    n_ctx = len(
-        llama.input_ids
-    )  # as requested: llama.cpp rounds n_ctx() up, but stock's buffers are not larger
+    n_ctx = len(llama.input_ids)  # llama.cpp rounds its own n_ctx() up, but stock's buffers are no larger
     if len(tokens) >= n_ctx:
         raise RotaryError(
             f"prompt: {len(tokens)} tokens; the context holds {n_ctx}; shorten it or raise --ctx"
