@@ -26,7 +26,7 @@ from ..runtime.figures import Figures, Interval, prompt_share
 from ..runtime.generation import Watcher
 from ..runtime.llama import Llama
 from ..units import clock, decimal, mib, percent, span
-from .live import console, size
+from .terminal import console, size
 
 _INTERVAL_SECONDS = 0.25
 _N_POLLS = 60  # columns of the sparkline
