@@ -11,7 +11,7 @@ class RotaryError(Exception):
     """Root of the package's errors."""
 
     def __str__(self) -> str:
-        # Names, metadata and words of users may have line breaks and escape sequences in them.
+        # File names, metadata and input may contain line breaks and escape sequences.
         text = super().__str__()
         return text if text.isprintable() else "".join(map(_printable, text))
 

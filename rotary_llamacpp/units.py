@@ -15,7 +15,7 @@ UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     UNITS[_letter] = UNITS[_letter + "ib"] = 1024**_power
     UNITS[_letter + "b"] = 1000**_power
-# ASCII alone: the Kelvin sign in small letters is a k, and the library does not read other scripts' digits.
+# ASCII only: the Kelvin sign lowers to k, and the native library does not read digits of other scripts.
 _AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(%|slots?|[kmgt]?i?b?)", re.ASCII)
 _MAX_BYTES = 1e18  # of any size, as in the native library
 _LINKS = {"pcie3x16": 12.5e9, "pcie4x8": 12.5e9, "pcie4x16": 25e9, "pcie5x16": 52e9}  # as published
@@ -94,7 +94,7 @@ def number_and_unit(value: object) -> tuple[str, str]:
     """Digits and small letters of the unit in text such as "8 GiB"; "" and "-" in any other text."""
     try:
         text = str(value).strip()
-    except ValueError:  # an int of more digits than Python writes
+    except ValueError:  # an int with more digits than Python converts
         return "", "-"
     match = _AMOUNT.fullmatch(text.lower()) if text.isascii() else None
     return (match[1], match[2]) if match is not None else ("", "-")
@@ -105,7 +105,7 @@ def whole_bytes(number: str, unit: str) -> int | None:
     n_bytes = float(number or "nan") * UNITS[unit]
     if not n_bytes < _MAX_BYTES or 0 < n_bytes < 1:
         return None
-    # As an integer if it is one: a float would round large ones.
+    # Integers stay integers, because a float would round large ones.
     return int(n_bytes) if "." in number else int(number.lstrip("0") or "0") * UNITS[unit]
 
 

@@ -30,7 +30,7 @@ from . import copying, folders, quantising
 from . import journal as journals
 from .quantising import Wish
 
-HISTORY_KEY = "rotary.convert.history"  # array of strings: one line a conversion, the oldest first
+HISTORY_KEY = "rotary.convert.history"  # array of strings, one for each conversion, oldest first
 _MAX_HISTORY = 32
 
 Say = Callable[[str], object]
@@ -107,7 +107,7 @@ def convert(
     out = Path(out)
 
     def heard(line: str) -> None:
-        with contextlib.suppress(OSError):  # a pipe that nobody reads any more fails no conversion
+        with contextlib.suppress(OSError):  # a closed pipe must not fail the conversion
             say(line)
 
     try:
@@ -131,10 +131,10 @@ class _Work:
         quantising.patterns(options.wish)
         check_alignment(options.alignment)
         self.profile = _profile(source, options)
-        self.made = journals.part(out.with_name(out.name + ".folder"))  # of a Hugging Face folder
+        self.made = journals.part(out.with_name(out.name + ".folder"))  # GGUF made of a Hugging Face folder
         self.quantised = journals.part(out.with_name(out.name + ".quantised"))
         self.planned: GGUFHeader | None = None
-        self.layout: Layout | None = None  # until a folder is read
+        self.layout: Layout | None = None  # None until a folder has been read
         self.folder_bytes = 0
         if source.is_dir():
             inputs = folders.files_of(source)
@@ -291,7 +291,7 @@ class _Work:
     def _lay_out(self, headers: list[GGUFHeader]) -> Layout:
         wish = self.options.wish if self.planned else Wish()
         changes: dict[str, bytes | None] = {HISTORY_KEY: self._history(wish)}
-        if self.profile or self.options.profile == "off":  # otherwise what the source has stays
+        if self.profile or self.options.profile == "off":  # otherwise the profile in the source stays
             changes[profiles.KEY] = encode(profiles.KEY, self.profile.read_bytes()) if self.profile else None
         if wish:
             if (number := quantising.announced(wish)) is not None:
@@ -335,7 +335,7 @@ def _profile(source: Path, options: Options) -> Path | None:
     path = profiles.beside(source) if options.profile == "auto" else Path(options.profile)
     if options.profile == "auto" and not path.is_file():
         return None
-    profiles.load(path)  # so that nothing else is stored
+    profiles.load(path)  # refuses anything that is not a profile
     return path
 
 

@@ -27,12 +27,12 @@ from ..gguf_files.layout import Layout, Output
 from ..units import MIB
 from .journal import Journal, part
 
-CHUNK_BYTES = 32 * MIB  # copied between two looks at signals and at the clock
-_BUFFER_BYTES = 8 * MIB  # where the kernel does not copy
-_NOTE_BYTES = 256 * MIB  # copied between two notes of how far it is
+CHUNK_BYTES = 32 * MIB  # copied between two checks for signals
+_BUFFER_BYTES = 8 * MIB  # for copying where the kernel cannot
+_NOTE_BYTES = 256 * MIB  # copied between two notes of the progress
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
-Progress = Callable[[int], object]  # is called with bytes that are done now
+Progress = Callable[[int], object]  # gets the number of bytes done since the last call
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _Copier:
             except OSError as error:
                 if error.errno not in _NO_KERNEL_COPY:
                     raise
-            # Some file systems say so by copying nothing; the end of the source is found below then.
+            # Some file systems copy nothing instead of failing; the end of the source is noticed below.
             self.kernel = False
         if self._buffer is None:
             self._buffer = memoryview(bytearray(_BUFFER_BYTES))
@@ -176,7 +176,7 @@ def _copy_one(
     try:
         if done == 0:
             os.ftruncate(fd, 0)
-            # Space that is missing is missed now and not at the end; what is not written reads as zeros.
+            # Reserve space now, so that a full disk fails at once; bytes that are not written read as zeros.
             try:
                 os.posix_fallocate(fd, 0, output.n_bytes)
             except OSError as error:
@@ -250,7 +250,7 @@ def verify(layout: Layout, sources: Sequence[Path], progress: Progress = lambda 
     with _opened(sources) as fds:
         for output in layout.outputs:
             with _opened([part(output.path)]) as (fd,):
-                with contextlib.suppress(OSError):  # what was just copied is still in memory
+                with contextlib.suppress(OSError):  # else the copy would be read from memory
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 for move in moves(output):
                     _compare(output, fd, move, fds[move.source], sources[move.source], buffers, progress)
@@ -321,7 +321,7 @@ def give_names(layout: Layout, *, force: bool = False) -> None:
                 "and the old model is lost; convert again"
             ) from error
         raise
-    with contextlib.suppress(OSError):  # some file systems cannot
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
         folder = os.open(layout.outputs[0].path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)
@@ -339,7 +339,7 @@ def undisturbed() -> Iterator[None]:
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if (handler := signal.getsignal(number)) is not None:  # None is not Python's, and stays
+                if (handler := signal.getsignal(number)) is not None:  # None was not set by Python, and stays
                     before[number] = handler
                     signal.signal(number, signal.SIG_IGN)
         yield

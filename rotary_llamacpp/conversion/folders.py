@@ -23,7 +23,7 @@ from .journal import size
 _SCRIPT = "convert_hf_to_gguf.py"
 _MODULES = ("torch", "transformers", "safetensors", "sentencepiece", "gguf", "numpy")
 _REQUIREMENTS = Path("requirements") / "requirements-convert_hf_to_gguf.txt"
-_LOOK_S = 0.2  # between two looks at how far it is
+_LOOK_S = 0.2  # between two looks at the progress
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import RotaryError
 from ..gguf_files.layout import Layout
 
-_BEGIN = b'{"subject": '  # of every journal
+_BEGIN = b'{"subject": '  # how every journal begins
 
 
 def part(path: Path) -> Path:
@@ -68,11 +68,11 @@ class Journal:
     def __init__(self, out: Path, subject: Mapping[str, Any]) -> None:
         self.path = note_path(out)
         self.subject = json.loads(json.dumps(subject))
-        self.done = [0, 0]  # file, bytes of it
-        self.stale = False  # another conversion's was found
-        self._stages: dict[str, Any] = {}  # identities of temporary inputs that are whole, by name
-        self._layout = ""  # digest of what `done` is of
-        self._files: set[str] = set()  # under temporary names
+        self.done = [0, 0]  # number of the file in work, and its durable bytes
+        self.stale = False  # a journal of another conversion was found
+        self._stages: dict[str, Any] = {}  # identities of complete temporary inputs, by name
+        self._layout = ""  # digest of the layout that `done` counts bytes of
+        self._files: set[str] = set()  # names of temporary files
         self._cut_off = False
         self._fd: int | None = self._open(out)
         try:
@@ -97,7 +97,7 @@ class Journal:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.stat(self.path)):
                     return fd
-            os.close(fd)  # who held it has removed it since it was opened
+            os.close(fd)  # the holder removed the file after we had opened it
 
     def _read(self) -> None:
         assert self._fd is not None

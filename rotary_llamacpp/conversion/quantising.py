@@ -36,7 +36,7 @@ _MIXTURES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXF
 _NO_BLOCKS = ("F32", "F16", "BF16")
 _OURS = "Error: "  # how lines of this module begin, and none of llama.cpp
 _EXPERTS = r"^blk\.\d+\.ffn_(gate|up|down|gate_up)(_exps|_chexps|\.\d+)\.weight$"
-_BUFFER_BYTES = 256 * MIB  # of rows that the quantiser holds at once; its own default is 8 GiB
+_BUFFER_BYTES = 256 * MIB  # of rows that the quantiser holds at once; the default is 8 GiB
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[")
 _CHANGED = re.compile(r"size = [^\n]* MiB -> [^\n]* MiB \((\w+)\)")
 

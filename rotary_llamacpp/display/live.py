@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from rich.console import Console, ConsoleDimensions
 from rich.live import Live as Drawn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -26,10 +25,12 @@ from ..runtime.figures import Figures, prompt_share
 from ..runtime.generation import Watcher
 from ..runtime.llama import Llama
 from ..units import clock, mib, percent
+from .terminal import console, size
 
 _INTERVAL_SECONDS = 0.25
 _BAR_COLUMNS = 24
-_Progress = tuple[float | None, list[str]]  # what is done of the phase, 0 to 1, None if unknown; figures
+# Share of the phase that is done, None if unknown; and texts of figures.
+_Progress = tuple[float | None, list[str]]
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ def watching(off: bool = False, panel: bool = False) -> Iterator[Watcher | None]
         yield None
         return
     also_tokens = not sys.stdout.isatty()
-    # llama_cpp points standard error elsewhere while it loads.
+    # llama_cpp redirects standard error while it loads.
     descriptor = os.dup(sys.stderr.fileno())
     with os.fdopen(descriptor, "w", encoding=sys.stderr.encoding, errors="replace") as out:
         closing: contextlib.AbstractContextManager[Watcher]
@@ -108,7 +109,7 @@ class Live(Watcher):
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._stop()
-        del self._logger.handle  # the class has it again
+        del self._logger.handle  # uncovers the method of the class
 
     # ---- phases
 
@@ -186,23 +187,6 @@ class Live(Watcher):
         with self._drawing:
             self._clear()
             self._handle(record)
-
-
-def console(out: TextIO) -> Console:
-    """Console on a terminal, which is left to break long lines of a log itself (soft_wrap)."""
-    return Console(
-        file=out, force_terminal=True, force_interactive=True, soft_wrap=True, markup=False, highlight=False,
-        emoji=False,
-    )  # fmt: skip
-
-
-def size(out: TextIO) -> ConsoleDimensions:
-    """Columns and lines of a terminal now."""
-    try:
-        found = os.get_terminal_size(out.fileno())
-    except OSError:
-        return ConsoleDimensions(80, 24)
-    return ConsoleDimensions(found.columns or 80, found.lines or 24)
 
 
 def poll(figures: Figures) -> list[str]:

@@ -26,15 +26,15 @@ from ..runtime.figures import Figures, Interval, prompt_share
 from ..runtime.generation import Watcher
 from ..runtime.llama import Llama
 from ..units import clock, decimal, mib, percent, span
-from .live import console, size
+from .terminal import console, size
 
 _INTERVAL_SECONDS = 0.25
 _N_POLLS = 60  # columns of the sparkline
-_N_TOKENS = 16  # "now" is the speed of so many
+_N_TOKENS = 16  # "now" is the speed of the last ones
 _N_TEXT_LINES = 6
 _BAR_COLUMNS = 20
 _LABEL_COLUMNS = 10
-_TIMES = (  # of the thread that computes, one after the other: counter, name, colour
+_TIMES = (  # causes of time in the thread that computes: counter, name, colour
     ("stall_us", "stall", "red"),
     ("page_us", "paging", "yellow"),
     ("wait_us", "device", "blue"),
@@ -46,7 +46,7 @@ class Symbols(NamedTuple):
 
     levels: str  # of a rate, from 0 to 1
     shares: str  # of time: stall, paging, device, the rest
-    nothing: str  # a rate over nothing
+    nothing: str  # no rate
     rule: str
 
 
@@ -58,7 +58,7 @@ class Tail:
     """The last lines of a growing text, broken between words. Earlier lines are dropped."""
 
     def __init__(self) -> None:
-        self._text = ""  # begins where a line does
+        self._text = ""  # begins at the start of a line
 
     def add(self, text: str) -> None:
         """Append text. Control characters, which could move the cursor, become spaces."""
@@ -73,7 +73,7 @@ class Tail:
                 starts.append(found.end())
                 column = 0
             elif word[0] == " ":
-                column += len(word)  # past the edge they stay there
+                column += len(word)  # spaces past the edge stay on the line
             else:
                 if column > 0 and column + cell_len(word) > width:
                     starts.append(at)
@@ -83,7 +83,9 @@ class Tail:
                     at += len(part)
                     starts.append(at)
                 column += cell_len(word)
-        n_before = max(0, len(starts) - _N_TEXT_LINES)  # these do not change how the rest is broken
+        n_before = max(
+            0, len(starts) - _N_TEXT_LINES
+        )  # dropping these does not change where later lines break
         bounds = [start - starts[n_before] for start in (*starts[n_before:], len(self._text))]
         self._text = self._text[starts[n_before] :]
         return [self._text[start:end].rstrip() for start, end in pairwise(bounds)]
@@ -124,11 +126,11 @@ class View:
 def frame(view: View, tail: Tail, width: int, height: int, symbols: Symbols = UNICODE) -> list[Text]:
     """Draw at most `height` lines of at most `width` columns, with all figures that have room."""
     above = [_rule(f"rotary {view.model}".rstrip(), width, symbols), *_progress(view, width, symbols)]
-    # Last and short, because a terminal shows what is typed behind it.
+    # Last and short, because a terminal echoes what is typed behind it.
     below = [Text("Ctrl-C stops, the text stays", "dim")]
     if view.figures is not None:
         above += _figures(view.figures, width, symbols)
-        # Always as many lines, so that nothing moves; the text gives way to the figures, but for one line.
+        # A fixed number of lines, so that nothing jumps; all but one line of text give way to figures.
         n_text = max(1, min(_N_TEXT_LINES, height - len(above) - len(below) - 1))
         text = tail.lines(width)[-n_text:]
         text += [""] * (n_text - len(text))
@@ -279,11 +281,11 @@ class Panel(Watcher):
         self._keep_text = keep_text
         self._pieces: list[str] = []
         self._tail = Tail()
-        self._n_shown = 0  # pieces that the tail has
+        self._n_shown = 0  # number of pieces already in the tail
         self._loaded = 0.0
         self._llama: Llama | None = None
         self._n_prompt = self._n_made = self._n_predict = 0
-        self._began = time.monotonic()  # the phase
+        self._began = time.monotonic()  # start of the phase
         self._arrivals: deque[float] = deque(maxlen=_N_TOKENS + 1)
         self._console = console(out)
         self._symbols = ASCII if self._console.options.ascii_only else UNICODE
@@ -317,7 +319,7 @@ class Panel(Watcher):
         self._figures = Figures(llama, _N_POLLS)
         self._n_prompt = n_tokens
         self._began = time.monotonic()
-        self._llama = llama  # last: the other thread looks whether it is there
+        self._llama = llama  # set last, because the other thread tests it
         self._wake.set()
 
     def token(self, n_made: int, n_predict: int) -> None:
@@ -337,13 +339,13 @@ class Panel(Watcher):
 
     def _draw(self) -> None:
         while not self._over:
-            view = self._look()  # may log, which waits for what is drawn
+            view = self._look()  # may log, which waits for drawing
             while self._n_shown < len(self._pieces):
                 self._tail.add(self._pieces[self._n_shown])
                 self._n_shown += 1
             self._console.size = size(self._out)
             width, height = self._console.size
-            # One line less than there are: the panel is left by a line feed, which must not scroll.
+            # One line less than the terminal has, because the line feed behind the panel must not scroll.
             drawn = frame(view, self._tail, width, height - 1, self._symbols)
             self._live.update(Text("\n").join(drawn), refresh=True)
             self._wake.wait(_INTERVAL_SECONDS)

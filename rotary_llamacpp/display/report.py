@@ -73,7 +73,7 @@ def report(
         return Markup(_inline(svg(drawn)))
 
     share = sorted(budgets)[len(budgets) // 2]
-    popularity = figure(_popularity(trace))  # first, as it fails early where matplotlib is missing
+    popularity = figure(_popularity(trace))  # first, so that a missing matplotlib is noticed early
     timed = compare_trace(trace, [policies[-1]], [share], link, ["none", *predictors], depth)
     timed = [row for row in timed if row["policy"] != "belady"]
     sizes = sorted({f"{n_bytes / MIB:.2f}" for n_bytes in trace.expert_bytes.values()}, key=float)

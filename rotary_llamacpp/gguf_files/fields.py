@@ -15,7 +15,7 @@ _INTEGERS = {"H": GGUFValueType.UINT16, "I": GGUFValueType.UINT32, "i": GGUFValu
 
 def text_bytes(value: str) -> bytes:
     """Encode a text as its length and its UTF-8."""
-    encoded = value.encode(errors="backslashreplace")  # a file's name may be no text
+    encoded = value.encode(errors="backslashreplace")  # the name of a file may not be valid text
     return struct.pack("<Q", len(encoded)) + encoded
 
 

@@ -29,19 +29,19 @@ _SCALARS: dict[int, str] = {  # struct's codes
     GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?",
     GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
 }  # fmt: skip
-_MAX_KEPT_ARRAY = 4096  # per-layer values are kept, vocabularies are walked over
-_MAX_KEPT_VALUES = 1 << 20  # of arrays in all; what comes after is walked over
-_MAX_KEPT_BYTES = 1 << 24  # of keys in all, and of strings; chat templates are some thousand
-_MAX_KEY_BYTES = 65535  # bytes, as the format has it
-_MAX_NAME_BYTES = 63  # bytes of a tensor's, as llama.cpp has it
+_MAX_KEPT_ARRAY = 4096  # values; per-layer values are kept, vocabularies are skipped
+_MAX_KEPT_VALUES = 1 << 20  # of all arrays; later ones are skipped
+_MAX_KEPT_BYTES = 1 << 24  # of all keys, and of all strings; chat templates have some thousand
+_MAX_KEY_BYTES = 65535  # as in the format
+_MAX_NAME_BYTES = 63  # of the name of a tensor, as in llama.cpp
 _MAX_STRINGS = 1 << 21  # in arrays of one header; large vocabularies with merges are under a million
-_MAX_METADATA_BYTES = 1 << 29  # bytes of metadata; those of large vocabularies are some ten million
+_MAX_METADATA_BYTES = 1 << 29  # large vocabularies have some ten million
 # More than any model has. A hole in a file reads as zeros, which are valid entries of no size: without these
-# limits a damaged count in a large file would be walked for hours.
+# limits a damaged count in a large file would be read for hours.
 _MAX_TENSORS, _MAX_FIELDS = 1 << 16, 1 << 14
 _SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 _TYPE_NAMES = {int(kind): kind.name for kind in GGML_QUANT_SIZES}
-_SIZES.setdefault(42, (64, 18))  # of the pinned llama.cpp, and not yet in every gguf package
+_SIZES.setdefault(42, (64, 18))  # in the pinned llama.cpp, but not in every gguf package
 _TYPE_NAMES.setdefault(42, "Q2_0")
 
 
@@ -116,8 +116,8 @@ class _Cursor:
         self.data = data
         self.size = len(data)
         self.at = 4
-        self.strings = 0  # passed over in arrays
-        self.values = self.bytes = 0  # kept
+        self.strings = 0  # skipped in arrays
+        self.values = self.bytes = 0  # of what is kept
 
     def header(self) -> GGUFHeader:
         version = self.scalar("I")

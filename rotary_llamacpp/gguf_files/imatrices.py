@@ -11,7 +11,14 @@ import numpy as np
 from ..errors import ModelError, RotaryError
 from .header import TensorInfo, read_header
 
-_WITH_ONE_ONLY = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")  # but for these tensors:
+_WITH_ONE_ONLY = (
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+)  # types that need a matrix, except in these tensors:
 _ENDS = ("token_embd.weight", "output.weight")
 
 

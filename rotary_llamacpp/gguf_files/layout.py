@@ -26,9 +26,9 @@ from .header import GGUFHeader
 from .info import SHARD
 from .weights import Weight, weights_of
 
-PAGE = 4096  # bytes; what every disk of today can read directly
-SECTOR = 512  # bytes; what most can
-OURS = "rotary."  # keys of this package begin so
+PAGE = 4096  # bytes that any disk can read directly
+SECTOR = 512  # bytes that most disks can read directly
+OURS = "rotary."  # prefix of this package's keys
 _MAX_SHARDS = 65535  # split.count is 16 bits
 
 
@@ -218,7 +218,7 @@ def _shard_fields(
 ) -> list[bytes]:
     if n_split == 1:
         return list(fields.values())
-    # Each shard is a file of its own to llama.cpp's reader, which takes 32 for one that has no alignment.
+    # llama.cpp reads each shard as a separate file, and assumes 32 without a key for the alignment.
     mine = list(fields.values()) if number == 0 else [encode("general.alignment", alignment)]
     return [
         *mine,

@@ -17,7 +17,7 @@ from ..errors import ModelError
 from .header import GGUFHeader, TensorInfo
 from .info import EXPERT_TENSOR, MAX_EXPERTS
 
-# Mixtral's of before April 2024.
+# As in Mixtral files from before April 2024.
 _ONE_EXPERT = re.compile(r"(blk\.(\d{1,6})\.ffn_(?:gate|up|down))\.(\d{1,6})\.weight")
 
 
@@ -74,7 +74,7 @@ def weights_of(headers: Sequence[GGUFHeader]) -> list[Weight]:
                 if int(match[3]) in experts:
                     raise _twice(header.path, tensor.name)
                 experts[int(match[3])] = (source, tensor)
-                # Where the first of them is.
+                # At the place of the first expert.
                 found.setdefault(name, Weight(name, (), 0, "", (), int(match[2])))
                 continue
             if tensor.name in found:

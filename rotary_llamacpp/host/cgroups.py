@@ -24,7 +24,7 @@ class Group:
 
     version: int
     mount: Path  # of its hierarchy
-    inside: tuple[str, ...]  # groups from there on, the process's own last
+    inside: tuple[str, ...]  # names of groups below the mount, the process's own last
 
     @property
     def folders(self) -> list[Path]:
@@ -53,7 +53,7 @@ def own_groups(controller: str, root: Path = HERE) -> list[Group]:
 def find_groups(controller: str, membership: str, mountinfo: str) -> list[Group]:
     """Groups by the contents of ``/proc/self/cgroup`` and ``/proc/self/mountinfo``; see `own_groups`."""
     mounts = _mounts(controller, mountinfo)
-    if not mountinfo:  # the usual places
+    if not mountinfo:  # assume the usual places
         mounts = [(1, "/", f"/sys/fs/cgroup/{controller}"), (2, "/", "/sys/fs/cgroup")]
     found = []
     for line in membership.splitlines():
@@ -75,7 +75,7 @@ def _mounts(controller: str, mountinfo: str) -> list[tuple[int, str, str]]:
     """Version, root within the hierarchy, and mount point of each mount that may have the controller."""
     found = []
     for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")  # before it, fields that vary in number
+        left, _, right = line.partition(" - ")  # the number of fields before it varies
         mount, file_system = ([field for field in each.split(" ") if field] for each in (left, right))
         is_v2 = file_system[:1] == ["cgroup2"]
         is_v1 = file_system[:1] == ["cgroup"] and controller in file_system[-1].split(",")

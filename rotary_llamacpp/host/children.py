@@ -25,9 +25,9 @@ def child(program: str, *arguments: str, **streams: Any) -> Iterator[subprocess.
     """Run a module by name, or a script by path; kill it if the block is left before it has ended."""
     with subprocess.Popen(
         [sys.executable, "-m", __name__, str(os.getpid()), program, *arguments],
-        # So that Ctrl-C comes to the parent alone, which ends this one.
+        # So that only the parent gets Ctrl-C, and ends the child.
         start_new_session=True,
-        # ggml's backtrace of a failed assertion forks, and waits for ever with several threads.
+        # ggml's backtrace of a failed assertion forks, and hangs with several threads.
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"},
         **streams,
     ) as process:

@@ -87,7 +87,9 @@ def _read_sample(folder: Path) -> ColdRead:
     about = os.statvfs(folder)
     if (free := about.f_bavail * about.f_frsize) < 2 * _SAMPLE_BYTES:
         raise RotaryError(f"{folder}: {mib(free, 0)} are free; make room")
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:  # without a name: it ends with this process
+    with tempfile.TemporaryFile(
+        dir=folder, buffering=0
+    ) as file:  # without a name, so that it ends with this process
         deadline = time.monotonic() + _SAMPLE_SECONDS
         block = os.urandom(_BLOCK_BYTES)
         while file.tell() < _SAMPLE_BYTES and time.monotonic() < deadline:

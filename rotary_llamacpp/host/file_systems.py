@@ -15,12 +15,12 @@ from pathlib import Path
 from . import cgroups
 
 _IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs", 0x958458F6: "hugetlbfs"}
-# Their reads may end in a server's memory, and the kernel counts none of them.
+# Reads may be served from a server's memory, and the kernel does not count them.
 _REMOTE = {
     0x00006969: "NFS", 0xFF534D42: "CIFS", 0xFE534D42: "SMB", 0x65735546: "FUSE", 0x01021997: "9p",
     0x00C36400: "Ceph", 0x0BD00BD0: "Lustre", 0x47504653: "GPFS",
 }  # fmt: skip
-# What they read from storage, the kernel counts for the process that reads.
+# The kernel counts what a process reads from storage here.
 _COUNTED = {
     0x0000EF53: "ext4", 0x58465342: "XFS", 0x9123683E: "Btrfs", 0xF2F52010: "F2FS", 0x794C7630: "overlay",
 }  # fmt: skip

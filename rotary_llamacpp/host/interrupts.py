@@ -49,7 +49,7 @@ def noted(event: threading.Event, *, and_raised: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _handled(handler: _Handler) -> Iterator[None]:
     in_main = threading.current_thread() is threading.main_thread()
-    # Where interrupts are ignored, as in a shell's background, they stay so.
+    # Interrupts that are ignored, as in the background of a shell, stay ignored.
     if not in_main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         yield
         return

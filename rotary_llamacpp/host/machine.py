@@ -47,7 +47,7 @@ def check_library_machine(path: Path) -> None:
         ) from None
     if header[:4] != b"\x7fELF" or len(header) < 64:
         raise LibraryError(f"{path}: not an ELF shared library; expected libggml-rotary.so; build it again")
-    # Python itself says what runs here: uname may name a 64-bit kernel under 32-bit programs.
+    # Compare with Python's own binary, because uname may name a 64-bit kernel under 32-bit programs.
     try:
         with _PROGRAM.open("rb") as file:
             here = _elf_target(file.read(64))
@@ -99,20 +99,20 @@ def _memory(root: Path) -> tuple[int | None, int | None]:
         for folder in group.folders:
             is_own = folder == group.folders[0]
             if not is_own and cgroups.read_number(folder / "memory.use_hierarchy") == 0:
-                break  # in version 1 this one, and those around it, are not charged for what is inside
+                break  # in version 1, this group and those around it are not charged for groups inside
             limit = _memory_limit(folder, group.version, is_own)
-            if limit < installed:  # else none, for which version 1 has a huge number
+            if limit < installed:  # no limit is a huge number in version 1
                 total = min(total, limit)
                 available = min(available, max(0, limit - _memory_taken(folder, group.version)))
     return (None if total == math.inf else int(total)), (None if available == math.inf else int(available))
 
 
 def _memory_limit(folder: Path, version: int, is_own: bool) -> float:
-    if version == 2:  # above the second, processes are throttled until they hardly run
+    if version == 2:  # above memory.high, processes are throttled until they hardly run
         found = [cgroups.read_number(folder / name) for name in ("memory.max", "memory.high")]
     else:
         found = [cgroups.read_number(folder / "memory.limit_in_bytes")]
-        if is_own:  # knows of the limits around it that a container does not see
+        if is_own:  # includes limits of groups around it that a container does not see
             found.append(cgroups.read_fields(folder / "memory.stat").get("hierarchical_memory_limit"))
     return min((limit for limit in found if limit is not None), default=math.inf)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
 import logging
 import os
 import threading
@@ -25,6 +24,7 @@ from typing import Any
 from .. import pinned
 from ..errors import BudgetError, DeviceError, LibraryError, ReadError, RotaryError, VersionError
 from ..host import machine
+from .stock_version import check_llama_cpp_version
 
 ABI_VERSION = 6
 
@@ -82,23 +82,6 @@ def load() -> Library:
         if _loaded is None:
             _loaded = Library(library_path())
         return _loaded
-
-
-def check_llama_cpp_version() -> str:
-    """Return the version of the installed llama-cpp-python, which must be the pinned one."""
-    try:
-        found = importlib.metadata.version("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:
-        raise VersionError(
-            f"llama-cpp-python: not installed; {pinned.LLAMA_CPP_PYTHON} is needed; run `pip install "
-            f"llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}`"
-        ) from None
-    if found != pinned.LLAMA_CPP_PYTHON:
-        raise VersionError(
-            f"llama-cpp-python: version {found} is installed; rotary-llamacpp is made for "
-            f"{pinned.LLAMA_CPP_PYTHON}; run `pip install llama-cpp-python=={pinned.LLAMA_CPP_PYTHON}`"
-        )
-    return found
 
 
 def libllama() -> ctypes.CDLL:
@@ -204,7 +187,7 @@ class Library:
         return self.text(self.c.rotary_built_ggml_version()), self.text(self.c.rotary_built_ggml_commit())
 
     def _check_ggml(self) -> None:
-        # The commit is compared by the library itself, which knows what a build without git calls it.
+        # The library itself compares commits, because it knows how a build without git names them.
         (here, _), (built, _) = ggml_build(self.llama), self.built_ggml()
         if here != built:
             raise VersionError(

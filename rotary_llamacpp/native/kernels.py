@@ -26,7 +26,7 @@ F16, F32, I32, I64 = (GGMLQuantizationType[name] for name in ("F16", "F32", "I32
 # model.
 _MAX_BYTES = 768 * MIB
 _MATRIX_BYTES = 64 * MIB
-_READ_BYTES = 192 * MIB  # by one graph of decode
+_READ_BYTES = 192 * MIB  # read by one graph of decode
 _MAX_NODES = 256  # a graph of ggml_new_graph() has room for 2048, inputs included
 _MAX_LAYERS, _CACHE_BYTES = 16, 256 * MIB
 _LINK_BYTES = 128 * MIB
@@ -102,7 +102,7 @@ def measure(matrices: Matrices, threads: int, device: str = "CPU") -> KernelRate
     LibraryError
         ggml cannot compute with such matrices there.
     """
-    # A plain matrix has as many rows as a cache cannot hold.
+    # A plain matrix gets more rows than a cache can hold.
     n_out = (
         matrices.n_out if matrices.n_expert > 1 else max(matrices.n_out, _MATRIX_BYTES // matrices.row_bytes)
     )
@@ -112,7 +112,7 @@ def measure(matrices: Matrices, threads: int, device: str = "CPU") -> KernelRate
     with Device(device, threads) as ggml:
         kind = int(GGMLQuantizationType[matrices.type_name])
         weights, repacked = _weights(ggml, kind, matrices.n_in, n_out, n_stored, matrices.n_used)
-        # Of any type a small finite number: random scales would be NaN or denormal, which is slow.
+        # These bytes are small finite numbers in any type; random scales may be NaN, or denormal and slow.
         data = np.full(n_stored * matrix_bytes, 0x3C, np.uint8)
         start = time.perf_counter()
         ggml.set(weights, data)
@@ -238,9 +238,8 @@ class _Layer:
     def attention(self) -> tuple[list[Any], Any]:
         shape, n = self.shape, self.n_tokens
         keys = self.new(F16, shape.n_key * shape.n_head_kv, shape.depth)
-        values = self.new(
-            F16, 1, shape.depth * shape.n_value * shape.n_head_kv
-        )  # transposed: cell after cell
+        # Transposed: cell after cell.
+        values = self.new(F16, 1, shape.depth * shape.n_value * shape.n_head_kv)
         n_rope = shape.n_key - shape.n_key % 2
         queries = self.op("rope", self.queries, self.positions, n_rope, 0)
         turned = self.op("rope", self.keys, self.positions, n_rope, 0)

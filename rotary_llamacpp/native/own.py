@@ -99,7 +99,7 @@ class OwnPolicy(_Own):
 
         def enter(layer: int, expert: int, wanted: int) -> None:
             policy, residents = state(layer)
-            if expert in residents:  # the slots were allocated anew since
+            if expert in residents:  # the slots have been allocated anew
                 policy.leave(expert)
             residents.add(expert)
             policy.enter(expert, bool(wanted))

@@ -53,7 +53,7 @@ class Pool:
         self.lib = lib
         self.device = device
         self._own = (policy[1], predictor[1])
-        # The texts must outlive the call only; the library copies them.
+        # The texts must live during the call only, because the library copies them.
         named = (budget, model, store, pin, policy[0], predictor[0])
         texts = [lib.ffi.new("char[]", text.encode()) for text in named]
         config = lib.ffi.new("rotary_config *", {
@@ -280,7 +280,7 @@ class Pools:
 
     def _take_error(self) -> BaseException | None:
         errors = [error for own in self._every_own() if (error := own.take_error()) is not None]
-        # Ctrl-C first: it is for the whole program.
+        # Ctrl-C comes first, because it is meant for the whole program.
         return min(errors, key=lambda error: isinstance(error, Exception), default=None)
 
     def _every_own(self) -> list[OwnPolicy | OwnPredictor]:

@@ -11,14 +11,14 @@ import os
 
 from .. import pinned
 from ..errors import LibraryError
-from . import binding
+from .stock_version import check_llama_cpp_version
 
 _MAX_LETTERS = 400  # of a message that is passed on; numpy's fill a page
 
 
 def _reason(error: Exception) -> LibraryError:
     if isinstance(error, ModuleNotFoundError) and error.name == "llama_cpp":
-        binding.check_llama_cpp_version()  # says so in its own words if it is not installed
+        check_llama_cpp_version()  # raises a clearer error if it is not installed
     said = " ".join(str(error).split())[:_MAX_LETTERS]
     place = os.environ.get("LLAMA_CPP_LIB_PATH")
     if place is not None:

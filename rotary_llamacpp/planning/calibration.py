@@ -28,7 +28,7 @@ from .roofline import Machine, Request
 
 # Defaults where nothing is given or measured, as published by the makers.
 _VRAM = ("936GB/s", "published, RTX 3090")
-_RAM = ("58GB/s", "published, desktop DDR5")  # what DRAM-bound experts get of it
+_RAM = ("58GB/s", "published, desktop DDR5")  # what reading experts gets out of it
 _LINK = ("pcie4x16", "published, PCIe 4 x16")
 _DISK = ("3.5GB/s", "published, NVMe on PCIe 3 x4")
 _GPU_FLOPS = (35e12, "published, RTX 3090 in F32")
@@ -147,7 +147,7 @@ def _disk(described: Machine, model: Path | None, sources: dict[str, str]) -> Ma
     except RotaryError as error:
         sources["disk"] += f"; not measured: {str(error).rpartition('; ')[0]}"
         return described
-    except (OSError, RuntimeError) as error:  # no place to write, a thread that cannot be started
+    except (OSError, RuntimeError) as error:  # nowhere to write, or a thread cannot be started
         sources["disk"] += f"; not measured: {error}"
         return described
     sources["disk"] = f"measured: {cold.how} reads of {place if model else f'a temporary file in {place}'}"

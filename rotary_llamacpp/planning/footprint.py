@@ -21,7 +21,7 @@ from ..gguf_files.layout import SECTOR
 _PATTERNS = {"gpt-oss": 2, "llama4": 4, "afmoe": 4, "exaone-moe": 4, "mellum": 4}
 _FULL_FIRST = {"smallthinker": 4, "laguna": 4, "cohere2moe": 4}
 _VALUE_BYTES = 2  # f16
-_MAX_LAYERS = 4096  # more in a header is damage; nothing is sized by its numbers before this
+_MAX_LAYERS = 4096  # more means a damaged header; checked before anything is sized by it
 
 
 @dataclass(frozen=True)
@@ -229,14 +229,14 @@ def _cached(keys: _Keys, n_layer: int) -> tuple[CachedLayer, ...]:
     first = _heads(keys, n_layer)
     key, value = first.n_key, first.n_value
     if keys.number("attention.key_length_mla", 0):
-        value = 0  # latent attention keeps one vector, out of which keys and values are made
+        value = 0  # latent attention keeps one vector, from which keys and values are computed
     narrow = (
         keys.number("attention.key_length_swa", key),
         keys.number("attention.value_length_swa", value),
     )
     window = keys.number("attention.sliding_window", 0)
     windowed = keys.windowed(n_layer) if window else [False] * n_layer
-    interval = keys.number("full_attention_interval", 0)  # the layers between are recurrent: no KV cache
+    interval = keys.number("full_attention_interval", 0)  # the layers between are recurrent, without KV cache
     layers = []
     for il in range(n_layer):
         if interval and (il + 1) % interval:

@@ -52,8 +52,8 @@ from .roofline import (
 ROTARY_GAIN = 1.05  # less than this is not worth another backend
 _PERCENT = percent(ROTARY_GAIN - 1, 0)
 _FIT_MARGIN = 1024 * MIB  # what llama.cpp's --fit leaves free of a GPU
-# What stock gets out of page faults however fast the disk is, from this project's benchmarks/beyond_ram.py
-# (Q8_0, loop device over memory, 35 and 60 % of the model's size: 0.8 and 0.9 GB/s).
+# Rate that stock gets out of page faults, however fast the disk is, from this project's
+# benchmarks/beyond_ram.py (Q8_0, loop device over memory, 35 and 60 % of the model's size: 0.8 and 0.9 GB/s).
 _FAULT_RATE = 0.8e9
 _PAGEABLE = 1 / 3  # of the link's rate, where memory is not pinned
 
@@ -241,7 +241,7 @@ def _stock_cpu(case: Case) -> Option:
     footprint = case.print
     fixed = case.fixed(windows=True) + case.embedding_bytes
     short = fixed + footprint.expert_bytes > case.ram_free
-    # Repacking makes a copy that cannot be dropped and read again: with too little memory it is fatal.
+    # Repacking makes a copy that cannot be dropped and read again, which is fatal with too little memory.
     no_gpu = " -dev none" if case.machine.vram_bytes else ""
     option = Option(
         "cpu", "all on the CPU, mapped", _llama_cli(case, f"-ngl 0{no_gpu}{' --no-repack' if short else ''}"),

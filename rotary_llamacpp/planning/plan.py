@@ -53,7 +53,7 @@ def make(
     RotaryError
         An argument is unknown, not readable or not understood.
     """
-    RotaryConfig(budget, store=store)  # refuses what is none
+    RotaryConfig(budget, store=store)  # refuses nonsense
     if trace is not None and profile not in ("auto", "off"):
         raise RotaryError(f"{trace}: a trace and a profile, {profile}, are given; leave one out")
     is_file = Path(model).is_file() or model.endswith(".gguf") or os.sep in model

@@ -21,22 +21,22 @@ class Machine:
     ram_bytes: int
     vram_rate: float
     link_rate: float
-    ram_rate: float  # weights through the CPU's kernels, one token at a time
+    ram_rate: float  # weights read by the CPU's kernels, one token at a time
     copy_rate: float  # all threads
     disk_rate: float
     gpu_flops: float
     cpu_flops: float
-    # What a layer takes beside reading weights and KV cache: attention, norms, starting its nodes.
+    # Seconds of a layer beside reading weights and KV cache: attention, norms, starting nodes.
     gpu_layer_s: float = 0.0
     cpu_layer_s: float = 0.0
-    # The same for a token of a prompt; None is the operations of attention at the rate of all others.
+    # Seconds of a layer for a token of a prompt; None estimates attention by operations.
     gpu_prompt_layer_s: float | None = None
     cpu_prompt_layer_s: float | None = None
-    disk_cpu_s: float = 0.0  # of all processors together, for a byte of direct reads
-    # All threads, of experts into the layout that the CPU's kernels want; 0 where that is the file's.
+    disk_cpu_s: float = 0.0  # time of all processors together for a byte of direct reads
+    # Rate at which all threads repack experts for the CPU's kernels; 0 if these take the file's layout.
     repack_rate: float = 0.0
     vram_total: int = 0  # bytes; `vram_bytes` of them are free
-    sync_s: float = 0.0  # of the host, for a GPU and back
+    sync_s: float = 0.0  # time for which the host waits for a GPU
     sources: dict[str, str] | None = None
 
 
@@ -87,14 +87,14 @@ class Cost:
 class Case:
     """A model on a machine."""
 
-    model: str  # path, for commands
+    model: str  # path to write in commands
     print: Footprint
     machine: Machine
     request: Request
     hits: Hits
     budget: str = "auto"
     store: str = "auto"
-    threads: int | None = None  # of the CPU, for commands
+    threads: int | None = None  # of the CPU, to write in commands
 
     @property
     def ram_free(self) -> int:

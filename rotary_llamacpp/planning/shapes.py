@@ -26,7 +26,7 @@ _MATRICES = {
     "q4_k_m": "Q4_K", "q4_0": "Q4_0", "mxfp4": "Q8_0",
 }  # fmt: skip
 TYPES = tuple(_MATRICES)
-# What llama-quantize takes where a row is not whole blocks of 256.
+# Types that llama-quantize falls back to where a row is not whole blocks of 256.
 _NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
@@ -49,9 +49,9 @@ class Shape:
     dense: int = 0  # leading layers without experts
     dense_ff: int = 0
     shared: int = 0  # experts that every token uses
-    window: int = 0  # of every other layer's attention
+    window: int = 0  # of attention in every other layer
     biases: bool = False
-    # Latent attention (MLA): ranks; dimensions of a head with and without position, and of its value.
+    # Latent attention (MLA): ranks, and dimensions of a head with and without position and of a value.
     q_lora: int = 0
     kv_lora: int = 0
     rope: int = 0

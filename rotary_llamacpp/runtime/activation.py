@@ -18,7 +18,7 @@ from .llama import Llama, signature_with_rotary
 from .paging import Paging, construct
 
 _lock = threading.Lock()
-_stock_methods: dict[str, Any] = {}  # what was replaced; empty while inactive
+_stock_methods: dict[str, Any] = {}  # methods that were replaced; empty while inactive
 _default: Any = "auto"
 _AS_ACTIVATED = object()
 
@@ -71,7 +71,7 @@ def _paging_of(llama: llama_cpp.Llama) -> Paging:
 def _paged_init(stock_init: Any) -> Any:
     @functools.wraps(stock_init)
     def __init__(self: Any, model_path: str, *, rotary: Any = _AS_ACTIVATED, **kwargs: Any) -> None:
-        if isinstance(self, Llama):  # our subclass has decided already
+        if isinstance(self, Llama):  # the subclass has handled `rotary` already
             stock_init(self, model_path, **kwargs)
         else:
             choice = _default if rotary is _AS_ACTIVATED else rotary

@@ -20,6 +20,7 @@ from .. import pinned
 from ..errors import RotaryError
 from ..host import disk, machine
 from ..native import binding
+from ..native.stock_version import check_llama_cpp_version
 from ..units import MIB, mib
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -96,7 +97,7 @@ def _import_llama_cpp() -> Check:
 
 
 def _llama_cpp_version() -> Check:
-    return Check("llama-cpp-python", OK, f"{binding.check_llama_cpp_version()}, as pinned")
+    return Check("llama-cpp-python", OK, f"{check_llama_cpp_version()}, as pinned")
 
 
 def _library_file() -> Check:

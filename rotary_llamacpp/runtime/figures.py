@@ -95,7 +95,7 @@ class Figures:
 
 def prompt_share(llama: Llama, n_tokens: int, stats: dict[str, Any]) -> float | None:
     """Share of the prompt that is computed, 0 to 1; None where lookups do not tell."""
-    if stats["path"] != "slots":  # counted, but not computed yet
+    if stats["path"] != "slots":  # lookups are counted before they are computed
         return None
     return min(1.0, stats["lookups"] / (stats["n_layers"] * n_ubatches(llama, n_tokens)))
 

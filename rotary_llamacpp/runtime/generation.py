@@ -23,7 +23,9 @@ from ..units import decimal, mib, percent, span
 from .llama import Llama
 from .paging import default_model_params
 
-_DEFAULT_CTX = 4096  # what llama.cpp's own tools take, capped by what the model was trained for
+_DEFAULT_CTX = (
+    4096  # the default of llama.cpp's own tools, capped by the context that the model was trained for
+)
 
 
 class Watcher:
@@ -124,8 +126,8 @@ def load(
         params.progress_callback = on_progress
 
     try:
-        # Raised in the callback, KeyboardInterrupt would be printed and lost: it makes llama.cpp stop, and is
-        # raised here.
+        # A KeyboardInterrupt in the callback would be printed and lost. So the callback stops llama.cpp, and
+        # the interrupt is raised here.
         with default_model_params(adjust), noted(interrupted, and_raised=False):
             llama = Llama(
                 model,
@@ -138,7 +140,7 @@ def load(
             )
     except RotaryError:
         raise
-    except UnicodeEncodeError as error:  # stock's, which has names as text
+    except UnicodeEncodeError as error:  # from stock, which encodes names as text
         raise ModelError(
             f"{model}: llama-cpp-python cannot open it, {error.reason}; rename it in UTF-8"
         ) from None
@@ -175,9 +177,7 @@ def generate(
     tokens = llama.tokenize(prompt.encode(), add_bos=bool(llama._model.add_bos_token()), special=True)
     if not tokens:
         tokens = [llama.token_bos()]
-    n_ctx = len(
-        llama.input_ids
-    )  # as asked for; llama.cpp's own n_ctx() is rounded up, stock's buffers are not
+    n_ctx = len(llama.input_ids)  # llama.cpp rounds its own n_ctx() up, but stock's buffers are no larger
     if len(tokens) >= n_ctx:
         raise RotaryError(
             f"prompt: {len(tokens)} tokens; the context holds {n_ctx}; shorten it or raise --ctx"

@@ -66,21 +66,25 @@ class Paging:
     """Paging of one Llama object: the pools while the model lives, and the last figures after that."""
 
     def __init__(self, rotary: Any, n_gpu_layers: int | None = None) -> None:
-        self.rotary = rotary  # this and the next as given, for pickling
+        self.rotary = rotary  # this and the next attribute are kept as given, for pickling
         self.given_n_gpu_layers = n_gpu_layers
         self.reason: str | None = None  # why nothing is paged
         self.pools: Pools | None = None
-        self.info: ModelInfo | None = None  # of a paged model
-        self.devices: ctypes.Array[ctypes.c_void_p] | None = None  # kept: model_params points at it
+        self.info: ModelInfo | None = None  # None unless the model is paged
+        self.devices: ctypes.Array[ctypes.c_void_p] | None = (
+            None  # kept alive, because model_params points at it
+        )
         self.no_repack = False
-        self.level = logging.INFO  # of what is announced and is no warning
-        self.profile: str | None = None  # the file, if slots began with one's experts
+        self.level = logging.INFO  # for messages that are not warnings
+        self.profile: str | None = None  # path, if slots began with the experts of one
         self.notices: list[str] = []
         self._closing = False
-        # Figures may be read by another thread than the one that closes. Not held by anything that waits for
-        # a graph: a policy written in Python may ask for figures within one.
+        # Another thread than the one that closes may read figures. Never held while waiting for a graph,
+        # because a policy in Python may read figures within one.
         self._lock = threading.RLock()
-        self._changing = threading.RLock()  # one change at a time, and none while it closes; taken first
+        self._changing = (
+            threading.RLock()
+        )  # one change at a time, and none during closing; taken before `_lock`
         self._last: dict[str, Any] = {**_NOT_PAGED, "layers": []}
 
     @property
@@ -193,7 +197,7 @@ class Paging:
             self._closing = True
 
     def _refresh(self) -> None:
-        # While the interpreter ends, a model nobody closed is freed late: cffi may be gone by then.
+        # When the interpreter ends, a model that nobody closed is freed late, when cffi may be gone.
         if self.pools is None or self._closing or sys.is_finalizing():
             return
         for text in self.pools.notices():
@@ -309,7 +313,7 @@ def _raise_our_errors(context: Any, pools: Pools) -> None:
             except RuntimeError:
                 if lib.last_error():
                     lib.check(lib.c.rotary_last_status())
-                raise  # the failure is llama.cpp's or the inner device's
+                raise  # llama.cpp or the inner device failed, not our library
 
     context.decode = decode
 
@@ -353,7 +357,7 @@ def construct(
                 run_stock(paging.open(model_path, config, kwargs))
                 paging.start(llama, config)
             except RotaryError as error:
-                # Asked for nothing in particular, the caller gets what stock would do rather than an error.
+                # A caller who left the choice to us gets what stock would do, rather than an error.
                 if not paging.is_default:
                     raise
                 undo()
@@ -363,7 +367,7 @@ def construct(
                 try:
                     run_stock(paging.step_aside(str(error), kwargs))
                 except ValueError as refusal:
-                    if isinstance(error, ModelError):  # says more of a file that stock cannot load either
+                    if isinstance(error, ModelError):  # tells more about a file that stock cannot load either
                         raise error from refusal
                     raise
                 paging.notice(warning)

@@ -96,7 +96,7 @@ def record(
                         break
         except KeyboardInterrupt:
             interrupted.set()
-        except Exception as error:  # whatever it is, the prompts before it took their time
+        except Exception as error:  # of any kind: the prompts before it are worth keeping
             failed = error
     finally:
         llama.close()

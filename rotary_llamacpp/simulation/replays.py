@@ -251,7 +251,7 @@ def belady(trace: Trace, n_slots: Sequence[int]) -> Outcome:
         for t in range(len(sets) - 1, -1, -1):
             following.append({expert: next_use.get(expert, never) for expert in sets[t]})
             next_use.update(dict.fromkeys(sets[t], t))
-        kept: dict[int, int] = {}  # expert: when it is needed again
+        kept: dict[int, int] = {}  # time of the next use by expert
         for row, experts, after in zip(rows, sets, reversed(following), strict=True):
             if trace.phase[row] == DECODE:
                 out.requests += len(experts)

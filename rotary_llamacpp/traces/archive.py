@@ -29,8 +29,8 @@ from ..host.files import check_regular, writing
 PREFILL, DECODE = 0, 1
 FORMAT = 1
 _CSV_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
-_MAX_ROWS = 1 << 28  # of one archive: what a header may ask for
-MAX_PAIRS = 1 << 27  # of experts in layers: predictors have tables of them
+_MAX_ROWS = 1 << 28  # of one archive, whatever a header asks for
+MAX_PAIRS = 1 << 27  # pairs of experts in all layers, because predictors have tables of them
 
 
 @dataclass
@@ -263,7 +263,7 @@ def _checked(trace: Trace) -> Trace:
         raise ValueError("a layer without its size")
     if not np.isin(trace.phase, (PREFILL, DECODE)).all():
         raise ValueError("a phase that is neither 0 nor 1")
-    # A prompt is computed layer by layer, and may have been written so.
+    # A prompt is computed layer by layer, and may have been written in that order.
     return trace.select(np.lexsort((trace.layer, trace.step, trace.sequence)))
 
 
@@ -300,7 +300,7 @@ class Recorder:
             found = {layer: rows[:n_done] for layer, rows in found.items()}
         end = first_step + max(map(len, found.values()))
         for layer, rows in found.items():
-            # The last layer computes only those tokens of a prompt that logits are wanted of: the last ones.
+            # The last layer computes only the tokens of a prompt that need logits, which are the last ones.
             for step, row in enumerate(rows, end - len(rows)):
                 self._rows.append((sequence, phase, step, layer, *row))
         return end

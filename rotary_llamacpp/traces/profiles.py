@@ -27,7 +27,7 @@ from ..host.files import check_regular, writing
 from .archive import DAMAGED, MAX_PAIRS, Trace
 
 FORMAT = 1
-KEY = "rotary.profile"  # of the model's metadata: array of bytes, the archive
+KEY = "rotary.profile"  # key of a model's metadata: the archive as an array of bytes
 
 
 @dataclass
@@ -148,7 +148,7 @@ def _read(file: str | os.PathLike[str] | io.BytesIO, name: object) -> Profile:
             raise ValueError("arrays of different shapes")
         if not (_are_shares(popularity) and _are_shares(pairs)):
             raise ValueError("shares that are none")
-        popularity = np.ascontiguousarray(popularity, np.float32)  # the library reads it so
+        popularity = np.ascontiguousarray(popularity, np.float32)  # the library reads contiguous float32
         layers = [int(layer) for layer in meta["layers"]]
         if len({*layers}) < n_layers or not all(0 <= layer < 1 << 31 for layer in layers):
             raise ValueError(f"layers {layers}")
