@@ -2,7 +2,7 @@
 """Eviction policies: the native ones by name, and the same in Python, to read and to write one's own after.
 
 A policy belongs to one layer. It sees every routing, what enters and what leaves, and says who leaves when a
-slot is wanted. `NATIVE` names those of the library (native/src/cache/policies, where the papers are named too); a
+slot is wanted. `NATIVE` names those of the library (native/src/cache/policies, which name the papers); a
 class here of the same behaviour, request by request, is in `REFERENCES`. Anything with the methods of
 `EvictionPolicy` can be given as ``policy=`` instead of a name: it runs in Python, called from the thread that
 computes, and slower for it.

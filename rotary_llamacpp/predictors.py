@@ -4,9 +4,10 @@ and to write one's own after.
 
 One that is given as ``prefetch=`` sees every routing and names what is to come ahead; how many layers ahead
 it is asked, and which of its guesses are followed, the library decides by what guesses were worth, by the
-disk's speed and by the time of a layer. `NAMES` are those of the library (native/src/prefetch/predictors); a class
-here of the same behaviour, call by call, is in `REFERENCES`. Anything with the methods of `PrefetchPolicy`
-can be given instead of a name: it runs in Python, called from the thread that computes, and slower for it.
+disk's speed and by the time of a layer. `NAMES` are those of the library (native/src/prefetch/predictors); a
+class here of the same behaviour, call by call, is in `REFERENCES`. Anything with the methods of
+`PrefetchPolicy` can be given instead of a name: it runs in Python, called from the thread that computes, and
+slower for it.
 
 What the library applies by itself, the next layers' routers, needs hidden states, which routings have not:
 "router" is a name that only a model can have, and in the simulator `Router` stands for it.
