@@ -151,10 +151,10 @@ def test_routers_that_cannot_be_read(synthetic, exact, prefetch):
     [notice] = notices(stats)
     assert "the router of layer 0, and maybe others, cannot be applied early" in notice
     if prefetch == "auto":
-        assert "foretold from routings, less well (mixed)" in notice
+        assert "predicted from routings, less well (mixed)" in notice
         assert stats["predictor"] == "router, mixed" and stats["predicted_right"] > 0
     else:
-        assert "not brought ahead" in notice and stats["predicted"] == 0
+        assert "not prefetched" in notice and stats["predicted"] == 0
 
 
 @pytest.mark.model

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: MIT
 //
 // Errors: one line of text per thread for rotary_last_error(), the same line in ggml's log.
+//
+// base/ is what every room stands on and nothing of paging: errors (here), the clock, forks (fork.hpp, forked_compute.hpp),
+// what the machine and its cgroups give this process (memory.hpp, cpus.hpp, cgroup.hpp, cpu_trial.hpp), and what an inner
+// device answers (inner_device.hpp). Called by all rooms; it includes none of them.
+// Threading: any thread.
 
 #pragma once
 

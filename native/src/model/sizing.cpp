@@ -136,8 +136,8 @@ int32_t sizing::allocate(uint64_t bytes, const std::vector<int32_t> & n_slots) {
         status                = allocate(n_slots, n_allocated);
         if (status == ROTARY_OK) {
             model_.said.say(
-                format("%s: slots stay as they are divided between layers: no address space to move them (%s)", name,
-                       why.c_str()));
+                format("%s: slots stay as they are divided between layers: no address space to rebalance them (%s)",
+                       name, why.c_str()));
         }
     }
     if (status == ROTARY_OK) {

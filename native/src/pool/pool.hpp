@@ -44,7 +44,7 @@ class pool : public std::enable_shared_from_this<pool> {
     // ---- for the C API and the executor, with the lock held
     void lose(int n) {
         n_lost_ += n;
-    }                  // models of which not all experts are known, since memory ran out; without the lock
+    } // models of which not all experts are known, since memory ran out; without the lock
     int32_t prepare(); // choose the store, divide the budget and allocate slots, unless that is done
     void    set_budget(const budget & wanted, const std::string & text);
     int32_t warm(int32_t il, std::vector<int32_t> experts); // first_fill::set(), before slots are allocated

@@ -46,7 +46,7 @@ void predictions::start() {
     }
     if (by_device && !applies_routers()) {
         model_.said.say(format(
-            "%s: the GPU resolves lookups itself, so what it copies ahead is named by the next layers' "
+            "%s: the GPU resolves lookups itself, so what it prefetches is named by the next layers' "
             "routers, not by %s",
             model_.config.name.c_str(), config_.own != nullptr ? "the predictor given" : config_.predictor.c_str()));
     } else if (!applies_routers()) {
