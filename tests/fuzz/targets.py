@@ -645,7 +645,7 @@ class Environment(Target):
     def run(self, chosen: dict[str, str], compute: bool) -> str:
         os.environ.update(chosen)
         try:
-            _native.load()
+            library = _native.load()
         except RotaryError as error:
             one_line(str(error))
             return REFUSED
@@ -653,8 +653,15 @@ class Environment(Target):
             llama = self.llama_cpp.Llama(
                 str(self.model), n_ctx=64, n_threads=1, n_threads_batch=1, n_gpu_layers=-1, verbose=False
             )
-            llama.eval([1, 2, 3])
-            llama.eval([4])
+            try:
+                llama.eval([1, 2, 3])
+                llama.eval([4])
+            except RuntimeError:  # a budget below one token's experts is refused when the slots are allocated
+                said = library.text(library.c.rotary_last_error())
+                if not said:
+                    raise
+                one_line(said)
+                return REFUSED
             llama.close()
         return ACCEPTED
 

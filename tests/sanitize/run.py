@@ -5,8 +5,9 @@
 
 Builds the library into build/sanitize/<kind>/native; in the tests everything else is as it is
 elsewhere. For upstream's program under TSan llama.cpp is built too, with TSan in it and without OpenMP, whose
-barriers TSan does not know: minutes, once. Whatever a sanitizer says ends its process, so that the test that
-ran it fails. What is suppressed is others' code, with a reason each, in the .supp files here.
+barriers TSan does not know: minutes, once. Whatever a sanitizer says ends its process and is printed at the
+end, also where a test hides what that process printed. What is suppressed is others' code, each with its
+reason, in the .supp files here.
 Exit status: 0 clean.
 """
 
@@ -95,8 +96,14 @@ def shared_library(name: str) -> str:
     return str(Path(said.stdout.strip()).resolve())
 
 
+def reports(kind: str) -> Path:
+    """What a sanitizer says in each process is written to this path with the process's number behind it."""
+    return ROOT / "build" / "sanitize" / kind / "report"
+
+
 def environment(kind: str, library: Path) -> dict[str, str]:
-    """Of a process that has the sanitizer in it."""
+    """The environment of a process that has the sanitizer in it."""
+    log = f"log_path={reports(kind)}"
     found = {key: value for key, value in os.environ.items() if not key.startswith("ROTARY_")}
     found |= {
         "ROTARY_LIBRARY": str(library),
@@ -105,9 +112,9 @@ def environment(kind: str, library: Path) -> dict[str, str]:
         "LD_PRELOAD": f"{shared_library(RUNTIMES[kind])} {shared_library('libstdc++.so.6')}",
         "OMP_WAIT_POLICY": "passive",
         # Python and llama.cpp keep what they have to the end: leaks are for `archs` alone.
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-        "TSAN_OPTIONS": f"halt_on_error=1:history_size=4:suppressions={HERE}/thread.supp",
+        "ASAN_OPTIONS": f"{log}:detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": f"{log}:print_stacktrace=1:halt_on_error=1",
+        "TSAN_OPTIONS": f"{log}:halt_on_error=1:history_size=4:suppressions={HERE}/thread.supp",
         "LSAN_OPTIONS": f"suppressions={HERE}/leak.supp:print_suppressions=0",
     }
     return found
@@ -157,10 +164,16 @@ def main() -> int:
     clean = True
     for kind in given.kinds or KINDS:
         library, programs = build(kind, "archs" in given.only)
+        for old in reports(kind).parent.glob(reports(kind).name + ".*"):
+            old.unlink()
         if "tests" in given.only:
             clean = tests(kind, library, given.expression) and clean
         if "archs" in given.only:
             clean = archs(kind, library, programs) and clean
+        for report in sorted(reports(kind).parent.glob(reports(kind).name + ".*")):
+            print(f"{report}:\n{report.read_text(errors='replace')[:12000]}")
+            clean = False
+    print("sanitizers: clean" if clean else "sanitizers: not clean")
     return 0 if clean else 1
 
 
