@@ -97,6 +97,15 @@ ROTARY_BOTH int32_t rotary_page_id(const rotary_page_ids & ids, int32_t i) {
     return *(const int32_t *) (ids.data + i / ids.n_used * ids.nb1 + i % ids.n_used * ids.nb0);
 }
 
+// For what several members of a team write alike at the same time.
+ROTARY_BOTH void rotary_page_put(int64_t * place, int64_t value) {
+#ifdef __CUDA_ARCH__
+    *(volatile int64_t *) place = value;
+#else
+    __atomic_store_n(place, value, __ATOMIC_RELAXED);
+#endif
+}
+
 // A team of one.
 struct rotary_page_alone {
     int32_t rank() const { return 0; }
@@ -222,7 +231,7 @@ ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table 
     }
     bad = team.any(bad);
     for (int32_t i = team.rank(); i < n && !bad; i += team.size()) {
-        table.wanted_by[rotary_page_id(ids, i)] = call;
+        rotary_page_put(&table.wanted_by[rotary_page_id(ids, i)], call);
     }
     team.sync();
     // More distinct experts than slots are possible only where there are more rows than slots.
