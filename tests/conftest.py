@@ -25,7 +25,7 @@ from tests import skips
 from tests.support import HANG_S, ROOT, compiled, write_all
 
 # Of what the user has set, these are for tests.
-FOR_TESTS = ("ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY", "ROTARY_TESTS_CXXFLAGS")
+FOR_TESTS = ("ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY", "ROTARY_TESTS_CXXFLAGS", "OMP_THREAD_LIMIT")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
