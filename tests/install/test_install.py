@@ -107,7 +107,8 @@ def test_a_checkout_by_pip(index, checkout, environment, tiny_model):
 def test_a_checkout_by_uv(index, checkout, environment, tiny_model):
     python = environment / "python"
     uv = Path(sys.executable).with_name("uv")
-    run(uv, "pip", "install", "--python", python, checkout, UV_FIND_LINKS=str(WHEELS))
+    # It trusts the system's certificates, as pip does.
+    run(uv, "pip", "install", "--python", python, checkout, UV_FIND_LINKS=str(WHEELS), UV_SYSTEM_CERTS="true")
     assert_it_pages(environment, tiny_model)
 
 
