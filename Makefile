@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 #
 #   make run           generate text from the committed model with a quarter of its experts resident
-#   make test          all tests, upstream's conformance programs included
-#   make conformance   only those
+#   make test          all tests, upstream's conformance programs included; fails on a skip that tests/skips.py does not name
+#   make test-fast     the inner loop: logic, the C API, commands, and one model against stock; under two minutes
+#   make conformance   only upstream's conformance programs
 #   make machines      paged against stock on processors that Debian's qemu-user emulates, x86-64 and Arm
 #   make bench         paged against stock, in turn
 #   make lint          ruff, mypy, clang-format
@@ -38,20 +39,23 @@ NATIVE  := CMakeLists.txt $(shell find native -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: run test conformance machines bench lint fuzz sanitize soak clean setup programs
+.PHONY: run test test-fast conformance machines bench lint fuzz sanitize soak clean setup programs
 
 run: setup
 	$(VENV)/bin/rotary run $(MODEL) -p "$(PROMPT)" -n 64 --budget 25% --temp 0.8 --seed 1
 
 test: setup programs
-	$(PY) -m pytest
+	$(PY) -m pytest --named-skips
+
+test-fast: setup
+	$(PY) -m pytest -q -m "not slow" tests/unit tests/native tests/cli/test_cli.py tests/model/test_exactness.py::test_tiny_model
 
 conformance: setup programs
 	$(PY) -m pytest -m conformance
 
 # Builds llama.cpp twice: about twenty minutes of one core, then minutes. MACHINES names some of them.
 machines: $(VENV)/.made $(SDIST)/PKG-INFO
-	@$(PY) tests/machines/run.py $(SDIST)/vendor/llama.cpp $(MACHINES)
+	@$(PY) -m tests.machines.run $(SDIST)/vendor/llama.cpp $(MACHINES)
 
 bench: setup
 	$(PY) benchmarks/decode.py $(MODEL)
@@ -60,16 +64,16 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find native/src native/cuda tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find native/src tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 
 fuzz: setup
-	$(PY) tests/fuzz/run.py $(FUZZ)
+	$(PY) -m tests.fuzz.run $(FUZZ)
 
 sanitize: setup programs
-	$(PY) tests/sanitize/run.py $(SANITIZE)
+	$(PY) -m tests.sanitize.run $(SANITIZE)
 
 soak: setup
-	$(PY) tests/soak/run.py --minutes $(SOAK_MINUTES) $(SOAK)
+	$(PY) -m tests.soak.run --minutes $(SOAK_MINUTES) $(SOAK)
 
 clean:
 	rm -rf $(VENV) build/native build/sanitize build/conformance build/machines build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include
@@ -119,7 +123,7 @@ $(VENV)/.lint: $(VENV)/.installed
 
 programs: build/conformance/.made
 
-build/conformance/.made: $(VENV)/.made $(wildcard tests/conformance/*) rotary_llamacpp/pinned.py | $(SDIST)/PKG-INFO
+build/conformance/.made: $(VENV)/.made tests/conformance/CMakeLists.txt tests/support/llama_cpp.cmake $(wildcard tests/conformance/*.c) rotary_llamacpp/pinned.py | $(SDIST)/PKG-INFO
 	@$(PY) .ci/progress.py "conformance programs" build/conformance.log $(SHELL) -euc '\
 	    rm -f build/conformance/CMakeCache.txt; \
 	    $(VENV)/bin/cmake -S tests/conformance -B build/conformance -G Ninja -DCMAKE_BUILD_TYPE=Release \

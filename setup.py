@@ -231,7 +231,6 @@ setup(
         "numpy",
         "cffi",
         "click",
-        "tqdm",
         "rich",
     ],
     ext_modules=[Extension(f"{PACKAGE}.lib", sources=[])],

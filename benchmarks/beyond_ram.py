@@ -38,10 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 
 from benchmarks import cgroups, disks, report
 from benchmarks.cells import LOCALITY, plan
-from benchmarks.common import MIB, MODELS, ProcessFailed, cpu_name, in_process, synthetic
+from benchmarks.common import MODELS, ProcessFailed, cpu_name, in_process, synthetic
 from benchmarks.disks import Disk
 from benchmarks.rounds import Benchmark
-from rotary_llamacpp.machine import available_memory, cpu_count
+from rotary_llamacpp.host.machine import available_memory, cpu_count
+from rotary_llamacpp.units import MIB
 
 SHAPE = "qwen3-30b-a3b"
 OVERRIDES = {"ff": 384, "heads": 16, "vocab": 32000}

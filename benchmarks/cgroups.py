@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.common import MIB
-from rotary_llamacpp.cgroups import find_groups
+from rotary_llamacpp.host.cgroups import find_groups
+from rotary_llamacpp.units import MIB
 
 _number = itertools.count()
 _made: list[Path] = []  # directories that exist now

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "build" / "bench"
-MIB = 1024 * 1024
 
 
 class ProcessFailed(Exception):

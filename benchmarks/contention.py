@@ -26,8 +26,9 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
 
 from benchmarks.common import cpu_name, in_process
-from benchmarks.disks import MIB, fast_disk
-from rotary_llamacpp.machine import cpu_count
+from benchmarks.disks import fast_disk
+from rotary_llamacpp.host.machine import cpu_count
+from rotary_llamacpp.units import MIB
 
 
 @contextlib.contextmanager

@@ -23,14 +23,15 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
 
-from benchmarks.common import MIB, MODELS, cpu_name, in_process, synthetic
+from benchmarks.common import MODELS, cpu_name, in_process, synthetic
 from benchmarks.disks import drop, fill_cache
-from rotary_llamacpp.machine import cpu_count
+from rotary_llamacpp.host.machine import cpu_count
+from rotary_llamacpp.units import MIB
 
 
 def timed(source: str, target: str, verify: bool) -> dict:
     """Convert, in this process; how long it took."""
-    from rotary_llamacpp.convert import Options, convert
+    from rotary_llamacpp.conversion.convert import Options, convert
 
     begin = time.perf_counter()
     convert(source, target, Options(verify=verify))

@@ -28,7 +28,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
 
 from benchmarks.common import MODELS, ROOT, ProcessFailed, cpu_name, in_process, last_logits, synthetic
-from rotary_llamacpp.machine import cpu_count
+from rotary_llamacpp.host.machine import cpu_count
 
 
 def measure(model: str, budget: str | None, n_prompt: int, n_decode: int, n_threads: int) -> dict:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cgroups import join
-from benchmarks.common import MIB
+from rotary_llamacpp.units import MIB
 
 _CLONE_NEWNS = 0x00020000  # sched.h
 

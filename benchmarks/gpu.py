@@ -39,7 +39,7 @@ sys.path[1:1] = [str(SITE)] if SITE.is_dir() else [str(wheel) for wheel in PACK.
 
 import click  # noqa: E402
 
-from rotary_llamacpp.machine import cpu_count  # noqa: E402
+from rotary_llamacpp.host.machine import cpu_count  # noqa: E402
 
 WHEELS = (
     "gguf", "cffi", "pycparser", "click", "tqdm", "numpy", "diskcache", "jinja2", "markupsafe",
@@ -180,7 +180,7 @@ def environment() -> None:
     """Have this process's children use what has been built here, if it has."""
     if LIBRARIES.is_dir():
         os.environ["LLAMA_CPP_LIB_PATH"] = str(LIBRARIES)
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SITE), str(ROOT / "tests")])
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SITE)])
 
 
 @main.command(
@@ -240,8 +240,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from benchmarks.common import last_logits
-    from rotary_llamacpp import Llama, _native
-    from rotary_llamacpp.paging import default_model_params
+    from rotary_llamacpp import Llama
+    from rotary_llamacpp.native import binding as _native
+    from rotary_llamacpp.runtime.paging import default_model_params
 
     keep: list[Any] = []
 
@@ -368,7 +369,7 @@ def measure_all(
     limit: float, dry_run: bool, json_path: Path | None,
 ) -> None:  # fmt: skip
     from benchmarks.common import ProcessFailed, cpu_name, in_process, synthetic
-    from rotary_llamacpp.info import ModelInfo
+    from rotary_llamacpp.gguf_files.info import ModelInfo
 
     environment()
     everything: dict[str, Any] = {

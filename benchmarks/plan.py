@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What ``rotary plan --measure`` foretells against what runs measure, on this machine's CPU.
+"""What ``rotary plan --measure`` predicts against what runs measure, on this machine's CPU.
 
     python benchmarks/plan.py model.gguf
 
@@ -7,7 +7,7 @@ Stock and Rotary by budget, with the model in the page cache and with direct rea
 process of its own, as ``--measure`` does, and then runs every configuration once; predictions are from the
 median rates, measurements are medians. What ran while other processes took more than --others of the
 processors is run again; in a container nobody can tell, and nothing is. Hit rates are expected by the default
-curve; the last column foretells decode from the run's own hit rate instead, to tell the two errors apart.
+curve; the last column predicts decode from the run's own hit rate instead, to tell the two errors apart.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 import click
 
 from benchmarks.common import ProcessFailed, cpu_name, in_process
-from rotary_llamacpp import plan as plans
-from rotary_llamacpp.hits import Hits
-from rotary_llamacpp.machine import busy_seconds, cpu_count
-from rotary_llamacpp.options import Option, options
+from rotary_llamacpp.host.machine import busy_seconds, cpu_count
+from rotary_llamacpp.planning import plan as plans
+from rotary_llamacpp.planning.hits import Hits
+from rotary_llamacpp.planning.options import Option, options
 
 RATES = (
     "ram_rate",
@@ -144,8 +144,8 @@ def main(
         f"{1e6 * rates['cpu_prompt_layer_s']:.0f} of a prompt's token\n"
     )
     click.echo(
-        "| configuration | hit rate | expected | decode tok/s | foretold | off by | prompt tok/s | foretold "
-        "| off by | decode by its hit rate |"
+        "| configuration | hit rate | expected | decode tok/s | predicted | off by | prompt tok/s "
+        "| predicted | off by | decode by its hit rate |"
     )
     click.echo("|---|---|---|---|---|---|---|---|---|---|")
     for budget, store in cells:
@@ -165,8 +165,8 @@ def main(
         Path(json_path).write_text(json.dumps({"machines": machines, "runs": figures}, indent=1))
 
 
-def _beside(measured: float, foretold: float) -> str:
-    return f"{measured:.1f} | {foretold:.1f} | {foretold / measured - 1:+.0%}"
+def _beside(measured: float, predicted: float) -> str:
+    return f"{measured:.1f} | {predicted:.1f} | {predicted / measured - 1:+.0%}"
 
 
 if __name__ == "__main__":

@@ -22,9 +22,12 @@ sys.path.insert(0, str(ROOT))  # as a script it finds only its own folder
 import click  # noqa: E402
 import numpy as np  # noqa: E402
 
-from rotary_llamacpp import _native, _replay, policies, simulation  # noqa: E402
+from rotary_llamacpp import policies, simulation  # noqa: E402
+from rotary_llamacpp.native import binding as _native  # noqa: E402
+from rotary_llamacpp.native import replay as _replay  # noqa: E402
 from rotary_llamacpp.predictors import NAMES, Router  # noqa: E402
 from rotary_llamacpp.traces import DECODE, Trace, load  # noqa: E402
+from rotary_llamacpp.units import parse_rate  # noqa: E402
 
 PROMPTS = ["In the beginning", "The whale", "It was a dark night, and", "My dear Watson,"]
 
@@ -147,7 +150,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def record_one(model: Path) -> Trace:
     from rotary_llamacpp import RotaryConfig
-    from rotary_llamacpp.recording import record
+    from rotary_llamacpp.runtime.recording import record
 
     return record(str(model), PROMPTS, 150, RotaryConfig(budget="50%", verbose=False), seed=1, n_ctx=512)
 
@@ -160,21 +163,21 @@ def record_one(model: Path) -> Trace:
 @click.option("--budgets", default="12.5,25", show_default=True, help="Percent of all experts.")
 @click.option("--link", default="pcie4x16", show_default=True)
 @click.option("--compute", default=3.0, show_default=True, help="Milliseconds of a token.")
-@click.option("--depth", default=2, show_default=True, help="Layers that are foretold.")
+@click.option("--depth", default=2, show_default=True, help="Layers to predict ahead.")
 def main(
     files: tuple[Path, ...], model: Path | None, budgets: str, link: str, compute: float, depth: int
 ) -> None:
     traces = {path.name: load(path) for path in files}
     if model is not None:
         traces[model.name] = record_one(model)
-    medium = simulation.Link(simulation.parse_rate(link), 1000 * compute)
+    medium = simulation.Link(parse_rate(link), 1000 * compute)
     for name, trace in traces.items():
         for share in (float(each) / 100 for each in budgets.split(",")):
             slots = simulation.slots_for(trace, share)[0]
             click.echo(f"\n### {name}, {100 * share:g} %: {slots} of {trace.n_expert} slots a layer\n")
             heads = ["policy", "hit rate", "closed", "closed: even, odd, first, second", "us a request"]
             click.echo(table(heads, eviction(trace, share)))
-            heads = ["ahead", "hit rate", "of bytes", "tok/s", "stall ms", "accuracy", "in time"]
+            heads = ["prefetch", "hit rate", "of bytes", "tok/s", "stall ms", "accuracy", "in time"]
             click.echo(f"\nrecall, {link}, {compute:g} ms a token, {depth} layers ahead:\n")
             click.echo(table(heads, prefetch(trace, share, medium, depth)))
 

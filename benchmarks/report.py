@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.cells import Variant
-from benchmarks.common import MIB
+from rotary_llamacpp.units import MIB
 
 Figure = Callable[[dict], float | None]
 

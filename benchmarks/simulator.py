@@ -29,9 +29,10 @@ import click  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.cgroups import group, join  # noqa: E402
-from benchmarks.common import MIB, cpu_name, in_process  # noqa: E402
+from benchmarks.common import cpu_name, in_process  # noqa: E402
 from benchmarks.disks import block_device  # noqa: E402
 from rotary_llamacpp.simulation import Outcome  # noqa: E402
+from rotary_llamacpp.units import MIB  # noqa: E402
 
 PROMPT = "In the beginning"
 
@@ -99,9 +100,9 @@ def main(
     n_decode: int, rounds: int, threads: int,
 ) -> None:  # fmt: skip
     from rotary_llamacpp import RotaryConfig
-    from rotary_llamacpp.info import ModelInfo
+    from rotary_llamacpp.gguf_files.info import ModelInfo
     from rotary_llamacpp.predictors import Router
-    from rotary_llamacpp.recording import record
+    from rotary_llamacpp.runtime.recording import record
     from rotary_llamacpp.simulation import Link, predictor, replay, slots_for
 
     shares = [float(each) / 100 for each in budgets.split(",")]

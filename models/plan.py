@@ -19,7 +19,7 @@ from gguf.quants import quantize
 
 from models.blocks import PAYLOAD_RMS, TYPES, Pool, dense, payload
 from models.locality import KERNEL_GAIN, MEMORY, STATIC
-from rotary_llamacpp.shapes import SHAPES as KNOWN
+from rotary_llamacpp.planning.shapes import SHAPES as KNOWN
 
 LEAK = 0.02  # of what experts and later attention write, the share that reaches token dimensions
 ROUTER_GAIN = 2.0  # spread of router logits: the chosen experts' weights then differ as in real models

@@ -10,17 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .activation import activate, deactivate
     from .config import RotaryConfig
     from .errors import ReadError, RotaryError
-    from .info import ModelInfo
-    from .llama import Llama
+    from .gguf_files.info import ModelInfo
+    from .runtime.activation import activate, deactivate
+    from .runtime.llama import Llama
 
     __version__: str
 
 _HOMES = {
-    "Llama": "llama", "RotaryConfig": "config", "RotaryError": "errors", "ReadError": "errors",
-    "ModelInfo": "info", "activate": "activation", "deactivate": "activation",
+    "Llama": "runtime.llama", "RotaryConfig": "config", "RotaryError": "errors", "ReadError": "errors",
+    "ModelInfo": "gguf_files.info", "activate": "runtime.activation", "deactivate": "runtime.activation",
 }  # fmt: skip
 __all__ = [
     "Llama", "ModelInfo", "ReadError", "RotaryConfig", "RotaryError", "__version__", "activate", "deactivate",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Where the command ``rotary`` begins, and ``python -m rotary_llamacpp``: before what can fail is imported.
+"""Entry point of ``rotary`` and of ``python -m rotary_llamacpp``; imports little before it can report
+failures.
 
-Ctrl-C during imports ends the process without a word. A package that is missing, an output that is full or
-closed end it with one line.
+Ctrl-C during imports ends the process silently. A missing package, or an output that is full or closed, ends
+it with one line.
 """
 
 from __future__ import annotations
@@ -11,31 +12,28 @@ import contextlib
 import os
 import sys
 
-from .interrupts import exiting
+from .host.interrupts import exiting
 
 
 def main() -> None:
     """Run the command."""
+    _write_any_text()
     try:
         with exiting():
             from .cli import main as commands
+        commands()
     except ImportError as error:
         said = " ".join(str(error).split())
         _end(
-            f"{error.name or 'python'}: cannot be imported, {said}; rotary needs it; install it again with "
+            f"{error.name or 'python'}: cannot be imported, {said}; install it again with "
             "`pip install --force-reinstall rotary-llamacpp`"
         )
-    _write_any_text()
-    try:
-        commands()
     except OSError as error:
-        _end(
-            f"{error.filename or 'output'}: {error.strerror or error}; all of it is wanted; try another place"
-        )
+        _end(f"{error.filename or 'output'}: cannot be written, {error.strerror or error}; try another place")
 
 
 def _write_any_text() -> None:
-    """Have outputs take names that are no text, as their bytes, and letters that the terminal has not."""
+    """Let outputs take file names that are not valid text, and letters that the terminal does not have."""
     import codecs
 
     def handle(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -53,7 +51,7 @@ def _write_any_text() -> None:
 def _end(line: str) -> None:
     with contextlib.suppress(OSError):
         print(f"rotary: {line}", file=sys.stderr)
-    # What an output still holds is tried again when the interpreter ends, and would be complained of then.
+    # The interpreter would try again to write what is buffered when it ends, and complain.
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

@@ -1,90 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""What a user can ask of paging, checked before anything is loaded. Pure logic: knows neither ggml nor
-llama_cpp."""
+"""Options of paging, checked before anything is loaded. Pure logic: imports neither ggml nor llama_cpp."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
 
 from .errors import BudgetError, RotaryError
-from .info import ModelInfo
 from .policies import AUTO, NATIVE, Factory
 from .predictors import NAMES as PREDICTORS
 from .predictors import Factory as PredictorFactory
+from .units import MIB, UNITS, number_and_unit, parse_bytes, shown, whole_bytes
 
-MIB = 1024 * 1024
 STORES = ("auto", "mmap", "direct")
 PINS = ("auto", "on", "off")
 SPLITS = ("adaptive", "even")
 
-_UNITS = {"": 1, "b": 1}
-for _power, _letter in enumerate("kmgt", start=1):
-    _UNITS[_letter] = _UNITS[_letter + "ib"] = 1024**_power
-    _UNITS[_letter + "b"] = 1000**_power
-# ASCII alone: the Kelvin sign in small letters is a k, and the library does not read other scripts' digits.
-_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(%|slots?|[kmgt]?i?b?)", re.ASCII)
-_ACCEPTED = (
-    "accepted are auto, min, a share (25% or 0.25), a size (8GiB), bytes or slots per layer (16 slots)"
-)
-_LIMIT_BYTES = 1e18  # of any size, as in the native library
-_MOST_SLOTS = 2**31 - 1
-
-
-def parse_bytes(value: int | str) -> int:
-    """Bytes in a size: an integer, or text such as ``"512MiB"``, ``"8G"`` or ``"1000000"``."""
-    number, unit = _number_and_unit(value)
-    if number and unit == "" and "." in number:
-        raise RotaryError(
-            f"size {_shown(value)}: has no unit; bytes have no fractions; write {_shown(number, str)}GiB"
-        )
-    n_bytes = _bytes(number, unit) if unit in _UNITS else None
-    if n_bytes is None:
-        raise RotaryError(
-            f"size {_shown(value)}: not a number of bytes; units are KiB, MiB, GiB, TiB, KB, MB, GB, TB; "
-            "write for example 512MiB"
-        )
-    return n_bytes
-
-
-def parse_size(value: str) -> int:
-    """The same of what a person says; a bare small number is refused, for it was meant in a unit."""
-    n_bytes = parse_bytes(value)
-    if value.strip().isdigit() and 0 < n_bytes < MIB:
-        raise RotaryError(f"size {value!r}: is {n_bytes} bytes; a size has a unit; write {n_bytes}GiB")
-    return n_bytes
-
-
-def _number_and_unit(value: object) -> tuple[str, str]:
-    """A number as its digits, and its unit in small letters; neither if it is no such text."""
-    try:
-        text = str(value).strip()
-    except ValueError:  # an int of more digits than Python writes
-        return "", "-"
-    match = _AMOUNT.fullmatch(text.lower()) if text.isascii() else None
-    return (match[1], match[2]) if match is not None else ("", "-")
-
-
-def _bytes(number: str, unit: str) -> int | None:
-    """None for a part of a byte, and for more than any machine has."""
-    n_bytes = float(number or "nan") * _UNITS[unit]
-    if not n_bytes < _LIMIT_BYTES or 0 < n_bytes < 1:
-        return None
-    # As an integer if it is one: a float would round large ones.
-    return int(n_bytes) if "." in number else int(number.lstrip("0") or "0") * _UNITS[unit]
-
-
-def _shown(value: object, form: Callable[[object], str] = repr) -> str:
-    """A value for a message, in one line, and not for pages."""
-    try:
-        text = form(value)
-    except ValueError:
-        text = "of too many digits"
-    return text if len(text) <= 80 else text[:77] + "..."
+_ACCEPTED = "give auto, min, a share (25% or 0.25), a size (8GiB), bytes or slots per layer (16 slots)"
+_MAX_SLOTS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -105,30 +41,28 @@ class Budget:
         BudgetError
             It is none of the accepted forms.
         """
-        refusal = BudgetError(f"budget {_shown(value)}: not understood; {_ACCEPTED}; correct the budget")
+        refusal = BudgetError(f"budget {shown(value)}: not understood; {_ACCEPTED}")
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise refusal
         if isinstance(value, float):
             return cls._share_of_one(value, refusal)
         if isinstance(value, str) and (text := value.strip().lower()) in ("auto", "min"):
             return cls(text, 0, text)
-        number, unit = _number_and_unit(value)
+        number, unit = number_and_unit(value)
         if not number or float(number) == 0:
             raise refusal
         amount = float(number)
         if unit == "%":
             if amount > 100:
-                raise BudgetError(
-                    f"budget {_shown(value)}: more than all experts; at most 100%; lower the budget"
-                )
+                raise BudgetError(f"budget {shown(value)}: more than all experts; give at most 100%")
             return cls.share(amount)
         if unit == "" and "." in number:
             return cls._share_of_one(amount, refusal)
         if unit.startswith("slot"):
-            if amount > _MOST_SLOTS or amount != int(amount):
+            if amount > _MAX_SLOTS or amount != int(amount):
                 raise refusal
             return cls("slots", int(amount), f"{int(amount)} slots")
-        n_bytes = _bytes(number, unit) if unit in _UNITS else None
+        n_bytes = whole_bytes(number, unit) if unit in UNITS else None
         if n_bytes is None:
             raise refusal
         return cls("bytes", n_bytes, str(n_bytes))
@@ -149,28 +83,6 @@ class Budget:
     def share(cls, percent: float) -> Budget:
         """A budget of `percent` of the experts."""
         return cls("share", percent, f"{Decimal(f'{percent:.10g}'):f}%")  # the library reads no exponent
-
-    def check(self, info: ModelInfo, given: object) -> None:
-        """Refuse a budget, written as `given`, that cannot hold one token's experts of this model.
-
-        Raises
-        ------
-        BudgetError
-            Its message names the minimum.
-        """
-        least = info.min_budget_bytes
-        n_bytes = {
-            "share": round(info.expert_bytes * self.amount / 100),
-            "bytes": self.amount,
-            "slots": least * self.amount / info.n_expert_used,
-        }.get(self.kind, least)
-        if n_bytes < least:
-            n_used, n_layers = info.n_expert_used, len(info.layers)
-            raise BudgetError(
-                f"{info.path.name}: budget {given} is {n_bytes / MIB:.1f} MiB; one token's {n_used} experts "
-                f"per layer take {least / MIB:.1f} MiB in {n_layers} layers; "
-                f'use "min", "{n_used} slots" or {math.ceil(least / MIB)}MiB'
-            )
 
 
 @dataclass(frozen=True)
@@ -200,25 +112,27 @@ class RotaryConfig:
         available memory.
     prefetch : bool, str or class
         With the direct store, read the experts that the next layers will probably want while the disk is
-        idle; on a GPU, copy them while the link is. True is ``"auto"``: named by the next layers' routers,
-        or by ``"mixed"`` where those cannot be applied early. Else a name of
-        `rotary_llamacpp.predictors.NAMES`, or a class such as those there, called in Python, slower; neither
-        on a GPU that resolves lookups itself. False: off.
+        idle; on a GPU, copy them while the link is idle. True or ``"auto"`` predicts with the next layers'
+        routers, or with ``"mixed"`` where those cannot be applied early. A name is one of
+        `rotary_llamacpp.predictors.NAMES`; a class is one such as `rotary_llamacpp.predictors` has, called
+        in Python and slower. A GPU that resolves lookups itself takes neither. False is off.
     staging : int or str, optional
         Bytes of memory for reads in flight, with the direct store.
     pin : str
-        Whether experts may be page-locked in host memory, where a GPU can read them: ``"auto"``, if they take
-        no more than three quarters of the available memory; ``"on"``; ``"off"``. Without, the host copies.
+        Whether to pin experts in host memory, where a GPU can read them: ``"auto"``, if they take at most
+        three quarters of the available memory; ``"on"``; ``"off"``. Experts that are not pinned are copied by
+        the host.
     policy : str or class
-        Who leaves when a slot is wanted: a name of `rotary_llamacpp.policies.NATIVE`; ``"auto"``, the best
-        that can run where lookups are resolved; or a class such as those in `rotary_llamacpp.policies`,
-        called in Python, slower.
+        Which expert to evict when a slot is needed: a name of `rotary_llamacpp.policies.NATIVE`; ``"auto"``,
+        the best policy that can run where lookups are resolved; or a class such as those in
+        `rotary_llamacpp.policies`, called in Python and slower.
     split : str
-        How slots are divided between layers: ``"adaptive"``, evenly at first, then one after the other to
-        where they serve more, on the CPU; ``"even"``, evenly for good.
+        How slots are divided between layers: ``"adaptive"`` begins evenly, then rebalances one slot after the
+        other to where it saves more misses, on the CPU; ``"even"`` stays even.
     profile : str
-        What slots begin with: ``"auto"``, what the file that ``rotary profile`` has written beside the model
-        says, or what ``rotary convert`` has stored in it, if there is one; a profile's path; or ``"off"``.
+        Which experts fill the slots at first: ``"auto"``, those of the profile that ``rotary profile`` wrote
+        beside the model or ``rotary convert`` stored in it, if there is one; those of a profile at this path;
+        or ``"off"``, none.
     verbose : bool, optional
         Say what was chosen in one line on the logger ``rotary_llamacpp``; by default where ``Llama`` is
         verbose. Warnings are always logged.
@@ -239,34 +153,37 @@ class RotaryConfig:
     verbose: bool | None = None
 
     def __post_init__(self) -> None:
-        Budget.parse(self.budget)
+        self.parsed_budget  # noqa: B018 (refuses what is none)
         for size in (self.margin, self.staging):
             if size is not None:
                 parse_bytes(size)
         if self.store not in STORES:
-            raise RotaryError(
-                f"store {self.store!r}: not understood; accepted are {', '.join(STORES)}; correct the store"
-            )
+            raise RotaryError(f"store {self.store!r}: not known; give one of {', '.join(STORES)}")
         if self.pin not in PINS:
-            raise RotaryError(f"pin {self.pin!r}: not understood; accepted are {', '.join(PINS)}; correct it")
+            raise RotaryError(f"pin {self.pin!r}: not known; give one of {', '.join(PINS)}")
         if not isinstance(self.profile, str) or not self.profile:
-            raise RotaryError(f"profile {self.profile!r}: not a path; or auto, or off; correct it")
+            raise RotaryError(f"profile {self.profile!r}: neither auto, off nor a path")
         if not callable(self.policy) and self.policy not in (AUTO, *NATIVE):
             raise RotaryError(
-                f"policy {self.policy!r}: not known; {', '.join((AUTO, *NATIVE))} or a class; correct it"
+                f"policy {self.policy!r}: not known; give one of {', '.join((AUTO, *NATIVE))} or a class"
             )
         if not callable(self.prefetch) and self.prefetch not in (True, False, AUTO, *PREDICTORS):
             raise RotaryError(
-                f"prefetch {self.prefetch!r}: not known; True, False, {', '.join((AUTO, *PREDICTORS))} or a "
-                "class; correct it"
+                f"prefetch {self.prefetch!r}: not known; give one of True, False, "
+                f"{', '.join((AUTO, *PREDICTORS))} or a class"
             )
         if self.split not in SPLITS:
-            raise RotaryError(f"split {self.split!r}: not known; {', '.join(SPLITS)}; correct it")
+            raise RotaryError(f"split {self.split!r}: not known; give one of {', '.join(SPLITS)}")
         if self.inner is not None and not (isinstance(self.inner, str) and self.inner.strip()):
             raise RotaryError(
-                f"inner {self.inner!r}: not a device name; a text such as CPU or CUDA0; "
+                f"inner {self.inner!r}: not a device name; use a name such as CPU or CUDA0; "
                 "see `rotary doctor` for the names"
             )
+
+    @functools.cached_property
+    def parsed_budget(self) -> Budget:
+        """The budget as the native library takes it."""
+        return Budget.parse(self.budget)
 
     @property
     def margin_bytes(self) -> int:
@@ -275,14 +192,14 @@ class RotaryConfig:
 
     @property
     def staging_bytes(self) -> int:
-        """Memory for reads in flight, 0 for the native library's default."""
+        """Bytes of memory for reads in flight, 0 for the native library's default."""
         return 0 if self.staging is None else parse_bytes(self.staging)
 
     @classmethod
     def from_any(
         cls, value: RotaryConfig | Mapping[str, Any] | str | int | float | None
     ) -> RotaryConfig | None:
-        """The config that the ``rotary`` argument of ``Llama`` stands for; None when it turns paging off.
+        """Make a configuration of the ``rotary`` argument of ``Llama``; None when that turns paging off.
 
         Raises
         ------
@@ -294,8 +211,7 @@ class RotaryConfig:
             unknown = sorted(set(value) - set(known))
             if unknown:
                 raise RotaryError(
-                    f"rotary: unknown option {', '.join(map(repr, unknown))}; "
-                    f"known are {', '.join(known)}; correct the name"
+                    f"rotary: unknown option {', '.join(map(repr, unknown))}; known are {', '.join(known)}"
                 )
             value = dict(value)
             return None if _is_off(value.get("budget", "auto")) else cls(**value)
@@ -308,7 +224,7 @@ class RotaryConfig:
 
 def _is_off(budget: object) -> bool:
     if isinstance(budget, str):
-        number, unit = _number_and_unit(budget)
-        known = unit in _UNITS or unit == "%" or unit.startswith("slot")
+        number, unit = number_and_unit(budget)
+        known = unit in UNITS or unit == "%" or unit.startswith("slot")
         return budget.strip().lower() in ("off", "none") or (known and bool(number) and float(number) == 0)
     return budget is None or budget is False or (isinstance(budget, (int, float)) and budget == 0)

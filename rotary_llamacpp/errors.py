@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Every error this package raises on purpose.
 
-A message reads ``<object>: <what failed, with values>; <limit and unit>; <what to do>`` and is one line. The
-children also derive from the built-in that stock llama-cpp-python raises in the same place, so that code
-written for stock keeps catching them.
+A message is one line. It reads ``<object>: <what failed, with values>; <limit and unit>; <what to do>``,
+where the second part is left out if there is no limit. The children also derive from the built-in that stock
+llama-cpp-python raises in the same place, so that code written for stock keeps catching them.
 """
 
 
@@ -11,7 +11,7 @@ class RotaryError(Exception):
     """Root of the package's errors."""
 
     def __str__(self) -> str:
-        # Names, metadata and words of users may have line breaks and escape sequences in them.
+        # File names, metadata and input may contain line breaks and escape sequences.
         text = super().__str__()
         return text if text.isprintable() else "".join(map(_printable, text))
 

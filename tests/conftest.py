@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,19 +18,38 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-# Seconds. What takes so long hangs, on however slow and busy a machine; no test fails for less.
-HANG_S = 1800
-
-ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT, ROOT / "tests"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-from models.synth import SHAPES, add_metadata, synthesize  # noqa: E402
-from rotary_llamacpp import _native, pinned, traces  # noqa: E402
+from models.synth import SHAPES, add_metadata, synthesize
+from rotary_llamacpp import traces
+from rotary_llamacpp.native import binding as _native
+from tests import skips
+from tests.support import HANG_S, ROOT, compiled, write_all
 
 # Of what the user has set, these are for tests.
-FOR_TESTS = ("ROTARY_TESTS_ALLOW_NO_NATIVE", "ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY")
+FOR_TESTS = ("ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY", "ROTARY_TESTS_CXXFLAGS", "OMP_THREAD_LIMIT")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--named-skips", action="store_true", help="skips that skips.py does not name fail")
+
+
+def name_skip(report: Any, config: pytest.Config) -> Any:
+    """The report of a test or of a module; of a skip that is not expected, one of a failure."""
+    if config.getoption("--named-skips") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not skips.is_expected(report.nodeid, reason):
+            report.outcome = "failed"
+            report.longrepr = f"{report.nodeid}: skipped, {reason}; no skip that tests/skips.py expects"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    return name_skip((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    return name_skip((yield), collector.config)
 
 
 def pytest_configure() -> None:
@@ -52,20 +70,13 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def native() -> _native.Library:
-    """The native library. Its absence is a failure, unless the environment says that it is meant."""
-    if not _native.library_path().is_file() and os.environ.get("ROTARY_TESTS_ALLOW_NO_NATIVE") == "1":
-        pytest.skip("native library not built, and ROTARY_TESTS_ALLOW_NO_NATIVE=1 allows that")
+    """The native library."""
     return _native.load()
 
 
 # A shell lets what it runs in the background ignore this, and so would every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def heed_hang_ups() -> None:
-    """Of a process that begins: under nohup it would have inherited that SIGHUP is ignored."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
@@ -103,37 +114,48 @@ def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_tensor(f"{name}.weight", np.ones(64, np.float32))
     for name in ("token_embd", "output"):
         writer.add_tensor(f"{name}.weight", rng.normal(size=(shape.vocab, 64)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return path
 
 
 @pytest.fixture
 def lora_adapter(tmp_path: Path) -> Callable[[Path, tuple[str, ...]], Path]:
     """Makes a random LoRA adapter for the tensors of a model whose names contain one of some."""
-    from paged import write_adapter  # which imports this module
+    from tests.support import paged  # which loads llama.cpp: not before pytest_configure()
 
-    return functools.partial(write_adapter, tmp_path / "adapter.gguf")
+    return functools.partial(paged.write_adapter, tmp_path / "adapter.gguf")
 
 
 @pytest.fixture(scope="session")
-def stock_trace(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, np.ndarray]]:
-    """Runs tracing.py with stock llama_cpp in a process of its own, which never sees this package."""
-    folder = tmp_path_factory.mktemp("stock")
+def stock_trace() -> Callable[..., dict[str, np.ndarray]]:
+    """Runs tracing.py with stock llama_cpp, once for each model and options."""
+    from tests.support import paged
+
     made: dict[str, dict[str, np.ndarray]] = {}
 
     def trace(model: Path, **options: Any) -> dict[str, np.ndarray]:
+        options = {"n_decode": 12, "use_extra_bufts": True, **options}
         key = json.dumps([str(model), options], sort_keys=True)
         if key not in made:
-            out = folder / f"{len(made)}.npz"
-            command = [sys.executable, ROOT / "tests" / "tracing.py", model, out, json.dumps(options)]
-            subprocess.run(command, check=True, stderr=subprocess.PIPE)
-            made[key] = dict(np.load(out))
+            made[key] = paged.stock_trace(model, **options)
         return made[key]
 
     return trace
+
+
+@pytest.fixture
+def exact(native: _native.Library, stock_trace: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """Runs a model paged; every bit of every logit is stock's, by the same kernels. Returns the figures."""
+    from tests.support import paged
+
+    def run(model: Path, n_prompt: int, rotary: Any, n_decode: int = 12, **options: Any) -> dict[str, Any]:
+        found, stats = paged.paged_trace(model, n_prompt, rotary, n_decode, **options)
+        options["use_extra_bufts"] = not isinstance(rotary, dict) or rotary.get("repack", True)
+        options.pop("n_gpu_layers", None)
+        paged.assert_equal(found, stock_trace(model, n_prompt=n_prompt, n_decode=n_decode, **options))
+        return stats
+
+    return run
 
 
 @pytest.fixture
@@ -150,31 +172,22 @@ def rotary_command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def late(native: _native.Library, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """late_device.cpp, compiled against the installed llama.cpp: the environment of a process that has it."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler for late_device.cpp")
-    sdist = ROOT / "build" / "sdist" / f"llama_cpp_python-{pinned.LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
-    ggml = Path(os.environ.get("ROTARY_LLAMA_CPP_DIR", sdist)) / "ggml"
-    if not ggml.is_dir():
-        pytest.skip(f"{ggml}: no source of the pinned llama.cpp; run: make setup")
-    folder = tmp_path_factory.mktemp("late")
-    library = folder / "libggml-late.so"
-    # As our own library finds ggml: among what is loaded, by SONAMEs, for which empty libraries stand here.
-    major = pinned.GGML_VERSION.partition(".")[0]
-    for name in ("ggml", "ggml-base"):
-        soname = f"-Wl,-soname,lib{name}.so.{major}"
-        subprocess.run(
-            [compiler, "-shared", "-x", "c++", "/dev/null", soname, "-o", folder / f"lib{name}.so"],
-            check=True,
-        )
-    flags = ["-std=c++17", "-O2", "-g", "-Wall", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden"]
-    defines = ["-DGGML_SHARED", "-DGGML_BACKEND_SHARED"]
-    includes = [f"-I{ROOT / 'native' / 'src'}", f"-isystem{ggml / 'include'}", f"-isystem{ggml / 'src'}"]
-    source = ROOT / "tests" / "late_device.cpp"
-    link = ["-Wl,--no-as-needed", f"-L{folder}", "-lggml", "-lggml-base"]
-    subprocess.run([compiler, *flags, *defines, *includes, source, "-o", library, *link], check=True)
-    return {"ROTARY_LINK": str(library), "LATE_US": "200"}
+    """The environment of a process that can load late_device.cpp, with paged.load_late()."""
+    return {"ROTARY_LINK": str(compiled.late_device(tmp_path_factory.mktemp("late"))), "LATE_US": "200"}
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """The environment of a process whose disk obeys compiled.Disk, by how it reads: "threads", "io_uring"."""
+    environment = compiled.preload(tmp_path_factory.mktemp("disk"), compiled.HERE / "faulty_disk.c")
+    return {io: {**environment, "ROTARY_IO": io} for io in ("threads", "io_uring")}
+
+
+@pytest.fixture(scope="session")
+def short_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """The environment of a process in which a function of the system obeys compiled.Shortage."""
+    environment = compiled.preload(tmp_path_factory.mktemp("shortage"), compiled.HERE / "exhaustion.c")
+    return lambda function, io="threads": {**environment, "EXHAUST": function, "ROTARY_IO": io}
 
 
 @pytest.fixture

@@ -99,37 +99,39 @@ int32_t rotary_device_set_inner(int32_t device, const char * inner);
 
 // ---- eviction policies ---------------------------------------------------------------------------------------------
 
-// Who leaves when a slot is wanted. Known by name: rotary_policy_names(), comma separated, static.
+// Each layer's eviction policy picks the victim when a slot is wanted. Names: rotary_policy_names(), comma separated,
+// static.
 const char * rotary_policy_names(void);
 
-// One of the caller's own. `layer` is the model's layer number. Called while a graph runs, from its thread.
+// A policy of the caller's own. `layer` is the model's layer number. Called while a graph runs, from the graph's thread.
 typedef struct rotary_policy {
     void * user;
-    // A routing, ids[n_tokens][n_used] with the router's weights, or NULL where they are not known, before any of it
-    // enters.
+    // A routing, ids[n_tokens][n_used] with the router's weights, or NULL where they are not known, before any of these
+    // experts enters a slot.
     void (*note)(void * user, int32_t layer, const int32_t * ids, const float * weights, int32_t n_used,
                  int32_t n_tokens);
-    void (*enter)(void * user, int32_t layer, int32_t expert, int32_t wanted); // wanted 0: it came ahead, for nothing
+    void (*enter)(void * user, int32_t layer, int32_t expert, int32_t wanted); // wanted 0: prefetched, and not used
     void (*leave)(void * user, int32_t layer, int32_t expert);
-    void (*resize)(void * user, int32_t layer, int32_t n_slots); // it has as many slots from now on
-    // Who leaves, of these residents, in the order of their slots; anything else stands for the first of them.
+    void (*resize)(void * user, int32_t layer, int32_t n_slots); // the layer has this many slots from now on
+    // The victim among these residents, which are in the order of their slots; anything else means the first of them.
     int32_t (*choose)(void * user, int32_t layer, const int32_t * candidates, int32_t n);
 } rotary_policy;
 
 // ---- predictors ----------------------------------------------------------------------------------------------------
 
-// Who names what the next layers will want, so that it comes ahead. Known by name: "auto", the next layers' routers, and
-// the best of the others where those cannot be had; "router", those alone; and from routings rotary_predictor_names(),
-// comma separated, static.
+// A predictor names what the next layers will want, so that it is prefetched. Names: "auto", the next layers' routers, and
+// the best predictor from routings where those cannot be had; "router", those alone; and the predictors from routings,
+// rotary_predictor_names(), comma separated, static.
 const char * rotary_predictor_names(void);
 
-// One of the caller's own. Layers are numbered from 0 among those that are paged. Called while a graph runs, from its
-// thread.
+// A predictor of the caller's own. Layers are numbered from 0 among those that are paged. Called while a graph runs, from
+// the graph's thread.
 typedef struct rotary_predictor {
     void * user;
     // A routing when it is made, ids[n_tokens][n_used].
     void (*note)(void * user, int32_t layer, const int32_t * ids, int32_t n_used, int32_t n_tokens);
-    // After that of `layer`: what `ahead` will want for the last token, likeliest first, into experts[n]. How many.
+    // After the routing of `layer`: write what layer `ahead` will want for the last token, likeliest first, into experts[n];
+    // return how many.
     int32_t (*name)(void * user, int32_t layer, int32_t ahead, int32_t * experts, int32_t n);
 } rotary_predictor;
 
@@ -150,9 +152,9 @@ typedef struct rotary_config {
     const char * store;         // "auto", "mmap" or "direct"; NULL is "auto": direct where the experts do not fit into
                                 // the memory that is available
     int32_t      prefetch;      // 1 reads the experts that the next layers will probably want while the disk is idle
-    int32_t      adaptive;      // 1 lets slots move between layers, on a host inner device
+    int32_t      adaptive;      // 1 lets slots be rebalanced between layers, on a host inner device
     uint64_t     staging_bytes; // direct: memory for reads in flight; 0 for the default
-    const char * pin;           // "auto", "on" or "off": whether experts may be page-locked where they lie, for a GPU to
+    const char * pin;           // "auto", "on" or "off": whether experts may be pinned where they lie, for a GPU to
                                 // read; NULL is "auto": if they take no more than 3/4 of the available memory
     const char * policy;        // by name; NULL is "auto": the best that can run where lookups are resolved
     const rotary_policy * own_policy; // instead of that; must outlive the pool
@@ -167,8 +169,8 @@ typedef struct rotary_stats {
     uint64_t expert_bytes;       // bytes of all paged experts
     uint64_t min_budget_bytes;   // one token's experts in every layer
     uint64_t staging_bytes;      // reads in flight and scratch of the waves
-    uint64_t ram_bytes;          // of slots in RAM in front of a GPU's; direct store
-    uint64_t locked_bytes;       // page-locked host memory, the experts where they lie
+    uint64_t ram_bytes;          // of the tier of slots in RAM in front of a GPU's; direct store
+    uint64_t locked_bytes;       // pinned host memory, such as the experts where they lie
     uint64_t resident_bytes;     // direct: mapped weights that are not experts, copied out of the page cache
     int32_t  n_layers;           // paged layers
     int32_t  n_expert;           // largest over layers
@@ -201,12 +203,12 @@ typedef struct rotary_stats {
     uint64_t read_us;            // time with at least one read in flight
     uint64_t stall_us;           // time the computation waited for reads
     uint64_t shrinks;            // times slots were given back because memory ran short
-    uint64_t slot_moves;         // slots that have moved from one layer to another
+    uint64_t slot_moves;         // slots that were rebalanced from one layer to another
     // prefetch. accuracy = prefetch_used / prefetched; coverage = prefetch_used / misses;
     // timeliness = (prefetch_used - late_hits) / prefetch_used
     uint64_t predicted;          // experts predicted for a layer, resident ones included
     uint64_t predicted_right;    // those that the layer then chose
-    uint64_t prefetched;         // experts read ahead of their layer's routing
+    uint64_t prefetched;         // experts whose read began before their layer's routing was known
     uint64_t prefetch_used;      // misses that found their expert prefetched or in flight
     uint64_t late_hits;          // of these, still in flight
 } rotary_stats;
@@ -278,10 +280,10 @@ int32_t rotary_pool_warm(rotary_pool * pool, int32_t il, const int32_t * experts
 int32_t rotary_pool_learn(rotary_pool * pool, int32_t il, const float * popularity, const float * pairs,
                           int32_t n_expert, int64_t n_tokens);
 
-// Who names what comes ahead: its name, "own" for the caller's, "" where nothing does. Copied into text[n].
+// The name of the predictor in use, "own" for the caller's, "" where nothing is predicted. Copied into text[n].
 void rotary_pool_predictor(rotary_pool * pool, char * text, size_t n);
 
-// The eviction policy that was chosen: its name, "own" for the caller's, "" before slots are allocated. Static.
+// The name of the eviction policy in use, "own" for the caller's, "" before slots are allocated. Static.
 const char * rotary_pool_policy(rotary_pool * pool);
 
 // Record routings from now on. While it is on, the host learns each, also where a GPU would resolve it itself.
@@ -313,15 +315,15 @@ int32_t rotary_slots_resolve(rotary_slots * slots, const int32_t * ids, int32_t 
                              rotary_load * loads);
 
 int32_t rotary_slots_slot_of(const rotary_slots * slots, int32_t expert); // -1 if absent
-int32_t rotary_slots_expert_of(const rotary_slots * slots, int32_t slot); // -1 if free; of a reserved one who gets it
+int32_t rotary_slots_expert_of(const rotary_slots * slots, int32_t slot); // -1 if free; the expert that a reserved slot is for
 int32_t rotary_slots_n_slots(const rotary_slots * slots);
 int32_t rotary_slots_n_resident(const rotary_slots * slots);
 void    rotary_slots_clear(rotary_slots * slots);
 
-// Reserve a slot for an absent expert whose bytes are on their way before anybody wants it. The least recently used
-// expert that is not among keep[n_keep] leaves. The slot is nobody's victim until the expert is resolved, as a load into
-// that slot, or the reservation ends: `resident` makes it resident, the first to leave; else the slot is free. Return
-// the slot, ROTARY_ERR_BUDGET if there is none; 0; ROTARY_ERR_ARG if the expert is not one to reserve for, or not reserved.
+// Reserve a slot for an absent expert that is being prefetched, evicting the least recently used expert that is not among
+// keep[n_keep]. The slot is not evicted until the expert is resolved, as a load into that slot, or the reservation ends:
+// `resident` makes the expert resident, as the next victim; else the slot is free. Return the slot, or ROTARY_ERR_BUDGET if
+// there is none; 0; ROTARY_ERR_ARG if no slot can be reserved for the expert, or none is.
 int32_t rotary_slots_reserve(rotary_slots * slots, int32_t expert, const int32_t * keep, int32_t n_keep);
 int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool resident);
 
@@ -329,7 +331,7 @@ int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool 
 // `own`. NULL with this thread's error.
 typedef struct rotary_cache rotary_cache;
 
-// `adaptive` 0: as many slots as given; else they move between layers, none below `least`, as in rotary_config.
+// `adaptive` 0: layers keep the slots they are given; else slots are rebalanced, none below `least`, as in rotary_config.
 rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, int32_t n_layers, int32_t n_expert,
                                 const int32_t * n_slots, int32_t adaptive, int32_t least);
 void           rotary_cache_free(rotary_cache * cache);

@@ -6,8 +6,8 @@ from __future__ import annotations
 import struct
 from random import Random
 
-from rotary_llamacpp.gguf_fields import raw_fields, text_bytes
-from rotary_llamacpp.gguf_header import GGUFHeader
+from rotary_llamacpp.gguf_files.fields import raw_fields, text_bytes
+from rotary_llamacpp.gguf_files.header import GGUFHeader
 
 # What counts, sizes and offsets go wrong by.
 NUMBERS = (

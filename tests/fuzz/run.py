@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Gives damaged inputs to everything that reads some, and says what did not end in one line.
 
-    python tests/fuzz/run.py [--cases 10000] [--seed 1] [--only gguf,traces] [--jobs 2]
-    python tests/fuzz/run.py --seed 1 --only gguf --case 4711     # that one again, in this process
+    python -m tests.fuzz.run [--cases 10000] [--seed 1] [--only gguf,traces] [--jobs 2]
+    python -m tests.fuzz.run --seed 1 --only gguf --case 4711     # that one again, in this process
 
 A case is drawn from the seed, the target's name and its number, so that each can be repeated alone. Workers
 are processes of limited memory that handle many cases; one that takes too long with a case, or dies of it, is
@@ -29,14 +29,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-for folder in (HERE.parent.parent, HERE.parent, HERE):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+from tests.support import ROOT
 
 SECONDS = 30.0  # of one case; none takes a tenth of one on an idle machine
 BYTES = 2 << 30  # more than the process has when it is ready
-MOST_FAULTS = 25  # different ones of one target: then it ends
+MAX_FAULTS = 25  # different ones of one target: then it ends
 
 NAMES = ("gguf", "load", "traces", "profiles", "journals", "budgets", "environment")
 
@@ -51,7 +48,7 @@ def rng_of(seed: int, name: str, number: int) -> Random:
 
 def work(name: str, seed: int, first: int, end: int, folder: Path) -> None:
     """Handle cases and say so, a line at the begin and a line at the end of each."""
-    from targets import TARGETS
+    from tests.fuzz.targets import TARGETS
 
     say = os.fdopen(os.dup(1), "w", buffering=1)  # click's runner and native code have the other
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -87,7 +84,7 @@ class Run:
     def run(self) -> Run:
         begin = time.monotonic()
         first = 0
-        while first < self.cases and len(self.faults) < MOST_FAULTS:
+        while first < self.cases and len(self.faults) < MAX_FAULTS:
             first = self._worker(first)
         self.seconds = time.monotonic() - begin
         return self
@@ -96,11 +93,11 @@ class Run:
         """Start one and listen; the case to go on with."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             command = [
-                sys.executable, __file__, "--worker", self.name, "--seed", str(self.seed),
+                sys.executable, "-m", "tests.fuzz.run", "--worker", self.name, "--seed", str(self.seed),
                 "--first", str(first), "--cases", str(self.cases), "--folder", folder,
             ]  # fmt: skip
             with subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
             ) as process:
                 try:
                     return self._listen(process, first)
@@ -134,7 +131,7 @@ class Run:
                         current = more[0]
                         if what == "end":
                             self._count(*more)
-                            if len(self.faults) >= MOST_FAULTS:
+                            if len(self.faults) >= MAX_FAULTS:
                                 return self.cases
         status = process.wait()
         how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
@@ -158,12 +155,12 @@ class Run:
         if self.faults[alike] > 1:
             return
         again = f"--seed {self.seed} --only {self.name} --case {number}"
-        print(f"fault: {what}\n    again: python tests/fuzz/run.py {again}", flush=True)
+        print(f"fault: {what}\n    again: python -m tests.fuzz.run {again}", flush=True)
 
 
 def fuzz(names: list[str], seed: int, cases: int, jobs: int) -> list[Run]:
     """Run targets, several at a time."""
-    from targets import TARGETS
+    from tests.fuzz.targets import TARGETS
 
     with tempfile.TemporaryDirectory(prefix="rotary-fuzz-") as folder, ThreadPoolExecutor(jobs) as pool:
         runs = [Run(name, seed, max(1, int(cases * TARGETS[name].share)), Path(folder)) for name in names]
@@ -186,7 +183,7 @@ def main() -> int:
         return 0
     names = given.only.split(",")
     if given.case is not None:
-        from targets import TARGETS
+        from tests.fuzz.targets import TARGETS
 
         with tempfile.TemporaryDirectory(prefix="rotary-fuzz-") as folder:
             print(TARGETS[names[0]](Path(folder)).case(rng_of(given.seed, names[0], given.case)))

@@ -24,19 +24,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 from click.testing import CliRunner
-from damage import FLOATS, TEXTS, Header, number, spoiled, spoiled_text, text
 from gguf import GGUFWriter
 
 from models.synth import synthesize
-from rotary_llamacpp import _native, imatrices, journal, profiles, traces
+from rotary_llamacpp import traces
 from rotary_llamacpp.cli import main
-from rotary_llamacpp.config import Budget, RotaryConfig, parse_bytes, parse_size
+from rotary_llamacpp.config import Budget, RotaryConfig
+from rotary_llamacpp.conversion import journal
 from rotary_llamacpp.errors import RotaryError
-from rotary_llamacpp.gguf_header import read_header
+from rotary_llamacpp.gguf_files import imatrices
+from rotary_llamacpp.gguf_files.header import read_header
+from rotary_llamacpp.native import binding as _native
 from rotary_llamacpp.policies import NATIVE
 from rotary_llamacpp.predictors import NAMES as PREDICTORS
+from rotary_llamacpp.traces import profiles
+from rotary_llamacpp.units import parse_bytes, parse_size
+from tests.fuzz.damage import FLOATS, TEXTS, Header, number, spoiled, spoiled_text, text
+from tests.support import write_all
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 ACCEPTED, REFUSED, UPSTREAM = "accepted", "refused", "upstream's"
 SMALL = {
     "layers": 2,
@@ -171,10 +176,7 @@ def importance_matrix(path: Path) -> Path:
 
 
 def written(writer: GGUFWriter, path: Path) -> Path:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return path
 
 
@@ -508,8 +510,8 @@ class Journals(Target):
         self.part: bytes = b""
         write = journal.Journal.note
 
-        def noted(its: journal.Journal, file: int, n_bytes: int) -> None:
-            write(its, file, n_bytes)
+        def noted(own: journal.Journal, file: int, n_bytes: int) -> None:
+            write(own, file, n_bytes)
             self.known, self.part = self.note.read_bytes(), journal.part(self.out).read_bytes()
 
         journal.Journal.note = noted  # type: ignore[method-assign]

@@ -14,18 +14,17 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import HANG_S, ROOT
-from paged import apart
-from tracing import OPTIONS, prompt_tokens
 
-np = pytest.importorskip("numpy")
+from tests.support import HANG_S, ROOT
+from tests.support.processes import apart
+from tests.support.tracing import OPTIONS, prompt_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
 N_PROMPT, N_DECODE, N_EXPERT = 48, 24, 16
 MODEL = {"type": "q4_0", "embd": 512, "ff": 512}
-HERE = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "gpu"), os.environ.get("PYTHONPATH", "")])}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +73,7 @@ def test_decode_is_equal_to_resident(native, synthetic, kind):
         "ring": {"budget": "50%", "pin": "off"},
         "no prefetch": {"budget": "50%", "prefetch": False},
     }
-    (resident, _), *paged = apart(run, model, [None, *ways.values()], True, {}, environment=HERE)
+    (resident, _), *paged = apart(run, model, [None, *ways.values()], True, {})
     assert np.isfinite(resident).all() and resident.std() > 0.1
     found = dict(zip(ways, paged, strict=True))
     for way, (logits, stats) in found.items():
@@ -99,7 +98,7 @@ def test_prompts_in_waves(native, synthetic, budget):
         {"budget": budget, "pin": "off"},
         {"budget": budget, "store": "direct"},
     ]
-    (resident, _), *paged = apart(run, model, configs, False, {"n_ubatch": 32}, environment=HERE)
+    (resident, _), *paged = apart(run, model, configs, False, {"n_ubatch": 32})
     for logits, stats in paged:
         assert stats["waves"] > 0
         assert nmse(logits, resident) < 1e-4
@@ -130,7 +129,7 @@ def loaded_libraries():
 def test_a_card_that_is_full(native, synthetic):
     # The margin that "auto" leaves is larger than what there is: the least number of slots, rather than none.
     model = synthetic("test", **{**MODEL, "experts": 64, "layers": 8})
-    [(logits, stats)] = apart(run_in_what_is_left, model, 600 << 20, environment=HERE)
+    [(logits, stats)] = apart(run_in_what_is_left, model, 600 << 20)
     assert np.isfinite(logits).all()
     assert stats["path"] == "slots" and stats["slot_bytes"] < stats["expert_bytes"]
 
@@ -140,10 +139,9 @@ def test_sanitizer(native, synthetic):
     if not os.path.exists(tool):
         pytest.skip("no compute-sanitizer")
     model = synthetic("test", **{**MODEL, "layers": 2})
-    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests'), str(ROOT / 'tests' / 'gpu')]!r}\n"
-    code += f"import test_gpu; test_gpu.run({str(model)!r}, [{{'budget': '50%'}}], False, {{}})"
+    code = f"from tests.gpu.test_gpu import run; run({str(model)!r}, [{{'budget': '50%'}}], False, {{}})"
     # What the system refuses, such as locking read-only, is no error of ours.
     options = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
     command = [tool, *options, sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

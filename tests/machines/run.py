@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Emulated machines (`make machines`): the library under other processors and page sizes, without io_uring.
 
-    run.py LLAMA_CPP [MACHINE...]
+    python -m tests.machines.run LLAMA_CPP [MACHINE...]
 
 Builds the library and upstream's llama-simple for x86-64 and aarch64 in build/machines/<arch>, runs them
 under Debian's qemu-user, and prints one line per machine: greedy text of the committed model, its experts
@@ -28,14 +28,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.support import ROOT
+
 BUILD = ROOT / "build" / "machines"
 MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 
 ARGS = ["-m", str(MODEL), "-n", "64", "In the beginning"]
 BUDGETS = ["min", "25%"]
 NO_INSTRUCTIONS = {"LLAMAFILE", "OPENMP", "REPACK"}  # among the features that ggml tells
-LEAST_WORDS = 25  # of the text, that something is compared at all
+MIN_WORDS = 25  # of the text, that something is compared at all
 HANGS_S = 1800
 
 
@@ -81,7 +82,7 @@ VARIANTS = {
 LOAD = """if True:
     import numpy
     print("no answer", flush=True)
-    from rotary_llamacpp import _native
+    from rotary_llamacpp.native import binding as _native
     from rotary_llamacpp.errors import LibraryError
     try:
         _native.load()
@@ -249,7 +250,7 @@ def try_machine(machine: Machine) -> tuple[list[str], bool]:
         return [*row, str(error), "", "", ""], False
     row[-1] = f"{int(page) // 1024} KiB"
     row.append(" ".join([variant, *(each for each in features.split() if each not in NO_INSTRUCTIONS)]))
-    if len(stock.split()) < LEAST_WORDS:
+    if len(stock.split()) < MIN_WORDS:
         return [*row, f"stock says only {stock!r}", "", ""], False
     row += [compare(machine, stock, store) for store in ("mmap", "direct")]
     row.append(installed(machine))

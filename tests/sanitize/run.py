@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Runs the native library's tests with sanitizers in it: ASan and UBSan, or TSan.
 
-    python tests/sanitize/run.py [address|thread ...] [--only tests,archs] [-k EXPRESSION]
+    python -m tests.sanitize.run [address|thread ...] [--only tests,archs] [-k EXPRESSION]
 
 Builds the library into build/sanitize/<kind>/native; in the tests everything else is as it is
 elsewhere. For upstream's program under TSan llama.cpp is built too, with TSan in it and without OpenMP, whose
@@ -21,21 +21,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
+from rotary_llamacpp import pinned
+from tests.support import ROOT
 
-from rotary_llamacpp import pinned  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 KINDS = ("address", "thread")
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
-# What runs native code; not what reads files, prints plans or needs terminals.
-TESTS = (
-    "test_direct_faults.py", "test_direct.py", "test_exactness.py", "test_native_budget.py",
-    "test_native_fallbacks.py", "test_native_sharing.py", "test_llama.py", "test_link.py",
-    "test_mixed_stores.py", "test_own.py", "test_reader_faults.py",
-    "test_slots.py", "test_split.py", "test_page_table.py", "test_experience.py", "test_policies.py",
-    "test_predictors.py", "test_profiles.py", "test_traces.py", "test_loading.py",
+# Rooms that run native code; of them not what is about Python or stock, or what measures or fails memory.
+ROOMS = ("native", "model", "faults")
+LEFT_OUT = (
+    "model/test_activation.py", "model/test_fork.py", "model/test_memory.py", "model/test_synth.py",
+    "model/test_tiny_model.py", "faults/test_exhaustion.py", "faults/test_exhaustion_io.py",
+    "faults/test_memory_pressure.py",
 )  # fmt: skip
 # A sanitizer's own memory is most of what such a process has, and lies where it pleases: tests that measure
 # memory or limit its addresses say nothing there. It starts threads itself, too, in place of the C++ library,
@@ -122,7 +120,7 @@ def environment(kind: str, library: Path) -> dict[str, str]:
 
 def tests(kind: str, library: Path, expression: str | None) -> bool:
     """The native tests and the fault tests, in Python."""
-    which = [str(ROOT / "tests" / name) for name in TESTS]
+    which = [f"tests/{room}" for room in ROOMS] + [f"--ignore=tests/{name}" for name in LEFT_OUT]
     wanted = (
         f"({expression}) and not ({' or '.join(NOT_THESE)})"
         if expression
@@ -130,6 +128,8 @@ def tests(kind: str, library: Path, expression: str | None) -> bool:
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which, "-k", wanted]
     env = environment(kind, library)
+    if kind == "thread":
+        env |= {"OMP_THREAD_LIMIT": "1", "OPENBLAS_NUM_THREADS": "1"}  # see thread.supp
     return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode == 0
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Runs everything that may go wrong beside everything else, for long; logits are stock's throughout.
 
-    python tests/soak/run.py [--minutes 20] [--seed 1] [--only generate,budgets,forks] [--without forks]
+    python -m tests.soak.run [--minutes 20] [--seed 1] [--only generate,budgets,forks] [--without forks]
 
 Ingredients are functions here, each drawn again and again by threads of one process that share its models:
 `Model` is one that is paged, with the logits that stock computes for it in a process of its own. What is
@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
-import json
 import logging
 import os
 import resource
@@ -35,19 +34,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import llama_cpp
+import llama_cpp.llama_cpp as llama_api
+import numpy as np
 
-import llama_cpp  # noqa: E402
-import llama_cpp.llama_cpp as llama_api  # noqa: E402
-import numpy as np  # noqa: E402
-from paged import write_adapter  # noqa: E402
-from tracing import OPTIONS, trace  # noqa: E402
-
-from models.synth import synthesize  # noqa: E402
-from rotary_llamacpp import Llama, _native, policies  # noqa: E402
-from rotary_llamacpp.errors import DeviceError, RotaryError  # noqa: E402
+from models.synth import synthesize
+from rotary_llamacpp import Llama, policies
+from rotary_llamacpp.errors import DeviceError, RotaryError
+from rotary_llamacpp.native import binding as _native
+from tests.support import ROOT
+from tests.support.paged import second_context, stock_trace, write_adapter
+from tests.support.tracing import OPTIONS, trace
 
 MIB = 1 << 20
 # Quiet by QUIET: where stock is not verbose it turns the process's stdout away meanwhile, for all threads.
@@ -76,16 +73,10 @@ class Model:
         self.stock = {n: self._stock(n) for n in (SHORT, LONG)}
 
     def _stock(self, n_prompt: int) -> dict[str, np.ndarray]:
-        """In a process of its own, which never sees this package."""
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out.npz"
-            options = {"n_prompt": n_prompt, "n_decode": N_DECODE, "n_ubatch": 32}
-            options["use_extra_bufts"] = self.repack
-            if self.lora is not None:
-                options["lora_path"] = str(self.lora)
-            command = [sys.executable, ROOT / "tests" / "tracing.py", self.path, out, json.dumps(options)]
-            subprocess.run([str(word) for word in command], check=True, stderr=subprocess.DEVNULL)
-            return dict(np.load(out))
+        options = {"n_prompt": n_prompt, "n_decode": N_DECODE, "n_ubatch": 32}
+        if self.lora is not None:
+            options["lora_path"] = str(self.lora)
+        return stock_trace(self.path, use_extra_bufts=self.repack, **options)
 
     def load(self, path: Path | None = None, **rotary: Any) -> Llama:
         """Paged, as asked."""
@@ -187,7 +178,7 @@ def budgets(world: World, rng: Random) -> None:
 
 def contexts(world: World, rng: Random) -> None:
     """Two models, and a second context of one of them, in turns."""
-    from test_native_sharing import logits, second_context
+    from tests.model.test_native_sharing import logits
 
     with loaded(world, rng) as (model, llama), loaded(world, rng) as (other, beside):
         tokens = [int(token) for token in np.random.default_rng(LONG).integers(3, llama.n_vocab(), LONG)]
@@ -349,7 +340,7 @@ def set_adapters(llama: Any, which: list[Any]) -> None:
 
 def memory(world: World, rng: Random) -> None:
     """Another process takes half of what is available, and gives it back while a model runs."""
-    from rotary_llamacpp.machine import available_memory
+    from rotary_llamacpp.host.machine import available_memory
 
     n_bytes = min(available_memory() // 2, 2 << 30)
     eater = subprocess.Popen(
@@ -630,7 +621,7 @@ def main() -> int:
         parser.error(f"no such ingredient: {', '.join(unknown)}; there are {', '.join(INGREDIENTS)}")
     if ONE_HEAP not in os.environ:
         os.environ[ONE_HEAP] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])  # read when a process begins
+        os.execv(sys.executable, sys.orig_argv)  # it is read when a process begins
     return soak(names, given.minutes, given.seed, given.threads)
 
 

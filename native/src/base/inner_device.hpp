@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: MIT
+//
+// What is asked of an inner device: its extra buffer types, whether it can multiply by an expert matrix, how it computes.
+// Threading: any thread.
+
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <vector>
+
+namespace rotary {
+
+// The device's extra buffer types (CPU_REPACK, ...), in the device's order of preference.
+std::vector<ggml_backend_buffer_type_t> inner_extra_bufts(ggml_backend_dev_t inner);
+
+// Whether it supports MUL_MAT_ID with a weight of this type and shape [ne0, ne1, n_expert] in a buffer of type `buft`.
+bool inner_supports_expert_matrix(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, ggml_type type,
+                                  const int64_t * ne);
+
+// Whether the device supports `op` if the weight lies in a buffer of type `buft`.
+bool inner_supports_weight_in(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, const ggml_tensor * op);
+
+// Whether this is a CPU device without OpenMP, which starts and ends threads for every graph.
+bool inner_starts_threads(ggml_backend_dev_t inner);
+
+} // namespace rotary

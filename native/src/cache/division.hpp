@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: MIT
+//
+// Division: from a budget to a number of slots for each layer. Pure logic, no ggml.
+
+#pragma once
+
+#include "cache/budget.hpp"
+#include "rotary.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace rotary {
+
+using layer_size = rotary_layer_size;
+
+uint64_t budget_all_bytes(const std::vector<layer_size> & layers); // every expert
+uint64_t budget_min_bytes(const std::vector<layer_size> & layers); // one token's experts
+
+// Bytes that `b` stands for; `free_bytes` is what "auto" may take.
+uint64_t budget_bytes(const budget & b, const std::vector<layer_size> & layers, uint64_t free_bytes);
+
+// Slots for each layer within `bytes`: the same number everywhere, and what is left over one more for as many layers
+// as it reaches, the first ones first. Never more than a layer has experts. Empty if even budget_min_bytes() does not
+// fit.
+std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> & layers);
+
+// Why a budget is refused, as an error message says it.
+std::string budget_too_small(const std::string & model, const std::string & text, uint64_t bytes,
+                             const std::vector<layer_size> & layers);
+
+} // namespace rotary

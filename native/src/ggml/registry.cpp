@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: MIT
+//
+// Entry point: what ggml_backend_load() calls. Refuses a ggml it was not compiled against, then registers one ROTARY
+// device for each inner device.
+
+#include "base/error.hpp"
+#include "ggml/device.hpp"
+#include "ggml/inner.hpp"
+
+#include "ggml-impl.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <sstream>
+
+namespace rotary {
+
+static const char * reg_get_name(ggml_backend_reg_t) {
+    return "ROTARY";
+}
+
+static size_t reg_get_device_count(ggml_backend_reg_t) {
+    return devices().size();
+}
+
+static ggml_backend_dev_t reg_get_device(ggml_backend_reg_t, size_t index) {
+    GGML_ASSERT(index < devices().size());
+    return devices()[index]->handle();
+}
+
+static ggml_backend_buffer_type_t * reg_get_extra_bufts(ggml_backend_dev_t dev) {
+    return ((device *) dev->context)->extra_bufts();
+}
+
+// A function of the inner device's registry, for a backend of ours.
+template <typename fn_t> static fn_t inner_function(ggml_backend_t backend, const char * name) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend_inner(backend)));
+    return (fn_t) ggml_backend_reg_get_proc_address(reg, name);
+}
+
+static void reg_set_n_threads(ggml_backend_t backend, int n_threads) {
+    const auto fn = inner_function<ggml_backend_set_n_threads_t>(backend, "ggml_backend_set_n_threads");
+    if (fn != nullptr) {
+        fn(backend_inner(backend), n_threads);
+    }
+}
+
+static void reg_set_abort_callback(ggml_backend_t backend, ggml_abort_callback abort, void * data) {
+    const auto fn = inner_function<ggml_backend_set_abort_callback_t>(backend, "ggml_backend_set_abort_callback");
+    if (fn != nullptr) {
+        fn(backend_inner(backend), abort, data);
+    }
+}
+
+static void * reg_get_proc_address(ggml_backend_reg_t, const char * name) {
+    if (strcmp(name, "ggml_backend_dev_get_extra_bufts") == 0) {
+        return (void *) reg_get_extra_bufts;
+    }
+    if (strcmp(name, "ggml_backend_set_n_threads") == 0) {
+        return (void *) reg_set_n_threads;
+    }
+    if (strcmp(name, "ggml_backend_set_abort_callback") == 0) {
+        return (void *) reg_set_abort_callback;
+    }
+    return nullptr;
+}
+
+static ggml_backend_reg reg = {
+    /* .api_version = */ GGML_BACKEND_API_VERSION,
+    /* .iface       = */ { reg_get_name, reg_get_device_count, reg_get_device, reg_get_proc_address },
+    /* .context     = */ nullptr,
+};
+
+// ggml_commit() is abbreviated, has "-dirty" after it where the source was touched, and is "unknown" in a build without
+// git: then the version and the checks below must do.
+static bool commit_matches(std::string in_use) {
+    const std::string built = ROTARY_GGML_COMMIT;
+    in_use                  = in_use.substr(0, in_use.find("-dirty"));
+    return in_use == "unknown" || built == "unknown" || built.compare(0, in_use.size(), in_use) == 0;
+}
+
+// The API version alone does not protect: struct layouts have changed under the same number. So the release and the
+// commit must be the very ones, and as a release can be patched locally, the sizes and ops we rely on must match too.
+static bool ggml_matches() {
+    if (strcmp(ggml_version(), ROTARY_GGML_VERSION) != 0 || !commit_matches(ggml_commit())) {
+        fail(ROTARY_ERR_VERSION, format("libggml-rotary.so: compiled against ggml %s (%s), loaded into ggml %s (%s); "
+                                        "rebuild it against the llama.cpp in use",
+                                        ROTARY_GGML_VERSION, ROTARY_GGML_COMMIT, ggml_version(), ggml_commit()));
+        return false;
+    }
+    const size_t in_use   = ggml_tensor_overhead();
+    const size_t expected = sizeof(ggml_tensor) + 32; // 32: struct ggml_object, private to ggml.c
+    if (in_use != expected || strcmp(ggml_op_name(GGML_OP_MUL_MAT_ID), "MUL_MAT_ID") != 0 ||
+        strcmp(ggml_op_name(GGML_OP_GLU), "GLU") != 0) {
+        fail(ROTARY_ERR_VERSION, format("libggml-rotary.so: ggml %s in use is patched (tensors of %zu bytes, %zu "
+                                        "expected); rebuild against its source",
+                                        ggml_version(), in_use, expected));
+        return false;
+    }
+    return true;
+}
+
+static bool environment_is_valid() {
+    budget       parsed;
+    const char * budget_text = getenv("ROTARY_BUDGET");
+    if (budget_text != nullptr && *budget_text != '\0' && !budget_parse(budget_text, parsed)) {
+        fail(ROTARY_ERR_ARG, "ROTARY_BUDGET: " + budget_not_understood(budget_text));
+        return false;
+    }
+    for (const char * name : { "ROTARY_MARGIN", "ROTARY_STAGING", "ROTARY_RAM" }) {
+        const char * text = getenv(name);
+        if (text != nullptr && *text != '\0' && !(budget_parse(text, parsed) && parsed.what == budget::kind::bytes)) {
+            fail(ROTARY_ERR_ARG, format("%s=%s: not a size; more than 0 bytes; write for example 512MiB", name, text));
+            return false;
+        }
+    }
+    rotary_store store = ROTARY_STORE_AUTO;
+    pin_policy   pin   = pin_policy::automatic;
+    const char * text  = getenv("ROTARY_POLICY");
+    if (text != nullptr && *text != '\0' && !policy_known(text)) {
+        fail(ROTARY_ERR_ARG, "ROTARY_POLICY: " + policy_not_known(text));
+        return false;
+    }
+    text = getenv("ROTARY_PREFETCH");
+    if (text != nullptr && *text != '\0' && strcmp(text, "0") != 0 && strcmp(text, "1") != 0 &&
+        !predictor_known(text)) {
+        fail(ROTARY_ERR_ARG, "ROTARY_PREFETCH: " + predictor_not_known(text));
+        return false;
+    }
+    text = getenv("ROTARY_SPLIT");
+    if (text != nullptr && *text != '\0' && strcmp(text, "even") != 0 && strcmp(text, "adaptive") != 0) {
+        fail(ROTARY_ERR_ARG, format("ROTARY_SPLIT=%s: no such split; even or adaptive; choose one of them", text));
+        return false;
+    }
+    text = getenv("ROTARY_STORE");
+    if (text != nullptr && *text != '\0' && !store_parse(text, store)) {
+        fail(ROTARY_ERR_ARG, format("ROTARY_STORE=%s: no such store; auto, mmap or direct; choose one of them", text));
+        return false;
+    }
+    text = getenv("ROTARY_PIN");
+    if (text != nullptr && *text != '\0' && !pin_parse(text, pin)) {
+        fail(ROTARY_ERR_ARG, format("ROTARY_PIN=%s: not understood; auto, on or off; choose one of them", text));
+        return false;
+    }
+    return true;
+}
+
+static bool make_devices() {
+    std::vector<std::pair<std::string, ggml_backend_dev_t>> inner;
+    const char *                                            names = getenv("ROTARY_INNER");
+    if (names != nullptr && *names != '\0') {
+        std::istringstream list(names);
+        std::string        name;
+        name.reserve(strlen(names)); // here: in getline(), a shortage of memory passes for the end of the text
+        while (std::getline(list, name, ',')) {
+            ggml_backend_dev_t dev = inner_find(name);
+            if (dev == nullptr) {
+                return false;
+            }
+            inner.emplace_back(name, dev);
+        }
+    } else {
+        for (ggml_backend_dev_t dev : inner_default()) {
+            inner.emplace_back(ggml_backend_dev_name(dev), dev);
+        }
+    }
+    if (inner.empty()) {
+        fail(ROTARY_ERR_DEVICE, "libggml-rotary.so: this llama.cpp has no device to wrap; load its CPU backend first");
+        return false;
+    }
+    for (const auto & [name, dev] : inner) {
+        devices().push_back(std::make_unique<device>(&reg, (int) devices().size(), dev, name));
+    }
+    return true;
+}
+
+} // namespace rotary
+
+extern "C" {
+GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void);
+}
+
+ggml_backend_reg_t ggml_backend_init(void) {
+    using namespace rotary;
+    return guarded((ggml_backend_reg_t) nullptr, [] {
+        const bool registered = !devices().empty(); // ggml may load the same file twice
+        const bool fine       = registered || (ggml_matches() && environment_is_valid() && make_devices());
+        return fine ? &reg : nullptr;
+    });
+}

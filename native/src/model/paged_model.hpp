@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT
+//
+// Paged model: the parts that page one model's experts on one inner device, from the lower rooms and this one. Each part
+// knows only those above it here; nobody but the pool makes or destroys them.
+// Threading: under the pool's lock, but for the figures, which have locks of their own.
+
+#pragma once
+
+#include "cache/rebalancer.hpp"
+#include "link/device_tables.hpp"
+#include "link/transfer.hpp"
+#include "model/catalogue.hpp"
+#include "model/config.hpp"
+#include "model/lookup_memory.hpp"
+#include "model/read_targets.hpp"
+#include "model/slot_memory.hpp"
+#include "stats/notices.hpp"
+#include "stats/statistics.hpp"
+#include "stats/trace.hpp"
+#include "store/expert_store.hpp"
+
+namespace rotary {
+
+struct paged_model {
+    paged_model(ggml_backend_dev_t inner, model_config chosen) :
+        inner(inner), config(std::move(chosen)), slots(inner, config.repack), memory(inner, stats),
+        store({ config.name, config.store, config.staging_bytes, slots.inner_is_host() }, said, stats),
+        way(inner, config.name, config.pin, store, said, stats), tables(inner, config.name, stats),
+        targets(experts, store, stats) {}
+
+    bool     inner_is_host() const { return slots.inner_is_host(); }
+    uint64_t generation() const { return slots.generation() + memory.generation(); } // changes when slots or ids move
+
+    void forget_slots(); // after a failure: slots may not hold what the tables say
+    void release();      // everything that sizing allocates
+
+    ggml_backend_dev_t inner;
+    model_config       config;
+    statistics         stats;
+    notices            said;
+    routing_trace      trace;
+    catalogue          experts;
+    slot_memory        slots;
+    lookup_memory      memory;
+    expert_store       store;
+    transfer           way; // after the store: copies end before what they read goes
+    device_tables      tables;
+    read_targets       targets;
+    rebalancer         balance;
+};
+
+} // namespace rotary

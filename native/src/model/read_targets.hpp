@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT
+//
+// Read targets: the slots that the direct store reads straight into. On a host inner device these are the slots it computes
+// from, where they have the file's layout; in front of a device with memory of its own, the slots of the tier in RAM. What
+// is prefetched into one of them is committed once it has landed.
+// Threading: none of its own; the pool locks.
+
+#pragma once
+
+#include "model/catalogue.hpp"
+#include "stats/statistics.hpp"
+#include "store/expert_store.hpp"
+
+#include <cstdint>
+#include <vector>
+
+namespace rotary {
+
+class read_targets {
+  public:
+    read_targets(const catalogue & experts, expert_store & store, statistics & stats) :
+        experts_(experts), store_(store), stats_(stats) {}
+
+    // For each expert that is to be loaded into the inner device's slots: the target's slot, or one of these. What is in the
+    // tier in RAM counts as used there.
+    static constexpr int32_t to_staging = -1, in_ram = -2;
+    std::vector<int32_t>     slots_for(const paged_layer & layer, const std::vector<rotary_load> & loads);
+
+    bool   exist(const paged_layer & layer) const { return table(layer) != nullptr; }
+    char * at(const paged_tensor & tensor, int32_t slot) const;
+
+    // Whether an expert is resident in one of the two kinds of slots.
+    bool is_resident(const paged_layer & layer, int32_t expert) const;
+
+    // A target for an expert that is prefetched, evicting none of `keep`; NULL if it has to go through the staging area.
+    char * reserve(const stored_tensor & tensor, int32_t expert, const std::vector<int32_t> & keep);
+
+    // Make what has been prefetched into a layer's targets resident, and free the targets of what landed in part only. What
+    // is still on its way stays so; with `wait`, nothing is afterwards.
+    void commit(const paged_layer & layer, bool wait);
+
+  private:
+    slot_table * table(const paged_layer & layer) const {
+        return layer.reads_into_slots ? layer.table.get() : store_.ram().table(layer.index);
+    }
+
+    const catalogue & experts_;
+    expert_store &    store_;
+    statistics &      stats_;
+};
+
+} // namespace rotary

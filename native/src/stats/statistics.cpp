@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: MIT
+//
+// Statistics. See statistics.hpp.
+
+#include "stats/statistics.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <utility>
+
+namespace rotary {
+
+void statistics::set_layers(std::vector<rotary_layer_stats> layers) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    layers_ = std::move(layers);
+}
+
+void statistics::set_slots(int32_t index, int32_t n_slots, int32_t n_resident) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    layers_[index].n_slots    = n_slots;
+    layers_[index].n_resident = n_resident;
+}
+
+void statistics::set_scratch_bytes(uint64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    scratch_bytes_ = bytes;
+}
+
+void statistics::count_lookup(int32_t index, const rotary_layer_stats & delta, int32_t n_resident) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    rotary_layer_stats &              stats = layers_[index];
+    stats.lookups += delta.lookups;
+    stats.requests += delta.requests;
+    stats.hits += delta.hits;
+    stats.misses += delta.misses;
+    stats.bypassed += delta.bypassed;
+    stats.evictions += delta.evictions;
+    stats.bytes_paged += delta.bytes_paged;
+    stats.waves += delta.waves;
+    stats.n_resident = n_resident;
+}
+
+rotary_stats statistics::all() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    rotary_stats                      out = totals_;
+    out.n_layers                          = (int32_t) layers_.size();
+    out.staging_bytes += scratch_bytes_;
+    for (const rotary_layer_stats & layer : layers_) {
+        out.n_expert      = std::max(out.n_expert, layer.n_expert);
+        out.n_expert_used = std::max(out.n_expert_used, layer.n_expert_used);
+        out.n_slots       = out.n_slots ? std::min(out.n_slots, layer.n_slots) : layer.n_slots;
+        out.path          = out.path ? std::min(out.path, layer.path) : layer.path;
+        out.lookups += layer.lookups;
+        out.requests += layer.requests;
+        out.hits += layer.hits;
+        out.misses += layer.misses;
+        out.bypassed += layer.bypassed;
+        out.evictions += layer.evictions;
+        out.bytes_paged += layer.bytes_paged;
+        out.waves += layer.waves;
+    }
+    return out;
+}
+
+bool statistics::layer(int32_t index, rotary_layer_stats & out) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (index < 0 || index >= (int32_t) layers_.size()) {
+        return false;
+    }
+    out = layers_[index];
+    return true;
+}
+
+void statistics::reset() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (rotary_layer_stats & s : layers_) {
+        s.lookups = s.requests = s.hits = s.misses = s.bypassed = s.evictions = s.bytes_paged = s.waves = 0;
+    }
+    rotary_stats & t = totals_;
+    t.slot_moves = t.ram_hits = t.device_lookups = t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read =
+        t.bytes_in_place = t.read_us = t.stall_us = t.shrinks = 0;
+    t.predicted = t.predicted_right = t.prefetched = t.prefetch_used = t.late_hits = 0;
+    was_reset_                                                                     = true;
+}
+
+bool statistics::take_reset() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(was_reset_, false);
+}
+
+void statistics::print(const std::string & model, const char * inner) const {
+    const rotary_stats s = all();
+    fprintf(stderr,
+            "rotary: model=%s inner=%s budget_bytes=%llu n_layers=%d n_expert=%d n_slots=%d path=%d lookups=%llu "
+            "requests=%llu hits=%llu misses=%llu bypassed=%llu evictions=%llu bytes_paged=%llu waves=%llu waits=%llu "
+            "store=%d bytes_read=%llu prefetched=%llu prefetch_used=%llu\n",
+            model.c_str(), inner, (unsigned long long) s.budget_bytes, s.n_layers, s.n_expert, s.n_slots, s.path,
+            (unsigned long long) s.lookups, (unsigned long long) s.requests, (unsigned long long) s.hits,
+            (unsigned long long) s.misses, (unsigned long long) s.bypassed, (unsigned long long) s.evictions,
+            (unsigned long long) s.bytes_paged, (unsigned long long) s.waves, (unsigned long long) s.waits, s.store,
+            (unsigned long long) s.bytes_read, (unsigned long long) s.prefetched, (unsigned long long) s.prefetch_used);
+}
+
+} // namespace rotary

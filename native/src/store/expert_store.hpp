@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT
+//
+// Expert store: where the bytes of experts come from, by tensor and expert.
+//
+// Experts lie in llama.cpp's mapping of the file, or, without mmap, in memory that it filled. Where they do not fit into
+// the memory there is, the mapping would live on page faults, a few KiB at a time and the dense weights among them. Then the
+// direct store (direct_store.hpp) reads them from the file by direct I/O, and the mapping is taken over: dense weights
+// become ordinary memory, and nothing is left in the page cache that memory pressure could fight over. In front of an inner
+// device with memory of its own, what has been read stays in a tier of slots in RAM (ram_tier.hpp).
+//
+// store/ knows files, reads and memory; it knows neither graphs nor the inner device's slots: callers hand
+// over a read target. Called by link/ (which copies the bytes), model/ (sizing), prefetch/ and exec/.
+// Threading: none of its own, the pool locks; reads go on in the background between calls.
+
+#pragma once
+
+#include "stats/notices.hpp"
+#include "stats/statistics.hpp"
+#include "store/direct_store.hpp"
+#include "store/ram_tier.hpp"
+#include "store/stored_tensor.hpp"
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace rotary {
+
+bool store_parse(const std::string & text, rotary_store & store); // "auto", "mmap", "direct"
+
+struct store_setting {
+    std::string  model;             // name for messages
+    rotary_store wanted        = ROTARY_STORE_AUTO;
+    uint64_t     staging_bytes = 0; // 0: by the memory there is
+    bool         inner_is_host = true;
+};
+
+class expert_store {
+  public:
+    expert_store(store_setting setting, notices & said, statistics & stats) :
+        setting_(std::move(setting)), said_(said), stats_(stats) {}
+
+    // While llama.cpp loads and frees models.
+    void add(stored_tensor & tensor);
+    void remove_owner(const void * owner);
+
+    // Decide between mapping and direct I/O, and open the direct store to models that came since. `margin` bytes of memory
+    // are to stay free; one_token: bytes of one token's experts in the largest layer. `unpin` is called before mappings are
+    // taken over and staging memory goes: no device may read them any more.
+    void choose(uint64_t margin, uint64_t one_token, const std::function<void()> & unpin);
+
+    direct_store * direct() const { return direct_.get(); } // NULL where experts are in memory or mapped
+    ram_tier &     ram() { return ram_; }
+
+    // One expert's bytes in host memory, valid until release() of it or the next fetch(); NULL with this thread's error.
+    const char * fetch(const stored_tensor & tensor, int32_t expert);
+    bool         fetchable(const stored_tensor & tensor, int32_t expert) const; // without waiting
+    void         release(const stored_tensor & tensor, int32_t expert);
+
+    // A weight's bytes for a caller who does not compute with them; false with this thread's error.
+    bool copy_out(const char * weight, void * data, size_t offset, size_t size) const;
+
+    bool files_unchanged() const; // else this thread's error says what happened
+    void count_reads();           // show what the direct store has counted
+    void announce_io();           // say how the direct store reads, if that has changed
+    void clear();                 // forget reads and what is in RAM
+
+  private:
+    bool         open_direct(uint64_t one_token, const std::function<void()> & unpin);
+    const char * in_ram(const stored_tensor & tensor, int32_t expert) const;
+
+    store_setting                 setting_;
+    notices &                     said_;
+    statistics &                  stats_;
+    std::vector<stored_tensor *>  tensors_;
+    std::string                   reopen_error_; // why a tensor's file could not be opened again
+    std::unique_ptr<direct_store> direct_;
+    ram_tier                      ram_;
+
+    std::map<const void *, std::set<std::string>>
+        copied_; // by owner: dense weights that llama.cpp has copied elsewhere
+};
+
+} // namespace rotary

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""``rotary convert``."""
+
+from __future__ import annotations
+
+import click
+
+from ..host.interrupts import exiting
+from .options import NO_PROGRESS, Size, example
+
+
+@click.command(epilog=example("rotary convert model-00001-of-00009.gguf paged.gguf --dry-run"))
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT")
+@click.option(
+    "--split-size",
+    metavar="SIZE",
+    type=Size(),
+    help="Maximum size of a file, such as 40GB.  [default: one file]",
+)
+@click.option("--alignment", default=4096, help="Alignment of every tensor, in bytes.")
+@click.option(
+    "--profile",
+    default="auto",
+    help="File of rotary profile to store; auto is the one beside IN, or what IN has; off is none.",
+)
+@click.option(
+    "--experts", metavar="TYPE", help="Quantise the experts: Q3_K, IQ4_XS, ...  [default: as they are]"
+)
+@click.option("--rest", metavar="TYPE", help="Quantise all other weights.  [default: as they are]")
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="PATTERN=TYPE",
+    help="Type of tensors whose name has this regular expression; the first match counts, before the two "
+    "above.",
+)
+@click.option(
+    "--imatrix", type=click.Path(), help="Importance matrix to quantise with, a GGUF of llama-imatrix."
+)
+@click.option("--verify", is_flag=True, help="Read all of it again and compare every tensor.")
+@click.option("--force", is_flag=True, help="Replace OUT.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
+@NO_PROGRESS
+def command(
+    source: str, out: str, split_size: int | None, alignment: int, profile: str, experts: str | None,
+    rest: str | None, types: tuple[str, ...], imatrix: str | None, verify: bool, force: bool, dry_run: bool,
+    no_progress: bool,
+) -> None:  # fmt: skip
+    """Write a model again as paging wants it: experts together and page-aligned.
+
+    IN is a GGUF, the first of its shards, or a Hugging Face folder of safetensors. OUT is a GGUF that stock
+    llama.cpp loads too, with the same output unless it is quantised. Interrupted, the same
+    command goes on where it was; quantising itself begins again.
+    """
+    with exiting():
+        from ..conversion.convert import Options, convert
+        from ..conversion.quantising import Wish
+        from ..display.bars import bars
+
+    options = Options(alignment, split_size, profile, Wish(experts, rest, types, imatrix), verify, force)
+    paths = convert(
+        source, out, options, dry_run=dry_run, say=lambda line: click.echo(line, err=not dry_run),
+        bar=bars(off=no_progress),
+    )  # fmt: skip
+    if not dry_run:
+        click.echo(str(paths[0]))

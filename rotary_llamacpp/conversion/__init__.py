@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Lays models out for direct reads, for ``rotary convert``."""

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: MIT
+"""The terminal that the live line and the panel are drawn on: a console, and the size of it."""
+
+from __future__ import annotations
+
+import os
+from typing import TextIO
+
+from rich.console import Console, ConsoleDimensions
+
+
+def console(out: TextIO) -> Console:
+    """Console on a terminal, which is left to break long lines of a log itself (soft_wrap)."""
+    return Console(
+        file=out, force_terminal=True, force_interactive=True, soft_wrap=True, markup=False, highlight=False,
+        emoji=False,
+    )  # fmt: skip
+
+
+def size(out: TextIO) -> ConsoleDimensions:
+    """Columns and lines of a terminal now."""
+    try:
+        found = os.get_terminal_size(out.fileno())
+    except OSError:
+        return ConsoleDimensions(80, 24)
+    return ConsoleDimensions(found.columns or 80, found.lines or 24)

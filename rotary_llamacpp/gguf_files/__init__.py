@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""GGUF files without loading them: header, metadata, expert layout, imatrices."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""rotary convert: layouts, folders, types, interruptions."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Installing, and the patches for what is installed."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Emulated processors (make machines)."""

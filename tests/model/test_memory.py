@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""Anonymous memory of a paged run stays within the budget and a stated constant; mapped files do not count.
+
+A control with all experts copied shows that the measurement would notice.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from rotary_llamacpp.gguf_files.info import ModelInfo
+from rotary_llamacpp.native import binding as _native
+from rotary_llamacpp.units import MIB
+from tests.support.paged import make
+from tests.support.processes import apart
+from tests.support.tracing import prompt_tokens
+
+# KV cache, compute buffers, logits and threads' stacks for the context below, and the weights that are not
+# experts, which the CPU repacks.
+CONSTANT_BYTES = 32 * MIB
+
+
+def anonymous():
+    """Bytes of this process's own memory."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+def measure(model, rotary, options):
+    """How much a run adds at most, what of it is left when the model is closed, and figures."""
+    _native.load()
+    before = anonymous()
+    llama = make(model, rotary, **{"logits_all": False, "n_ubatch": 64, **options})
+    peak = anonymous()
+    tokens = prompt_tokens(llama.n_vocab(), 128)
+    for batch in (tokens, *([token] for token in tokens[:24])):
+        llama.eval(batch)
+        peak = max(peak, anonymous())
+    stats = llama.rotary_stats()
+    llama.close()
+    return peak - before, anonymous() - before, stats
+
+
+@pytest.fixture(scope="module")
+def large(synthetic):
+    """About 430 MB of experts in Q4_0, which the CPU would repack, that is copy, when stock loads them."""
+    return synthetic(type="q4_0", layers=8, embd=1024, ff=1024, experts=32, used=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repack", [True, False])
+@pytest.mark.parametrize("budget", ["min", "25%"])
+def test_stays_within_the_budget(native, large, budget, repack):
+    growth, left, stats = apart(measure, large, {"budget": budget, "repack": repack}, {})
+    assert stats["active"] and stats["evictions"] > 0, "the run wanted more experts than fit"
+    assert stats["slot_bytes"] <= stats["budget_bytes"] <= ModelInfo.read(large).expert_bytes // 4
+    assert growth <= stats["budget_bytes"] + CONSTANT_BYTES
+    assert left <= CONSTANT_BYTES, "close() gives it back"
+
+
+@pytest.mark.slow
+def test_control_all_experts_copied_would_be_noticed(native, large):
+    expert_bytes = ModelInfo.read(large).expert_bytes
+    assert expert_bytes // 4 + CONSTANT_BYTES < expert_bytes // 2
+    growth, _, _ = apart(measure, large, None, {"use_mmap": False})
+    assert growth > expert_bytes

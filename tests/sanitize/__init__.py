@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Native tests under sanitizers (make sanitize)."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Everything beside everything, for long (make soak)."""

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""C and C++ that tests compile: the library's pure logic alone, and libraries that are preloaded, with their
+knobs. Without a compiler such a test is skipped."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rotary_llamacpp import pinned
+from tests.support import ROOT
+
+HERE = Path(__file__).resolve().parent
+NATIVE = ROOT / "native" / "src"
+
+
+def compiled(library: Path, *arguments: Any, compiler: str = os.environ.get("CXX", "c++")) -> Path:
+    """A shared library of these sources and flags."""
+    if not shutil.which(compiler):
+        pytest.skip(f"no compiler {compiler} for {library.name}")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O2", *arguments, "-o", library], check=True)
+    return library
+
+
+def pure_logic(folder: Path, host: str, *sources: str) -> ctypes.CDLL:
+    """A library of tests/`host` and of `sources` in native/src, which need nothing of ggml."""
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"]
+    flags += os.environ.get("ROTARY_TESTS_CXXFLAGS", "").split()  # tests/sanitize
+    files = [ROOT / "tests" / host, *(NATIVE / each for each in sources)]
+    return ctypes.CDLL(str(compiled(folder / "host.so", *flags, *files)))
+
+
+def late_device(folder: Path) -> Path:
+    """late_device.cpp, against the installed llama.cpp."""
+    sdist = ROOT / "build" / "sdist" / f"llama_cpp_python-{pinned.LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
+    ggml = Path(os.environ.get("ROTARY_LLAMA_CPP_DIR", sdist)) / "ggml"
+    if not ggml.is_dir():
+        pytest.skip(f"{ggml}: no source of the pinned llama.cpp; run: make setup")
+    # As our own library finds ggml: among what is loaded, by SONAMEs, for which empty libraries stand here.
+    major = pinned.GGML_VERSION.partition(".")[0]
+    for name in ("ggml", "ggml-base"):
+        compiled(folder / f"lib{name}.so", "-x", "c++", "/dev/null", f"-Wl,-soname,lib{name}.so.{major}")
+    flags = ["-std=c++17", "-g", "-Wall", "-pthread", "-fvisibility=hidden"]
+    defines = ["-DGGML_SHARED", "-DGGML_BACKEND_SHARED"]
+    includes = [f"-I{NATIVE}", f"-isystem{ggml / 'include'}", f"-isystem{ggml / 'src'}"]
+    link = ["-Wl,--no-as-needed", f"-L{folder}", "-lggml", "-lggml-base"]
+    library = folder / "libggml-late.so"
+    return compiled(library, *flags, *defines, *includes, HERE / "late_device.cpp", *link)
+
+
+def preload(folder: Path, source: Path) -> dict[str, str]:
+    """The environment of a process in which a C file's functions, compiled into `folder`, come first."""
+    library = (folder / source.name).with_suffix(".so")
+    if any(character in str(library) for character in " :"):
+        pytest.skip(f"{library}: LD_PRELOAD takes no such name")
+    if not library.exists():
+        compiled(library, "-fexceptions", source, "-ldl", compiler=os.environ.get("CC", "cc"))
+    before = os.environ.get("LD_PRELOAD", "")  # a sanitizer's runtime, which must be first
+    return {"LD_PRELOAD": f"{before} {library}".strip()}
+
+
+class Knobs:
+    """Variables of a preloaded library in this process, by their names there after `prefix`."""
+
+    prefix: str
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "library", ctypes.CDLL(None))
+
+    def __getattr__(self, name: str) -> int:
+        return ctypes.c_long.in_dll(self.library, f"{self.prefix}_{name}").value
+
+    def __setattr__(self, name: str, value: int) -> None:
+        ctypes.c_long.in_dll(self.library, f"{self.prefix}_{name}").value = value
+
+    def set(self, **knobs: int) -> None:
+        """Turn several."""
+        for name, value in knobs.items():
+            setattr(self, name, value)
+
+
+class Shortage(Knobs):
+    """The knobs of exhaustion.c: ``shortage.at = 3``."""
+
+    prefix = "exhaust"
+
+    def begin(self, **knobs: int) -> None:
+        """Count anew, with these knobs."""
+        usual = {"at": 0, "n": 1, "site": 0, "ring": 0, "calls": 0, "failed": 0, "on": 1}
+        self.set(**{**usual, **knobs})
+
+    def end(self) -> int:
+        """No more failures; how many there were."""
+        self.set(ring=0, on=0)
+        return self.failed
+
+    def place(self, site: int) -> int:
+        """Offset in the library of the code that asked."""
+        return (ctypes.c_long * 4097).in_dll(self.library, "exhaust_offset")[site]
+
+
+class Disk(Knobs):
+    """The knobs of faulty_disk.c: ``disk.delay_us = 500``."""
+
+    prefix = "disk"
+
+    def fail_next(self, n: int, after: int = 0) -> None:
+        """Let `n` reads fail, beginning when `after` more have been made."""
+        self.set(fail_at=self.reads + after + 1, n_fail=n)
+
+    def hold_next(self, after: int = 0) -> None:
+        """Let reads wait for `mend`, beginning when `after` more have been made."""
+        self.set(held=0, hold_at=self.reads + after + 1)
+
+    def wait_until_held(self) -> None:
+        """Until a read waits; it must be of another thread."""
+        while self.held == 0:
+            time.sleep(0.001)
+
+    def mend(self) -> None:
+        """No more failures, and full speed."""
+        self.set(fail_at=0, delay_us=0, hold_at=0, withheld=0, max=0)

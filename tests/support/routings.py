@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+"""Traces and profiles that tests make up."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from rotary_llamacpp import traces
+from rotary_llamacpp.traces import profiles
+
+
+def made(ids, sizes=(1000,), n_expert=8, phase=None):
+    """A trace of ids[token][layer][k], one sequence, all decoded unless told otherwise."""
+    ids = np.array(ids, np.int32)
+    n_tokens, n_layers, n_used = ids.shape
+    step, layer = np.divmod(np.arange(n_tokens * n_layers), n_layers)
+    return traces.Trace(
+        sequence=np.zeros_like(step), phase=np.ones_like(step) if phase is None else np.array(phase)[step],
+        step=step, layer=layer, experts=ids.reshape(-1, n_used),
+        weights=np.full((len(step), n_used), 0.5, np.float32), resident=np.zeros((len(step), n_used), bool),
+        n_expert=n_expert, expert_bytes=dict(enumerate(itertools.islice(itertools.cycle(sizes), n_layers))),
+        about={"model": "made"},
+    )  # fmt: skip
+
+
+def numbered(n_layers=6, n_expert=32, first=0):
+    """A profile in which expert (first + i) % n_expert is the i-th most wanted of each layer, half of all."""
+    popularity = np.zeros((n_layers, n_expert), np.float32)
+    for rank in range(n_expert // 2):
+        popularity[:, (first + rank) % n_expert] = 0.9 - rank / 100
+    pairs = np.zeros((n_layers - 1, n_expert, n_expert), np.float16)
+    return profiles.Profile(list(range(n_layers)), popularity, pairs, 100, {})

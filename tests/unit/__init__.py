@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Python alone: no model is computed."""

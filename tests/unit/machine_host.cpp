@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: MIT
+//
+// What this machine lets a process have (native/src/base/memory.hpp, cpus.hpp), for test_machine.py.
+
+#include "base/cpus.hpp"
+#include "base/memory.hpp"
+
+extern "C" {
+
+void machine_memory(const char * root, uint64_t * total, uint64_t * available) {
+    const rotary::host_memory found = rotary::host_memory_now(root);
+    *total                          = found.total;
+    *available                      = found.available;
+}
+
+uint32_t machine_cpu_quota(const char * root) {
+    return rotary::cpu_quota(root);
+}
+
+uint32_t machine_cpu_count(const char * root) {
+    return rotary::cpu_count(root);
+}
+
+double machine_memory_pressure(const char * root) {
+    return rotary::host_memory_pressure(root);
+}
+}
