@@ -615,8 +615,6 @@ class Environment(Target):
     """Values of the environment at registration, two on average, each time in a process of its own; some of
     those taken are run with."""
 
-    share = 0.5
-
     VALUES: ClassVar = {
         "ROTARY_BUDGET": ("25%", "auto", "min", "off", "3 slots", "1MiB", "100%"),
         "ROTARY_MARGIN": ("512MiB", "1"),
