@@ -26,18 +26,22 @@ void statistics::set_scratch_bytes(uint64_t bytes) {
     scratch_bytes_ = bytes;
 }
 
+// To a layer's counters, or to all layers'.
+template <typename counters> static void add(counters & sum, const rotary_layer_stats & more) {
+    sum.lookups += more.lookups;
+    sum.requests += more.requests;
+    sum.hits += more.hits;
+    sum.misses += more.misses;
+    sum.bypassed += more.bypassed;
+    sum.evictions += more.evictions;
+    sum.bytes_paged += more.bytes_paged;
+    sum.waves += more.waves;
+}
+
 void statistics::count_lookup(int32_t index, const rotary_layer_stats & delta, int32_t n_resident) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    rotary_layer_stats &              stats = layers_[index];
-    stats.lookups += delta.lookups;
-    stats.requests += delta.requests;
-    stats.hits += delta.hits;
-    stats.misses += delta.misses;
-    stats.bypassed += delta.bypassed;
-    stats.evictions += delta.evictions;
-    stats.bytes_paged += delta.bytes_paged;
-    stats.waves += delta.waves;
-    stats.n_resident = n_resident;
+    add(layers_[index], delta);
+    layers_[index].n_resident = n_resident;
 }
 
 rotary_stats statistics::all() const {
@@ -50,14 +54,7 @@ rotary_stats statistics::all() const {
         out.n_expert_used = std::max(out.n_expert_used, layer.n_expert_used);
         out.n_slots       = out.n_slots ? std::min(out.n_slots, layer.n_slots) : layer.n_slots;
         out.path          = out.path ? std::min(out.path, layer.path) : layer.path;
-        out.lookups += layer.lookups;
-        out.requests += layer.requests;
-        out.hits += layer.hits;
-        out.misses += layer.misses;
-        out.bypassed += layer.bypassed;
-        out.evictions += layer.evictions;
-        out.bytes_paged += layer.bytes_paged;
-        out.waves += layer.waves;
+        add(out, layer);
     }
     return out;
 }
