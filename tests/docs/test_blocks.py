@@ -11,7 +11,7 @@ from tests.docs import console, pages
 
 PAGES = pages.every()
 RUN = ("console", "python")
-NOT_RUN = ("text", "json", "toml", "ini", "c", "mermaid", "shell")
+NOT_RUN = ("text", "json", "toml", "yaml", "ini", "csv", "c", "cpp", "diff", "mermaid", "shell")
 
 # ```shell blocks are not run. What their commands begin with, and why not.
 SHELL = {
