@@ -29,7 +29,7 @@ SHELL = {
     "cmake": "builds for minutes",
     "sudo": "is for root",
     "llama-": "is a program of llama.cpp, which is not installed by ours",
-    "export GGML_BACKEND_PATH": "is for a program of llama.cpp",
+    "export": "is for the command after it",
     "GGML_BACKEND_PATH=": "is for a program of llama.cpp",
     "python -m llama_cpp.server": "serves until it is stopped",
     "python benchmarks/": "measures for minutes",
