@@ -105,7 +105,7 @@ def test_experts_one_tensor_each_are_joined(synthetic, tmp_path, stock_trace):
     assert not ModelInfo.read(legacy).is_moe
     said: list[str] = []
     (out,) = convert(legacy, tmp_path / "out.gguf", say=said.append)
-    assert "6 of them joined from one tensor an expert" in said[0]
+    assert "6 of them joined from one tensor per expert" in said[0]
     assert tensor_bytes([read_header(out)]) == tensor_bytes([read_header(model)])
     assert ModelInfo.read(out).layers == ModelInfo.read(model).layers
     # Stock no longer loads the old layout, so the reference is the model it was made from.

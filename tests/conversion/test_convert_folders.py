@@ -94,7 +94,7 @@ def test_folders_go_through_llama_cpps_converter(folder, results, tiny_model, tm
         (Options(wish=Wish(types=("(=Q8_0",))), "regular expression"),
         (Options(alignment=48), "powers of two"),
         (Options(profile="none"), "none: "),
-        (Options(force=True), "40 MiB wanted, 39 MiB free"),
+        (Options(force=True), "40 MiB needed, 39 MiB free"),
     ],
 )
 def test_what_is_wrong_is_found_before(
@@ -129,7 +129,7 @@ def test_an_interrupted_one_goes_on(folder, results, tiny_model, tmp_path, monke
     said: list[str] = []
     (out,) = convert(folder, results / "out.gguf", say=said.append)
     assert len(log.read_text().splitlines()) == 1 + bool(changed)
-    assert bool(changed) != any("going on with out.gguf.folder.part" in line for line in said)
+    assert bool(changed) != any("reusing out.gguf.folder.part" in line for line in said)
     assert tensor_bytes([read_header(out)]) == tensor_bytes([read_header(tiny_model)])
     assert_nothing_else(results, out)
 
@@ -148,7 +148,7 @@ def test_an_interrupted_converter_leaves_nothing(folder, results, tiny_model, tm
 
     with pytest.raises(KeyboardInterrupt):
         convert(folder, results / "out.gguf", say=said.append, bar=bar)
-    assert said[-1] == "interrupted; nothing is left"
+    assert said[-1] == "interrupted; no files are left"
     assert_nothing_else(results)
 
 

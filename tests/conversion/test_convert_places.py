@@ -43,7 +43,7 @@ def test_somebody_elses_temporary_files_are_left(tiny_model, tmp_path, name, lin
     else:
         (tmp_path / name).write_text("theirs")
     wish = Wish("Q4_0") if "quantised" in name else Wish()
-    with pytest.raises(RotaryError, match=r"exists and is|symbolic links"):
+    with pytest.raises(RotaryError, match=r"exists, and no|exists and is not|symbolic links"):
         convert(tiny_model, tmp_path / "out.gguf", Options(wish=wish))
     assert (tmp_path / name).read_text() == theirs.read_text() == "theirs"
     assert_nothing_else(tmp_path, tmp_path / name, theirs)
@@ -57,9 +57,9 @@ def test_somebody_elses_temporary_files_are_left(tiny_model, tmp_path, name, lin
         ("", "is a folder"),
         ("folder", "is a folder"),
         ("none/out.gguf", "no such folder"),
-        ("model.gguf.part", "not converted in place"),
-        ("model.gguf", "not converted in place"),  # by its temporary name
-        ("a.profile", "not converted in place"),
+        ("model.gguf.part", "cannot be converted in place"),
+        ("model.gguf", "cannot be converted in place"),  # by its temporary name
+        ("a.profile", "cannot be converted in place"),
         ("dangling", "exists; give --force"),
         ("loop", "exists; give --force"),
     ],
@@ -126,7 +126,7 @@ def test_a_journal_means_files_beside_it(tiny_model, tmp_path, monkeypatch):
         path.write_text("theirs")
     said: list[str] = []
     paths = convert(tiny_model, tmp_path / "a" / "out.gguf", SPLIT, say=said.append)
-    assert any(line.startswith("going on after") for line in said)
+    assert any(line.startswith("resuming after") for line in said)
     assert_nothing_else(tmp_path / "a", *paths)
     assert [path.read_text() for path in theirs] == ["theirs"] * 2
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_replaced_is_left(tiny_model, tmp_path, monkeypatch):
     for path in paths:
         path.write_text("old")
     monkeypatch.setattr(os, "replace", at_call(2, os.replace, OSError(errno.EIO, "Input/output error")))
-    with pytest.raises(RotaryError, match="Input/output error; 1 of 2 files were, and the old model is lost"):
+    with pytest.raises(RotaryError, match="Input/output error; 1 of 2 files were, so the old model is lost"):
         convert(tiny_model, tmp_path / "out.gguf", Options(split_bytes=12 * MIB, force=True))
     assert paths[0].read_text() == "old" and len(read_header(paths[1]).tensors) > 0
     assert_nothing_else(tmp_path, *paths)

@@ -103,16 +103,16 @@ def test_an_importance_matrix_is_heeded(synthetic, tmp_path):
         assert "importance matrix for 3 of 3 tensors" in said[0]
         results.append(tensor_bytes([read_header(out)])["blk.0.ffn_down_exps.weight"])
     assert results[0][1] == "IQ3_XXS" and results[0][2] != results[1][2]
-    with pytest.raises(RotaryError, match="no importance matrix"):
+    with pytest.raises(RotaryError, match="not an importance matrix"):
         convert(model, tmp_path / "no.gguf", Options(wish=replace(wish, imatrix=str(model))))
 
 
 @pytest.mark.parametrize(
     ("kind", "columns", "text"),
     [
-        ("Q4_0", None, "knows none of the 18 tensors that change"),
+        ("Q4_0", None, "has none of the 18 tensors that change"),
         ("Q4_0", (256, 31), "7936 values for blk.5.ffn_up_exps.weight, which has 8192"),
-        ("IQ2_S", (), "nothing for blk.5.ffn_up_exps.weight, which IQ2_S needs"),
+        ("IQ2_S", (), "no values for blk.5.ffn_up_exps.weight, which IQ2_S needs"),
     ],
 )
 def test_importance_matrices_that_do_not_fit(tiny_model, tmp_path, kind, columns, text):

@@ -175,7 +175,7 @@ def test_from_the_command_line(tiny_model, tmp_path, rotary_command):
 
     prompts.write_text("\n")
     refused = {
-        ("trace", tiny_model, "--prompts", prompts, "-o", out): "no prompt in it",
+        ("trace", tiny_model, "--prompts", prompts, "-o", out): "has no prompt",
         ("trace", tiny_model, "--prompts", tmp_path / "none", "-o", out): "cannot be read",
         ("simulate", prompts): "not a routing trace",
         ("simulate", tmp_path / "none"): "cannot be read",

@@ -75,7 +75,7 @@ def test_from_any():
     assert RotaryConfig.from_any("25%") == RotaryConfig(budget="25%")
     assert RotaryConfig.from_any(True) == RotaryConfig.from_any("auto") == RotaryConfig()
     assert config.margin_bytes == 1 << 30 and RotaryConfig().margin_bytes == 0
-    with pytest.raises(RotaryError, match=r"'bugdet'.*known are budget"):
+    with pytest.raises(RotaryError, match=r"'bugdet'.*options are budget"):
         RotaryConfig.from_any({"bugdet": 1})
     with pytest.raises(RotaryError, match="not a number of bytes"):
         RotaryConfig(margin="25%")

@@ -97,6 +97,6 @@ def test_memory_within_a_limit(monkeypatch):
     monkeypatch.setattr(machine, "available_memory", lambda: 3 << 30)
     monkeypatch.setattr(machine, "installed_memory", lambda: 64 << 30)
     monkeypatch.setattr(machine, "total_memory", lambda: 4 << 30)
-    assert "limit of 4096 MiB" in doctor._memory().detail
+    assert "limited by a cgroup to 4096 MiB" in doctor._memory().detail
     monkeypatch.setattr(machine, "total_memory", lambda: 64 << 30)
     assert doctor._memory().detail == "3072 MiB available"

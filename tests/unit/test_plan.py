@@ -541,7 +541,7 @@ def test_vram_is_what_is_free(native, monkeypatch):
     # A device may not say what is free: all of it, which is said.
     gpus["CUDA0"] = (0, 24 * MIB)
     found = calibration.describe(vram=None, **arguments)
-    assert found.vram_bytes == 48 * MIB and "does not tell what is free" in found.sources["vram"]
+    assert found.vram_bytes == 48 * MIB and "does not say what is free" in found.sources["vram"]
     found = calibration.describe(vram="12GiB", **arguments)
     assert (found.vram_bytes, found.sources["vram"]) == (12 << 30, "given")
     monkeypatch.setattr(native, "default_inner", ["CPU"])
@@ -716,12 +716,12 @@ def test_plot(native, rotary_command, tmp_path):
         (("no-such-shape",), "neither a file nor a known shape"),
         (("no-such.gguf",), "no such file"),
         (("deepseek-v3", "--vram", "much"), "size 'much'"),
-        (("deepseek-v3", "--vram", "24"), "size '24': is 24 bytes; a size has a unit; write 24GiB"),
+        (("deepseek-v3", "--vram", "24"), "size '24': is only 24 bytes; a size needs a unit; write 24GiB"),
         (("deepseek-v3", "--link", "wire"), "link 'wire': not a rate"),
-        (("deepseek-v3", "--type", "q3"), "type 'q3' not known"),
+        (("deepseek-v3", "--type", "q3"), "type 'q3' is not known"),
         (("deepseek-v3", "--ctx", "100", "--prompt", "90", "--answer", "20"), "do not fit"),
         (("deepseek-v3", "--budget", "much"), "budget 'much'"),
-        (("deepseek-v3", "--plot", "plan.png"), "name the file .svg"),
+        (("deepseek-v3", "--plot", "plan.png"), "give a name that ends in .svg"),
         (("deepseek-v3", "--trace", "a", "--profile", "b"), "a trace and a profile"),
     ],
 )
