@@ -36,7 +36,8 @@ def _reason(error: Exception) -> LibraryError:
 try:
     import llama_cpp
     import llama_cpp.llama_cpp as llama_api
+    from llama_cpp import llama_chat_format, llama_speculative, llama_tokenizer
 except (ImportError, OSError, RuntimeError, AttributeError) as error_:
     raise _reason(error_) from error_
 
-__all__ = ["llama_api", "llama_cpp"]
+__all__ = ["llama_api", "llama_chat_format", "llama_cpp", "llama_speculative", "llama_tokenizer"]

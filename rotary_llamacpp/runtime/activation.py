@@ -15,6 +15,7 @@ from typing import Any
 from ..config import RotaryConfig
 from ..native.stock import llama_cpp
 from .llama import Llama, signature_with_rotary
+from .options import Rotary
 from .paging import Paging, construct
 
 _lock = threading.Lock()
@@ -23,41 +24,86 @@ _default: Any = "auto"
 _AS_ACTIVATED = object()
 
 
-def activate(rotary: Any = "auto") -> None:
+class Activation:
+    """What `activate` returns: a context manager that takes the activation back at the end of the block.
+
+    What was before then holds again: stock's class, or an outer activation.
+    """
+
+    def __init__(self, rotary: Any) -> None:
+        RotaryConfig.from_any(rotary)  # refuses invalid values now, not in a later constructor
+        self._rotary = rotary
+        # While this activation holds: whether another one held before, and its default.
+        self._before: tuple[bool, Any] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        with _lock:
+            self._before = (bool(_stock_methods), _default)
+            _patch(self._rotary)
+
+    def __enter__(self) -> Activation:
+        if self._before is None:  # a second block
+            self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        before, self._before = self._before, None
+        with _lock:
+            if before is not None and before[0]:
+                _patch(before[1])
+            else:
+                _unpatch()
+
+
+def activate(rotary: Rotary = "auto") -> Activation:
     """Page the experts of every llama_cpp.Llama made from now on. Calling it again changes the default.
+
+    It holds in the whole process until `deactivate`, or until the end of a block: ``with activate("25%"):``.
 
     Parameters
     ----------
     rotary : "auto", RotaryConfig, dict, str, int, float or None
         As in `Llama`; each constructor call may still pass another ``rotary``.
+
+    Returns
+    -------
+    Activation
+        A context manager; at its end, what was before the call holds again.
     """
-    global _default
-    RotaryConfig.from_any(rotary)  # refuses invalid values now, not in a later constructor
-    with _lock:
-        _default = rotary
-        if _stock_methods:
-            return
-        paged_methods = {
-            "__init__": _paged_init(llama_cpp.Llama.__init__),
-            "__getstate__": _paged_getstate(llama_cpp.Llama.__getstate__),
-            "rotary_stats": lambda self: _paging_of(self).stats(),
-            "rotary_set_budget": lambda self, budget: _paging_of(self).set_budget(budget),
-            "rotary_reset_stats": lambda self: _paging_of(self).reset(),
-        }
-        for name, method in paged_methods.items():
-            _stock_methods[name] = vars(llama_cpp.Llama).get(name)
-            setattr(llama_cpp.Llama, name, method)
+    return Activation(rotary)
 
 
 def deactivate() -> None:
     """Make llama_cpp.Llama stock again. Does nothing while inactive."""
     with _lock:
-        for name, method in _stock_methods.items():
-            if method is None:
-                delattr(llama_cpp.Llama, name)
-            else:
-                setattr(llama_cpp.Llama, name, method)
-        _stock_methods.clear()
+        _unpatch()
+
+
+def _patch(rotary: Any) -> None:
+    global _default
+    _default = rotary
+    if _stock_methods:
+        return
+    paged_methods = {
+        "__init__": _paged_init(llama_cpp.Llama.__init__),
+        "__getstate__": _paged_getstate(llama_cpp.Llama.__getstate__),
+        "rotary_stats": lambda self: _paging_of(self).stats(),
+        "rotary_set_budget": lambda self, budget: _paging_of(self).set_budget(budget),
+        "rotary_reset_stats": lambda self: _paging_of(self).reset(),
+    }
+    for name, method in paged_methods.items():
+        _stock_methods[name] = vars(llama_cpp.Llama).get(name)
+        setattr(llama_cpp.Llama, name, method)
+
+
+def _unpatch() -> None:
+    for name, method in _stock_methods.items():
+        if method is None:
+            delattr(llama_cpp.Llama, name)
+        else:
+            setattr(llama_cpp.Llama, name, method)
+    _stock_methods.clear()
 
 
 def _paging_of(llama: llama_cpp.Llama) -> Paging:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, Literal, Self, Unpack
 
-from ..config import RotaryConfig
 from ..native.stock import llama_cpp
+from .options import LlamaOptions, Rotary
 from .paging import Paging, construct
+from .stats import RotaryStats
 
 
 def signature_with_rotary(stock_init: Callable[..., None], default: Any) -> inspect.Signature:
@@ -28,6 +30,8 @@ def signature_with_rotary(stock_init: Callable[..., None], default: Any) -> insp
 class Llama(llama_cpp.Llama):
     """llama_cpp.Llama whose experts are paged; takes all arguments of that class, and one more.
 
+    As a context manager it is closed at the end of the block.
+
     Parameters
     ----------
     model_path : str
@@ -37,8 +41,9 @@ class Llama(llama_cpp.Llama):
         cannot be used. Text, an int of bytes or a float share is a budget; a dict has the fields of
         `RotaryConfig`. None, False or 0 is off. Anything but ``"auto"`` raises instead of falling back.
     **kwargs
-        As in llama_cpp.Llama. Without ``n_gpu_layers``, all layers are on the paging device; 0 computes on
-        the CPU.
+        As in llama_cpp.Llama. Only ``n_gpu_layers`` left out differs, unless paging is off: all layers, also
+        of a dense model, are on the ``inner`` devices, by default on all GPUs, or on the CPU if there is none.
+        0 computes on the CPU.
 
     Raises
     ------
@@ -51,31 +56,67 @@ class Llama(llama_cpp.Llama):
 
     _rotary: Paging
 
-    def __init__(
-        self,
-        model_path: str,
-        *,
-        rotary: RotaryConfig | Mapping[str, Any] | str | int | float | None = "auto",
-        **kwargs: Any,
-    ) -> None:
-        construct(self, super().__init__, model_path, rotary, kwargs)
+    def __init__(self, model_path: str, *, rotary: Rotary = "auto", **kwargs: Unpack[LlamaOptions]) -> None:
+        construct(self, super().__init__, model_path, rotary, dict(kwargs))
 
     __init__.__signature__ = signature_with_rotary(llama_cpp.Llama.__init__, "auto")  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # other keyword arguments are ignored, as in stock
+        cls,
+        repo_id: str,
+        filename: str | None,
+        additional_files: list[str] | None = None,
+        local_dir: str | os.PathLike[str] | None = None,
+        local_dir_use_symlinks: bool | Literal["auto"] = "auto",
+        cache_dir: str | os.PathLike[str] | None = None,
+        *,
+        rotary: Rotary = "auto",
+        **kwargs: Unpack[LlamaOptions],
+    ) -> Self:
+        """Download a model from the Hugging Face Hub, as llama_cpp.Llama does, and load it.
+
+        Needs the package huggingface-hub.
+
+        Parameters
+        ----------
+        repo_id : str
+            The repository.
+        filename : str
+            Name or pattern of the model's file in it, of the first shard for a split model.
+        additional_files : list of str, optional
+            Names or patterns of other files to download: the other shards.
+        local_dir, cache_dir : str, optional
+            Where to put the files.
+        rotary, **kwargs
+            As in the constructor.
+        """
+        return super().from_pretrained(
+            repo_id, filename, additional_files, local_dir, local_dir_use_symlinks, cache_dir,
+            rotary=rotary, **kwargs,
+        )  # type: ignore[return-value]  # stock's says Llama, and makes an object of this class  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return self._rotary.state(super().__getstate__())
 
-    def rotary_stats(self) -> dict[str, Any]:
+    def rotary_stats(self) -> RotaryStats:
         """Return what was chosen, and the counters since load or the last reset; after close(), the last.
 
         Returns
         -------
-        dict
-            ``active`` and, if not, ``reason``; ``inner_device``, ``path``, ``store``, ``n_slots`` and
-            ``n_expert`` per layer, ``budget_bytes`` and other sizes; ``hit_rate`` (None before the first
-            request), ``hits``, ``misses``, ``bytes_paged`` and other counters; for the direct store
-            ``bytes_read``, ``read_bandwidth`` (bytes per second), ``prefetch_accuracy`` and the like;
-            ``notices``; ``layers`` with the counters per layer.
+        RotaryStats
+            A dict that cannot be changed, whose items are attributes too: ``active`` and, if not, ``reason``;
+            ``inner_device``, ``path``, ``store``, ``n_slots`` and ``n_expert`` per layer, ``budget_bytes``
+            and other sizes; ``hit_rate`` (None before the first request), ``hits``, ``misses``,
+            ``bytes_paged`` and other counters; for the direct store ``bytes_read``, ``read_bandwidth``
+            (bytes per second), ``prefetch_accuracy`` and the like; ``notices``; ``layers`` with the counters
+            per layer.
         """
         return self._rotary.stats()
 

@@ -30,36 +30,10 @@ from ..native.pools import Pools
 from ..native.stock import llama_api
 from ..traces import profiles
 from ..units import MIB, mib, ratio
+from .logs import level_for, logger
+from .stats import NOT_PAGED, LayerStats, RotaryStats
 
 _construction = threading.RLock()
-_NOT_PAGED: dict[str, Any] = {
-    "active": False, "reason": None, "inner_device": None, "path": "none", "repacked": False,
-    "policy": None, "predictor": None, "profile": None, "hit_rate": None,
-    "budget_bytes": 0, "slot_bytes": 0, "expert_bytes": 0, "min_budget_bytes": 0,
-    "staging_bytes": 0, "resident_bytes": 0, "locked_bytes": 0, "ram_bytes": 0, "store": "none", "io": "none",
-    "n_layers": 0, "n_expert": 0, "n_expert_used": 0, "n_slots": 0,
-    "lookups": 0, "device_lookups": 0, "requests": 0, "hits": 0, "misses": 0, "bypassed": 0,
-    "evictions": 0, "bytes_paged": 0,
-    "waves": 0, "waits": 0, "wait_us": 0, "page_us": 0,
-    "ram_hits": 0, "reads": 0, "bytes_read": 0, "bytes_in_place": 0, "read_us": 0, "read_bandwidth": None,
-    "stall_us": 0, "shrinks": 0, "slot_moves": 0,
-    "predicted": 0, "predicted_right": 0, "prefetched": 0, "prefetch_used": 0, "late_hits": 0,
-    "prefetch_accuracy": None, "prefetch_coverage": None, "prefetch_timeliness": None,
-}  # fmt: skip
-
-
-class _DefaultHandler(logging.Handler):
-    """Shows our messages where the application has configured no logging, as logging does for warnings."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers and sys.stderr is not None:
-            sys.stderr.write(self.format(record) + "\n")
-
-
-logger = logging.getLogger("rotary_llamacpp")
-if logger.level == logging.NOTSET:
-    logger.setLevel(logging.INFO)
-logger.addHandler(_DefaultHandler())
 
 
 class Paging:
@@ -82,7 +56,8 @@ class Paging:
         # graph, because a policy in Python may read figures during one.
         self._lock = threading.RLock()
         self._changing = threading.RLock()  # one change at a time, none during closing; taken before `_lock`
-        self._last: dict[str, Any] = {**_NOT_PAGED, "layers": []}
+        self._last: dict[str, Any] = dict(NOT_PAGED)
+        self._last_layers: list[LayerStats] = []
 
     @property
     def is_default(self) -> bool:
@@ -199,13 +174,13 @@ class Paging:
             return
         for text in self.pools.notices():
             self.notice(text)
-        figures = {name: value for name, value in self.pools.stats().items() if name in _NOT_PAGED}
-        layers = [
-            {**layer, "hit_rate": ratio(layer["hits"], layer["requests"])}
+        figures = {name: value for name, value in self.pools.stats().items() if name in NOT_PAGED}
+        self._last_layers = [
+            LayerStats(layer, hit_rate=ratio(layer["hits"], layer["requests"]))
             for layer in self.pools.layer_stats()
         ]
         self._last = {
-            **_NOT_PAGED,
+            **NOT_PAGED,
             **figures,
             "active": True,
             "policy": self.pools.policy_name(),
@@ -214,19 +189,15 @@ class Paging:
             "inner_device": self.pools.inner_device,
             **_rates(figures),
             "repacked": bool(figures["repacked"]),
-            "layers": layers,
         }
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> RotaryStats:
         """Figures now, or the last ones of a closed model."""
         with self._lock:
             self._refresh()
-            return {
-                **self._last,
-                "reason": self.reason,
-                "notices": list(self.notices),
-                "layers": [dict(layer) for layer in self._last["layers"]],
-            }
+            return RotaryStats(
+                self._last, reason=self.reason, notices=list(self.notices), layers=list(self._last_layers)
+            )
 
     def set_budget(self, budget: str | int | float) -> None:
         """See `Llama.rotary_set_budget`."""
@@ -334,8 +305,7 @@ def construct(
     paging = llama._rotary = Paging(rotary, kwargs.get("n_gpu_layers"))
     config = rotary if isinstance(rotary, RotaryConfig) else RotaryConfig.from_any(rotary)
     verbose = config.verbose if config is not None else None
-    if not (kwargs.get("verbose", True) if verbose is None else verbose):
-        paging.level = logging.DEBUG
+    paging.level = level_for(bool(kwargs.get("verbose", True) if verbose is None else verbose))
 
     def run_stock(arguments: dict[str, Any]) -> None:
         with default_model_params(lambda params: paging.adjust(llama, params)):
