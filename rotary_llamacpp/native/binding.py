@@ -42,7 +42,7 @@ _ERRORS: dict[str, type[RotaryError]] = {  # by name in enum rotary_status
     "ROTARY_ERR_STATE": DeviceError,
     "ROTARY_ERR_READ": ReadError,
 }
-_DEVICE_TYPE_GPU, _DEVICE_TYPE_IGPU = 1, 2
+_DEVICE_TYPE_CPU, _DEVICE_TYPE_GPU, _DEVICE_TYPE_IGPU = 0, 1, 2
 
 _load_lock = threading.RLock()
 _loaded: Library | None = None
@@ -307,6 +307,29 @@ class Library:
         """NULL-terminated list of ROTARY devices, for ``llama_model_params.devices``."""
         handles = [self.llama.ggml_backend_dev_by_name(self.name(device).encode()) for device in devices]
         return (ctypes.c_void_p * (len(handles) + 1))(*handles, None)
+
+    def inner_devices(self, inner: str) -> ctypes.Array[ctypes.c_void_p]:
+        """List of ggml devices, named as inner devices are, for a model that is not paged.
+
+        The CPU is left out, because llama.cpp always has it.
+
+        Raises
+        ------
+        DeviceError
+            There is no such device, or it is an RPC server.
+        """
+        lib, found = self.llama, []
+        lib.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+        for wanted in inner.split(","):
+            device = lib.ggml_backend_dev_by_name(wanted.strip().encode())
+            if not device:
+                raise DeviceError(
+                    f"{wanted.strip()}: no device for a dense model; they have names such as CPU or CUDA0; "
+                    "leave inner out"
+                )
+            if lib.ggml_backend_dev_type(device) != _DEVICE_TYPE_CPU:
+                found.append(device)
+        return (ctypes.c_void_p * (len(found) + 1))(*found, None)
 
     def devices_without_rotary(self) -> ctypes.Array[ctypes.c_void_p]:
         """List of devices that llama.cpp would choose by default if this library had not been loaded."""

@@ -42,8 +42,8 @@ class Llama(llama_cpp.Llama):
         `RotaryConfig`. None, False or 0 is off. Anything but ``"auto"`` raises instead of falling back.
     **kwargs
         As in llama_cpp.Llama. Only ``n_gpu_layers`` left out differs, unless paging is off: all layers, also
-        of a dense model, are on the ``inner`` devices, by default on all GPUs, or on the CPU if there is none.
-        0 computes on the CPU.
+        of a dense model, are on the ``inner`` devices; by default on all GPUs, on the CPU if there is none. 0
+        computes on the CPU.
 
     Raises
     ------

@@ -2,8 +2,8 @@
 """The logger ``rotary_llamacpp``: silent by itself, and shown on standard error as ``verbose`` says.
 
 Importing the package adds only a NullHandler. With ``Llama`` or ``activate`` comes a handler that writes to
-standard error where the application has configured no logging: warnings, and what was chosen if ``verbose`` is
-true, beside llama.cpp's own log. An application's handlers, and its level for this logger, are left alone.
+standard error where the application has configured no logging: warnings, and if ``verbose`` is true what was
+chosen, beside llama.cpp's own log. An application's handlers, and its level for this logger, are left alone.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from .logs import level_for, logger
 from .stats import NOT_PAGED, LayerStats, RotaryStats
 
 _construction = threading.RLock()
+_DENSE = "dense model, paging does not apply"
 
 
 class Paging:
@@ -72,8 +73,7 @@ class Paging:
             return self.step_aside("vocab_only loads no weights", kwargs)
         info = ModelInfo.read(model_path)
         if not info.is_moe:
-            logger.log(self.level, "%s: dense model, paging does not apply", info.path.name)
-            return self.step_aside("dense model, paging does not apply", kwargs)
+            return self.open_dense(info, config, kwargs)
         check_budget(config.parsed_budget, info, config.budget)
         lib = binding.load()
         devices = lib.devices_for(config.inner or ("CPU" if self.given_n_gpu_layers == 0 else None))
@@ -87,6 +87,14 @@ class Paging:
                 "leave use_mlock out"
             )
         return {**kwargs, "n_gpu_layers": self.given_n_gpu_layers or -1}
+
+    def open_dense(self, info: ModelInfo, config: RotaryConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Let a dense model run as stock does, by default with all layers where a MoE model is paged."""
+        logger.log(self.level, "%s: dense model, paging does not apply", info.path.name)
+        self.step_aside(_DENSE, kwargs)
+        if config.inner is not None:
+            self.devices = binding.load().inner_devices(config.inner)
+        return kwargs if self.given_n_gpu_layers is not None else {**kwargs, "n_gpu_layers": -1}
 
     def step_aside(self, reason: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Run as stock does; if our library is loaded, on the devices that stock would choose without it."""
@@ -321,7 +329,19 @@ def construct(
                 run_stock(paging.step_aside("rotary is off", kwargs))
                 return
             try:
-                run_stock(paging.open(model_path, config, kwargs))
+                arguments = paging.open(model_path, config, kwargs)
+                try:
+                    run_stock(arguments)
+                except ValueError as error:
+                    # All layers of a dense model went to the GPUs unasked; it may be too large for them.
+                    if paging.reason != _DENSE or arguments is kwargs:
+                        raise
+                    undo()
+                    run_stock({**kwargs, "n_gpu_layers": 0})
+                    paging.notice(
+                        f"{os.path.basename(model_path)}: cannot be loaded with all layers on GPUs, {error}; "
+                        "it runs on the CPU; give n_gpu_layers"
+                    )
                 paging.start(llama, config)
             except RotaryError as error:
                 # A caller who left the choice to us gets what stock would do, rather than an error.

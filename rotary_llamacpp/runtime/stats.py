@@ -70,9 +70,9 @@ class LayerStats(_Figures):
 class RotaryStats(_Figures):
     """Figures of a paged model at one moment: ``stats["hits"]`` and ``stats.hits`` are the same.
 
-    A dict that cannot be changed, so ``json.dumps(stats)`` works. All keys are there, whether the model is paged
-    or not. Sizes are in bytes, times in microseconds, rates 0 to 1, or None over nothing. Counters count from
-    loading or `Llama.rotary_reset_stats`. For several devices, sizes and counters are sums.
+    A dict that cannot be changed, so ``json.dumps(stats)`` works. All keys are there, paged or not. Sizes are
+    in bytes, times in microseconds, rates 0 to 1, or None over nothing. Counters count from loading or
+    `Llama.rotary_reset_stats`. For several devices, sizes and counters are sums.
     """
 
     # what was chosen

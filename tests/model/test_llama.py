@@ -21,6 +21,7 @@ from rotary_llamacpp.errors import BudgetError, DeviceError, LibraryError, Model
 from rotary_llamacpp.native import binding as _native
 from rotary_llamacpp.native import pools as native_pools
 from rotary_llamacpp.runtime import paging
+from rotary_llamacpp.runtime.stats import NOT_PAGED
 from tests.support.processes import python
 from tests.support.tracing import OPTIONS, trace
 
@@ -67,7 +68,7 @@ def test_stats(make):
         "path", "hit_rate", "hits", "misses", "requests", "bypassed", "evictions", "bytes_paged", "waves",
         "waits", "wait_us", "page_us", "staging_bytes", "notices", "layers",
     }  # fmt: skip
-    assert set(stats) == {*paging._NOT_PAGED, "layers", "notices"}, "the same keys, paged or not"
+    assert set(stats) == {*NOT_PAGED, "layers", "notices"}, "the same keys, paged or not"
     assert (stats["store"], stats["io"], stats["read_bandwidth"]) == ("mmap", "none", None)
     assert stats["prefetch_accuracy"] is stats["prefetch_timeliness"] is None
     assert stats["prefetch_coverage"] == 0.0, "there were misses"
@@ -98,14 +99,14 @@ def test_stats_of_direct_reads(make):
 
 def test_rates():
     figures = {
-        **paging._NOT_PAGED, "hits": 3, "requests": 4, "misses": 20, "prefetched": 8, "prefetch_used": 4,
+        **NOT_PAGED, "hits": 3, "requests": 4, "misses": 20, "prefetched": 8, "prefetch_used": 4,
         "late_hits": 1, "bytes_read": 5000, "read_us": 1000,
     }  # fmt: skip
     assert paging._rates(figures) == {
         "hit_rate": 0.75, "read_bandwidth": 5e6,
         "prefetch_accuracy": 0.5, "prefetch_coverage": 0.2, "prefetch_timeliness": 0.75,
     }  # fmt: skip
-    assert set(paging._rates(paging._NOT_PAGED).values()) == {None}
+    assert set(paging._rates(NOT_PAGED).values()) == {None}
 
 
 @pytest.mark.parametrize("store", ["mmap", "direct"])
