@@ -119,6 +119,61 @@ def test_plain_objects_have_what_ours_have(native, tiny_model, monkeypatch):
         llama.create_completion("In the beginning", max_tokens=4)
 
 
+# ---- as a context manager
+
+
+def paged_slots(model):
+    """Slots of a layer of a model that is loaded now; None for stock's class."""
+    llama = ImportedBefore(str(model), **OPTIONS)
+    try:
+        return llama.rotary_stats().n_slots if hasattr(llama, "rotary_stats") else None
+    finally:
+        llama.close()
+
+
+def test_a_block_deactivates_at_its_end(native, tiny_model):
+    with activate("25%"):
+        assert paged_slots(tiny_model) == 8
+    assert class_contents() == STOCK and paged_slots(tiny_model) is None
+
+
+def test_a_block_deactivates_after_an_exception_and_passes_it_on(native):
+    with pytest.raises(ZeroDivisionError), activate("25%"):
+        assert class_contents() != STOCK
+        raise ZeroDivisionError
+    assert class_contents() == STOCK
+
+
+def test_what_was_before_a_block_holds_again(native, tiny_model):
+    activate("min")
+    with activate("25%"):
+        with activate("50%"):
+            assert paged_slots(tiny_model) == 16
+        assert paged_slots(tiny_model) == 8
+    assert paged_slots(tiny_model) == 4, "the plain call before"
+    with activate("25%"):
+        deactivate()
+        assert paged_slots(tiny_model) is None
+    assert paged_slots(tiny_model) == 4
+
+
+def test_an_activation_may_have_several_blocks(native, tiny_model):
+    activation = activate("25%")
+    assert paged_slots(tiny_model) == 8, "it holds from the call on"
+    for _ in range(2):
+        with activation:
+            assert paged_slots(tiny_model) == 8
+        assert class_contents() == STOCK
+
+
+def test_a_model_of_a_block_outlives_it(native, tiny_model):
+    with activate("25%"):
+        llama = ImportedBefore(str(tiny_model), **OPTIONS)
+    llama.create_completion("In the beginning", max_tokens=4)
+    assert llama._rotary.pools.stats()["requests"] > 0
+    llama.close()
+
+
 def test_from_many_threads():
     threads = [threading.Thread(target=lambda: (activate(), deactivate(), activate())) for _ in range(8)]
     for thread in threads:

@@ -528,3 +528,33 @@ def test_nothing_native_is_asked_while_the_interpreter_ends(make, monkeypatch):
         patch.setattr(native_pools.Pool, "close", lambda self: pytest.fail("cffi may be gone"))
         llama.close()
     pool.close()
+
+
+# ---- as a context manager
+
+
+def test_a_block_closes_at_its_end(native, tiny_model):
+    with Llama(str(tiny_model), rotary="min", **OPTIONS) as llama:
+        assert type(llama) is Llama and llama._rotary.pools is not None
+        greedy(llama, 2)
+    assert llama._rotary.pools is None and llama._model.model is None
+    assert llama.rotary_stats().requests > 0, "the last figures stay"
+    with llama:
+        pass  # a closed model may be closed again
+
+
+def test_a_block_closes_after_an_exception_and_passes_it_on(native, tiny_model):
+    class MineError(Exception):
+        pass
+
+    with pytest.raises(MineError), Llama(str(tiny_model), rotary="min", **OPTIONS) as llama:
+        raise MineError
+    assert llama._rotary.pools is None and llama._model.model is None
+
+
+def test_a_subclass_keeps_its_type(native, tiny_model):
+    class Mine(Llama):
+        pass
+
+    with Mine(str(tiny_model), rotary="min", **OPTIONS) as llama:
+        assert type(llama) is Mine
