@@ -143,7 +143,7 @@ def test_what_a_wheel_needs_of_a_system(dist):
     """Only libraries that every Linux has, and ggml, which the process brings."""
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as held:
-        assert "rotary_llamacpp/lib/libggml-rotary.so" in held.namelist()
+        assert {"rotary_llamacpp/lib/libggml-rotary.so", "rotary_llamacpp/py.typed"} <= set(held.namelist())
     said = " ".join(run(sys.executable, "-m", "auditwheel", "show", wheel).stdout.split())
     assert 'This constrains the platform tag to "manylinux_' in said, said
     libraries = set(re.findall(r"(lib[\w+-]+)\.so", said))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What programs do with llama_cpp.Llama: each feature as a function of the class, which returns all that it gives.
+"""What programs do with llama_cpp.Llama: each feature as a function, which returns all that the class gives.
 
     python tests/support/api_calls.py model.gguf folder out.pickle
 
-As a script it runs all of them with stock's class and saves what they return. Imports nothing of this package, so
-that the reference cannot be touched by it.
+As a script it runs all of them with stock's class and saves what they return. Imports nothing of this
+package, so that the reference cannot be touched by it.
 """
 
 import functools
@@ -136,8 +136,8 @@ def grammar(make):
 def samplers(make):
     llama = make()
     kinds = (
-        {"mirostat_mode": 1}, {"mirostat_mode": 2}, {"min_p": 0.2}, {"typical_p": 0.5}, {"repeat_penalty": 1.3},
-        {"frequency_penalty": 0.5, "presence_penalty": 0.5},
+        {"mirostat_mode": 1}, {"mirostat_mode": 2}, {"min_p": 0.2}, {"typical_p": 0.5},
+        {"repeat_penalty": 1.3}, {"frequency_penalty": 0.5, "presence_penalty": 0.5},
     )  # fmt: skip
     return [llama(PROMPT, **SAMPLED, **kind) for kind in kinds]
 
@@ -183,8 +183,9 @@ def chat_handler(make):
 @call
 def function_calling(make):
     llama = make(chat_format="chatml-function-calling")
-    options = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}
-    found = llama.create_chat_completion(MESSAGES, temperature=0.0, max_tokens=64, **options)
+    choice = {"type": "function", "function": {"name": "get_weather"}}
+    options = {"tools": [WEATHER], "tool_choice": choice, "temperature": 0.0, "max_tokens": 64}
+    found = llama.create_chat_completion(MESSAGES, **options)
     arguments = json.loads(found["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"])
     assert arguments["place"] in ("Paris", "Rome") and arguments["days"] in (1, 2, 3)
     streamed = list(
