@@ -43,7 +43,7 @@ class Llama(llama_cpp.Llama):
     **kwargs
         As in llama_cpp.Llama. Only ``n_gpu_layers`` left out differs, unless paging is off: all layers, also
         of a dense model, are on the ``inner`` devices; by default on all GPUs, on the CPU if there is none. 0
-        computes on the CPU.
+        computes on the CPU unless ``inner`` names another device.
 
     Raises
     ------

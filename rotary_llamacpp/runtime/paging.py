@@ -94,6 +94,7 @@ class Paging:
         self.step_aside(_DENSE, kwargs)
         if config.inner is not None:
             self.devices = binding.load().inner_devices(config.inner)
+            return {**kwargs, "n_gpu_layers": self.given_n_gpu_layers or -1}
         return kwargs if self.given_n_gpu_layers is not None else {**kwargs, "n_gpu_layers": -1}
 
     def step_aside(self, reason: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -334,7 +335,7 @@ def construct(
                     run_stock(arguments)
                 except ValueError as error:
                     # All layers of a dense model went to the GPUs unasked; it may be too large for them.
-                    if paging.reason != _DENSE or arguments is kwargs:
+                    if paging.reason != _DENSE or arguments is kwargs or config.inner is not None:
                         raise
                     undo()
                     run_stock({**kwargs, "n_gpu_layers": 0})

@@ -45,7 +45,7 @@ def test_dense_and_moe_alike(dense_model, tiny_model, stock_trace, late):
     jobs = [
         (rotary, options)
         for rotary in ({"inner": "LATE0"}, {"inner": "LATE0,CPU"}, {"inner": "CPU"})
-        for options in ({}, {"n_gpu_layers": -1}, {"n_gpu_layers": 1})
+        for options in ({}, {"n_gpu_layers": -1}, {"n_gpu_layers": 0}, {"n_gpu_layers": 1})
     ]
     for model in (dense_model, tiny_model):
         stock = stock_trace(model, n_prompt=20, use_extra_bufts=True)["logits"]
@@ -66,14 +66,14 @@ def test_left_out_is_all_layers_where_the_gpus_are_not_named(dense_model, late):
 
 
 def test_a_dense_model_too_large_for_the_gpu_runs_on_the_cpu_and_says_so(dense_model, late):
-    jobs = [("auto", {}), ("auto", {"n_gpu_layers": -1})]
-    fell_back, refused = apart(run, dense_model, jobs, environment={**late, "LATE_MEMORY": "1000"})
+    jobs = [("auto", {}), ("auto", {"n_gpu_layers": -1}), ({"inner": "LATE0"}, {})]
+    fell_back, *refused = apart(run, dense_model, jobs, environment={**late, "LATE_MEMORY": "1000"})
     n_layers, taken, _, stats = fell_back
     assert (n_layers, taken) == (0, 0) and stats.reason == "dense model, paging does not apply"
     (notice,) = stats.notices
     assert notice.startswith("dense.gguf: cannot be loaded with all layers on GPUs, Failed to")
     assert notice.endswith("; it runs on the CPU; give n_gpu_layers")
-    assert refused[0] == "ValueError", "what was asked for is not changed"
+    assert [each[0] for each in refused] == ["ValueError"] * 2, "what was asked for is not changed"
 
 
 def test_an_inner_device_that_is_not_there(native, dense_model):
