@@ -12,6 +12,8 @@ from dataclasses import fields
 
 import click
 
+import rotary_llamacpp
+from rotary_llamacpp import ModelInfo, errors
 from rotary_llamacpp.cli import main
 from rotary_llamacpp.config import RotaryConfig
 from rotary_llamacpp.native import binding
@@ -21,6 +23,7 @@ from tests.docs.pages import Page
 from tests.support import ROOT
 
 COMMAND_LINE = Page("docs/command-line.md")
+PYTHON = Page("docs/python-api.md")
 # Options of llama.cpp's programs that pages may mention alone.
 OF_LLAMA_CPP = {
     "--cpu-moe", "--device", "--fit", "--mlock", "--n-cpu-moe", "--no-mmap", "--no-op-offload", "--no-repack",
@@ -166,6 +169,23 @@ def test_every_counter_is_in_its_page_and_no_other(native):
 
 
 def test_every_field_of_the_configuration_is_in_its_page_and_no_other():
-    listed = pages.first_cells(Page("docs/python-api.md").section("RotaryConfig"))
+    listed = pages.first_cells(PYTHON.section("RotaryConfig"))
     listed = [name for name in listed if name.isidentifier() and not keyword.iskeyword(name)]  # no values
     assert sorted(listed) == sorted(field.name for field in fields(RotaryConfig))
+
+
+def test_every_public_name_is_in_its_page():
+    named = {word for code in PYTHON.code for word in re.findall(r"\w+", code)}
+    assert set(rotary_llamacpp.__all__) <= named
+
+
+def test_every_error_is_in_its_page_and_no_other():
+    kinds = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+    rows = [line.split("|") for line in PYTHON.section("Errors").splitlines() if line.startswith("| `")]
+    shown = {row[1].strip(" `"): row[2].strip(" `") for row in rows}
+    assert shown == {name: kind.__bases__[-1].__name__ for name, kind in kinds.items()}
+
+
+def test_every_attribute_of_model_info_is_in_its_page_and_no_other():
+    listed = pages.first_cells(PYTHON.section("Models without loading"))
+    assert sorted(listed) == sorted([*(field.name for field in fields(ModelInfo)), "is_moe"])
