@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rotary_llamacpp.errors import RotaryError
+from rotary_llamacpp.native.pools import Pools
 from rotary_llamacpp.traces import profiles
 from tests.support.paged import assert_equal, make, paged_trace
 from tests.support.processes import apart
@@ -94,6 +95,39 @@ def test_a_run_that_begins_with_one(native, tiny_model, stock_trace, tmp_path, s
     assert [layer["n_resident"] for layer in llama.rotary_stats()["layers"]] == [16] * 6, "half are known"
     assert_equal(trace(llama, 60), stock_trace(tiny_model, n_prompt=60, use_extra_bufts=repack, n_ubatch=16))
     llama.close()
+
+
+def predictions_from_pairs(model, monkeypatch, n_before, again):
+    """What two tokens were predicted to want, when all pairs of the layers have been handed over, and `again` after."""
+    prepare = Pools.prepare
+
+    def learn_and_prepare(pools):
+        pairs, [pool] = np.ones((16, 16), np.float32), pools._pools
+        pool.learn(0, np.ones(n_before, np.float32), None, 100)
+        pool.learn(1, pairs[0], pairs, 100)
+        pool.learn(1, pairs[0], pairs if again else None, 100)
+        prepare(pools)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pools, "prepare", learn_and_prepare)
+        llama = make(model, {"budget": "50%", "store": "direct", "prefetch": "transition"})
+    llama.eval([7])
+    llama.eval([10])  # routed to other experts than 7, in the first layer
+    stats = llama.rotary_stats()
+    llama.close()
+    assert stats["predictor"] == "transition"
+    return stats["predicted"], stats["predicted_right"]
+
+
+@pytest.mark.model
+def test_pairs_with_the_layer_before(native, synthetic, monkeypatch):
+    # They weigh only by the popularity of a layer of as many experts, and only as handed over last.
+    model = synthetic(layers=2)
+    learnt, *others = [
+        predictions_from_pairs(model, monkeypatch, n_before, again)
+        for n_before, again in ((16, True), (16, False), (64, True), (15, True))
+    ]
+    assert learnt[0] == 4 and others == [(0, 0)] * 3, (learnt, others)
 
 
 def first_tokens(model, path):

@@ -74,11 +74,12 @@ void predictions::make(const std::string & predictor) {
     const profile * before_layer = nullptr;
     for (const auto & layer : model_.experts.layers()) {
         const auto      found = profiles_.find(layer->il);
-        const profile * known = found != profiles_.end() ? &found->second : nullptr;
-        if (known != nullptr && known->popularity.size() == (size_t) n_expert) {
-            predictor_->learn(layer->index, known->popularity.data(),
-                              before_layer != nullptr ? known->pairs.data() : nullptr,
-                              before_layer != nullptr ? before_layer->popularity.data() : nullptr, known->n_tokens);
+        const bool      fits  = found != profiles_.end() && found->second.popularity.size() == (size_t) n_expert;
+        const profile * known = fits ? &found->second : nullptr;
+        if (known != nullptr) {
+            const bool pairs = before_layer != nullptr && !known->pairs.empty();
+            predictor_->learn(layer->index, known->popularity.data(), pairs ? known->pairs.data() : nullptr,
+                              pairs ? before_layer->popularity.data() : nullptr, known->n_tokens);
         }
         before_layer = known;
     }
