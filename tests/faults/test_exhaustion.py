@@ -16,6 +16,7 @@ import sys
 import llama_cpp.llama_cpp as api
 import pytest
 
+from rotary_llamacpp import policies, predictors
 from rotary_llamacpp.native import binding as _native
 from tests.support.compiled import Disk, Shortage
 from tests.support.paged import assert_equal, attempt, make
@@ -221,6 +222,85 @@ def test_memory_while_a_model_opens(native, synthetic, stock_trace, short_of, di
             assert result[1]["store"] == "direct" or set(result[1]["notices"]) > notices
         assert_equal(after[0], stock)
         assert after[1]["store"] == "direct"
+
+
+def resolve_in_slots(library):
+    """All that a slot table without a pool can be asked for."""
+    c, ffi = library.c, library.ffi
+    slots = c.rotary_slots_new(8, 2)
+    library.check(c.rotary_last_status())
+    slot_ids, loads = ffi.new("int32_t[]", 2), ffi.new("rotary_load[]", 2)
+    try:
+        n_loads = [c.rotary_slots_resolve(slots, ids, 2, slot_ids, loads) for ids in ([0, 1], [2, 3], [4, 4])]
+        reserved = c.rotary_slots_reserve(slots, 5, [4], 1)
+        library.check(c.rotary_last_status())
+        library.check(c.rotary_slots_end_reservation(slots, 5, True))
+        return n_loads, reserved
+    finally:
+        c.rotary_slots_free(slots)
+
+
+def replay_in_a_cache(library, policy):
+    c, ffi = library.c, library.ffi
+    cache = c.rotary_cache_new(policy.encode(), ffi.NULL, 2, 8, [3, 3], 1, 2)
+    library.check(c.rotary_last_status())
+    try:
+        misses, slot_ids, loads = (
+            ffi.new("int32_t[]", 6),
+            ffi.new("int32_t[]", 4),
+            ffi.new("rotary_load[]", 8),
+        )
+        rows = [0, 1, 2, 3, 4, 5, 6, 7, 0, 2, 4, -1]
+        status = c.rotary_cache_replay(cache, 6, [0, 1] * 3, rows, ffi.NULL, 2, misses)
+        n_loads = c.rotary_cache_resolve(cache, 0, [1, 2, 1, 2], ffi.NULL, 2, 2, slot_ids, loads)
+        library.check(c.rotary_last_status())
+        return status, ffi.unpack(misses, 6), n_loads
+    finally:
+        c.rotary_cache_free(cache)
+
+
+def predict_without_a_pool(library, predictor):
+    c, ffi = library.c, library.ffi
+    foresight = c.rotary_foresight_new(predictor.encode(), ffi.NULL, 2, 8)
+    library.check(c.rotary_last_status())
+    try:
+        experts, shares = ffi.new("int32_t[]", 2), ffi.new("float[]", [0.5] * 64)
+        c.rotary_foresight_learn(foresight, 1, shares, shares, shares, 10)
+        for layer in (0, 1, 0):
+            c.rotary_foresight_note(foresight, layer, [0, 1, 2, 3], 2, 2)
+        n = c.rotary_foresight_name(foresight, 0, 1, experts, 2)
+        library.check(c.rotary_last_status())
+        return ffi.unpack(experts, n)
+    finally:
+        c.rotary_foresight_free(foresight)
+
+
+def ask_from_every_place(function, *args):
+    shortage, library = Shortage(), _native.load()
+
+    def run():
+        library.c.rotary_clear_error()
+        return function(library, *args)
+
+    shortage.begin()
+    usual = run()
+    shortage.end()
+    return usual, fail_each_place(shortage, run)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [(resolve_in_slots,)]
+    + [(replay_in_a_cache, policy) for policy in policies.REFERENCES]
+    + [(predict_without_a_pool, predictor) for predictor in predictors.FROM_ROUTINGS],
+    ids=lambda call: "-".join([call[0].__name__, *call[1:]]),
+)
+def test_memory_without_a_pool(native, short_of, call):
+    usual, found = apart(ask_from_every_place, *call, environment=short_of("malloc"))
+    assert found, "there were places"
+    for site, result, after in found:
+        assert (result[0], after) == ("LibraryError", usual), (site, result)
+        assert result[1].startswith("memory: none is left"), (site, result)
 
 
 # ---- the end of a process

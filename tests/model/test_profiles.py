@@ -98,7 +98,7 @@ def test_a_run_that_begins_with_one(native, tiny_model, stock_trace, tmp_path, s
 
 
 def predictions_from_pairs(model, monkeypatch, n_before, again):
-    """What two tokens were predicted to want, when all pairs of the layers have been handed over, and `again` after."""
+    """What two tokens were predicted to want: how many, and how many rightly."""
     prepare = Pools.prepare
 
     def learn_and_prepare(pools):

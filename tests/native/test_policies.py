@@ -185,3 +185,12 @@ def test_unknown_policies(native):
     with pytest.raises(RotaryError, match="policy 'mru': not known; give one of auto, lru, "):
         RotaryConfig(policy="mru")
     assert native.text(native.c.rotary_policy_names()) == ",".join(policies.NATIVE)
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_unknown_layers(native, layer):
+    cache, slot_ids, loads = _replay.Cache(native, "lru", 8, [2, 2]), [0], native.ffi.new("rotary_load[]", 2)
+    resolve, status = native.c.rotary_cache_resolve, native.c.ROTARY_ERR_ARG
+    assert resolve(cache._cache, layer, [0], native.ffi.NULL, 1, 1, slot_ids, loads) == status
+    with pytest.raises(RotaryError, match=r"a row wants .* experts that do not exist"):
+        cache.replay(np.array([layer], np.int32), row(0))

@@ -3,7 +3,7 @@
 // C API: the library and its devices. See rotary.h.
 //
 // capi/ defines the functions of rotary.h and nothing else: each checks its arguments, calls the room that does the
-// work, and turns exceptions into a status (except for slot tables, caches and predictors without a pool).
+// work, and turns exceptions into a status.
 // Threading: any thread, since the rooms lock; a slot table, cache or predictor without a pool has no lock.
 
 #include "rotary.h"

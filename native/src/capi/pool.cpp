@@ -177,6 +177,8 @@ int32_t rotary_pool_trace(rotary_pool * handle, int32_t on) try {
     return fail_by_exception();
 }
 
-int64_t rotary_pool_trace_read(rotary_pool * handle, int32_t * records, int64_t n, uint64_t * n_untraced) {
+int64_t rotary_pool_trace_read(rotary_pool * handle, int32_t * records, int64_t n, uint64_t * n_untraced) try {
     return handle->shared->model.trace.read(records, n, *n_untraced);
+} catch (...) {
+    return fail_by_exception();
 }
