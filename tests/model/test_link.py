@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from rotary_llamacpp import activate, deactivate
+from rotary_llamacpp import activate, deactivate, policies
 from rotary_llamacpp.errors import DeviceError, ReadError
 from rotary_llamacpp.gguf_files.header import read_header
 from rotary_llamacpp.native import binding as _native
@@ -327,6 +327,23 @@ def test_a_tier_in_ram(synthetic, stock_trace, late, prefetch, pin):
         # The larger the tier, the less is read; what the prompt reads passes it by.
         n_read = [stats["bytes_read"] for _, stats in results.values()]
         assert n_read == sorted(n_read, reverse=True) and n_read[0] > n_read[-1]
+
+
+class Told(policies.Lru):
+    """Raises if a resident expert has left other slots than the device's; without prefetch, all are wanted."""
+
+    def enter(self, expert, wanted):
+        super().enter(expert, wanted)
+        assert wanted, f"{expert} had left a slot in RAM"
+
+
+def test_a_tier_in_ram_has_a_policy_of_its_own(synthetic, stock_trace, late):
+    model = synthetic(type="q8_0")
+    half = sum(t.n_bytes for t in read_header(model).tensors if "_exps" in t.name) // 2
+    config = {"budget": "min", "store": "direct", "prefetch": False, "policy": Told}
+    [(paged, stats)] = apart(run, model, [{**config, "environment": {"ROTARY_RAM": str(half)}}], environment=late)
+    assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
+    assert stats["ram_hits"] > 0 and stats["policy"] == "Told" and notices(stats) == []
 
 
 def test_no_tier_in_ram_is_announced(synthetic, stock_trace, late):

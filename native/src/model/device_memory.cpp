@@ -47,7 +47,6 @@ void allocate_ram_tier(paged_model & model) {
     }
     const uint64_t                     bytes   = ram_tier_bytes();
     const std::vector<int32_t>         n_slots = budget_slots(bytes, model.experts.layer_sizes());
-    const auto                         history = routing_history_new((int32_t) model.experts.layers().size());
     std::vector<ram_tier::layer_slots> wanted;
     bool                               any_paged = false;
     for (const auto & layer : model.experts.layers()) {
@@ -55,11 +54,12 @@ void allocate_ram_tier(paged_model & model) {
         any_paged                   = any_paged || layer->table;
         if (!n_slots.empty() && layer->table && layer->reads_whole_sectors()) {
             slots.n_slots = n_slots[layer->index];
-            // Not the policy chosen by name: the tier sees only misses of the device's slots, not whole routings.
-            slots.table = std::make_unique<slot_table>(
-                layer->n_expert, slots.n_slots,
-                policy_new(best_on_device, { layer->n_expert, slots.n_slots, layer->index, layer->il, history,
-                                             model.config.own_policy }));
+            // Not the policy chosen: the tier sees only misses of the device's slots, not whole routings, and the
+            // caller's own knows the device's slots by the same layer numbers.
+            slots.table =
+                std::make_unique<slot_table>(layer->n_expert, slots.n_slots,
+                                             policy_new(best_on_device, { layer->n_expert, slots.n_slots, layer->index,
+                                                                          layer->il, nullptr, nullptr }));
             std::copy_if(layer->tensors.begin(), layer->tensors.end(), std::back_inserter(slots.tensors),
                          [](const auto * tensor) { return tensor->direct_io; }); // the others are in RAM already
         }
