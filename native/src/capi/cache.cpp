@@ -75,9 +75,7 @@ int32_t rotary_slots_n_resident(const rotary_slots * slots) {
     return slots->n_resident();
 }
 
-void rotary_slots_clear(rotary_slots * slots) try {
-    slots->clear();
-} catch (...) {
+void rotary_slots_clear(rotary_slots * slots) try { slots->clear(); } catch (...) {
     rotary::fail_by_exception();
 }
 

@@ -24,7 +24,8 @@ namespace rotary {
 
 class device {
   public:
-    device(ggml_backend_reg_t reg, int index, ggml_backend_dev_t inner, const std::string & inner_name);
+    device(ggml_backend_reg_t reg, int index, ggml_backend_dev_t inner, const std::string & inner_name,
+           const pool_config & environment);
 
     ggml_backend_dev_t         handle() { return &handle_; }
     ggml_backend_buffer_type_t paged_buft() { return &paged_buft_; }
