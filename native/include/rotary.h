@@ -66,11 +66,9 @@ int32_t rotary_abi_version(void);
 // Size in bytes of the struct of this name in this header ("rotary_config", "rotary_stats", ...); 0 if there is none.
 size_t rotary_sizeof(const char * struct_name);
 
-// ggml_version() and ggml_commit() of the source this library was compiled against, and the machine it was built for
-// ("x86_64", "aarch64", ...). Static strings.
+// ggml_version() and ggml_commit() of the source this library was compiled against. Static strings.
 const char * rotary_built_ggml_version(void);
 const char * rotary_built_ggml_commit(void);
-const char * rotary_built_machine(void);
 
 // Whether the CPU backend of the ggml in this process runs on this processor: 0 if computing a small graph in a child
 // process ends with an illegal instruction; else 1, also if no child process can be started.

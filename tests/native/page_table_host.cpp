@@ -54,11 +54,7 @@ struct threads_team {
     int32_t rank() const { return my_rank; }
     int32_t size() const { return at.size; }
     void    sync() const { at.meet(false, 0, -1); }
-    void    raise(int64_t * value, int64_t to) const {
-        const std::lock_guard<std::mutex> lock(at.mutex);
-        *value = *value < to ? to : *value;
-    }
-    void add(int32_t * value, int32_t by) const {
+    void    add(int32_t * value, int32_t by) const {
         const std::lock_guard<std::mutex> lock(at.mutex);
         *value += by;
     }

@@ -52,10 +52,6 @@ const char * rotary_built_ggml_commit(void) {
     return ROTARY_GGML_COMMIT;
 }
 
-const char * rotary_built_machine(void) {
-    return ROTARY_MACHINE;
-}
-
 int32_t rotary_last_status(void) {
     return last_status();
 }

@@ -5,19 +5,13 @@
 #include "exec/device_lookup.hpp"
 
 #include "base/error.hpp"
+#include "base/inner_device.hpp"
 #include "prefetch/device_prefetch.hpp"
 
 namespace rotary {
 
 bool device_lookups::make_events() {
-    bool all = true;
-    for (ggml_backend_event_ptr * each : { &computed_, &paged_, &counted_ }) {
-        if (!*each) {
-            each->reset(ggml_backend_event_new(ggml_backend_get_device(inner_)));
-        }
-        all = all && *each;
-    }
-    return all;
+    return make_event(computed_, inner_) && make_event(paged_, inner_) && make_event(counted_, inner_);
 }
 
 ggml_status device_lookups::resolve(pool & pool, paged_layer & layer, const ggml_tensor * node) {

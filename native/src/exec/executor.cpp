@@ -6,6 +6,7 @@
 
 #include "base/error.hpp"
 #include "base/forked_compute.hpp"
+#include "base/inner_device.hpp"
 
 #include "ggml-impl.h"
 
@@ -24,8 +25,7 @@ executor::~executor() {
 
 // A forked child inherits GPU handles that it cannot use.
 bool executor::can_compute_here() const {
-    return made_in_ == fork_generation() ||
-           ggml_backend_dev_type(ggml_backend_get_device(inner_)) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    return made_in_ == fork_generation() || inner_is_cpu(ggml_backend_get_device(inner_));
 }
 
 ggml_status executor::compute(ggml_cgraph * graph) {
@@ -37,7 +37,7 @@ ggml_status executor::compute(ggml_cgraph * graph) {
                         ggml_backend_name(inner_)));
             return GGML_STATUS_FAILED;
         }
-        if (!lost_threads(inner_)) {
+        if (begin_computation(inner_)) {
             return compute_paged(graph);
         }
         return on_new_thread([&] { return guarded(GGML_STATUS_ALLOC_FAILED, [&] { return compute_paged(graph); }); });

@@ -16,14 +16,14 @@
 namespace rotary {
 
 bool lookup::make_events() {
-    const bool filler = filler_.make_event(), device = device_.make_events(), waves = waves_.make_events();
-    if (!filler || !device || !waves) {
+    const bool made = filler_.make_event() && device_.make_events() && waves_.make_events();
+    if (!made) {
         fail(ROTARY_ERR_DEVICE,
              format("%s: no event is left, by which copies of experts are ordered; close other models "
                     "on it",
                     ggml_backend_name(inner_)));
     }
-    return filler && device && waves;
+    return made;
 }
 
 void lookup::begin_graph() {
@@ -155,6 +155,11 @@ bool lookup::distinct_experts(const paged_model & model, std::vector<int32_t> & 
     return true;
 }
 
+static void count_loads(const paged_layer & layer, const std::vector<rotary_load> & loads, rotary_layer_stats & delta) {
+    delta.bytes_paged += loads.size() * layer.expert_bytes;
+    delta.evictions += std::count_if(loads.begin(), loads.end(), [](const auto & load) { return load.evicted >= 0; });
+}
+
 ggml_status lookup::resolve_on_host(pool & pool, const ggml_cgraph * graph, int i) {
     paged_model &  model  = pool.model;
     paged_layer &  layer  = *now_.layer;
@@ -208,10 +213,7 @@ ggml_status lookup::resolve_on_host(pool & pool, const ggml_cgraph * graph, int 
         now_.how = mode::waves;
         waves_.plan(model, layer, ids_, experts, now_.n_hits);
         for (const wave & each : waves_.planned()) {
-            delta.bytes_paged += each.loads.size() * layer.expert_bytes;
-            for (const rotary_load & load : each.loads) {
-                delta.evictions += load.evicted >= 0;
-            }
+            count_loads(layer, each.loads, delta);
         }
         delta.waves = waves_.planned().size() - 1;
     }
@@ -239,10 +241,7 @@ bool lookup::place_in_slots(paged_model & model, rotary_layer_stats & delta) {
     now_.loads.resize(layer.table->place(ids_.data(), (int32_t) ids_.size(), on_host.data(), now_.loads.data()));
     std::sort(now_.loads.begin(), now_.loads.end(),
               [](const rotary_load & a, const rotary_load & b) { return a.expert < b.expert; });
-    for (const rotary_load & load : now_.loads) {
-        delta.evictions += load.evicted >= 0;
-    }
-    delta.bytes_paged = now_.loads.size() * layer.expert_bytes;
+    count_loads(layer, now_.loads, delta);
     ggml_backend_tensor_set_async(inner_, slot_ids, on_host.data(), 0, ggml_nbytes(slot_ids));
     return true;
 }
@@ -323,9 +322,7 @@ ggml_status lookup::fill_landed(paged_model & model) {
             return model.store.fetchable(*tensor, load.expert);
         });
         if (all) {
-            for (const rotary_load & load : now_.loads) {
-                jobs.push_back({ tensor, tensor->slots, load.expert, load.slot });
-            }
+            add_jobs(*tensor, now_.loads, jobs);
             now_.done.push_back(tensor);
         }
     }
@@ -334,9 +331,7 @@ ggml_status lookup::fill_landed(paged_model & model) {
 
 ggml_status lookup::fill(paged_model & model, const paged_tensor & tensor) {
     std::vector<fill_job> jobs;
-    for (const rotary_load & load : now_.loads) {
-        jobs.push_back({ &tensor, tensor.slots, load.expert, load.slot });
-    }
+    add_jobs(tensor, now_.loads, jobs);
     now_.done.push_back(&tensor);
     return fill(model, jobs);
 }

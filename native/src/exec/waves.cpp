@@ -5,6 +5,7 @@
 #include "exec/waves.hpp"
 
 #include "base/error.hpp"
+#include "base/inner_device.hpp"
 
 #include "ggml-impl.h"
 
@@ -14,14 +15,13 @@
 namespace rotary {
 
 bool wave_runner::make_events() {
-    bool all = true;
-    for (ggml_backend_event_ptr & each : computed_) {
-        if (!each) {
-            each.reset(ggml_backend_event_new(ggml_backend_get_device(inner_)));
-        }
-        all = all && each;
+    return make_event(computed_[0], inner_) && make_event(computed_[1], inner_);
+}
+
+void add_jobs(const paged_tensor & tensor, const std::vector<rotary_load> & loads, std::vector<fill_job> & jobs) {
+    for (const rotary_load & load : loads) {
+        jobs.push_back({ &tensor, tensor.slots, load.expert, load.slot });
     }
-    return all;
 }
 
 // ---- planning
@@ -109,9 +109,7 @@ ggml_status wave_runner::run(paged_model & model, ggml_tensor * node, const page
     for (size_t i = 0; i < waves_.size(); i++) {
         const wave &          each = waves_[i];
         std::vector<fill_job> jobs;
-        for (const rotary_load & load : each.loads) {
-            jobs.push_back({ &tensor, tensor.slots, load.expert, load.slot });
-        }
+        add_jobs(tensor, each.loads, jobs);
         ggml_status status = wait_for_slots(model, layer, i) ? filler_.fill(model.store, model.way, model.stats, jobs)
                                                              : GGML_STATUS_FAILED;
         if (status == GGML_STATUS_SUCCESS) {

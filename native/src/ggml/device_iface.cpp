@@ -31,7 +31,7 @@ static const char * device_get_description(ggml_backend_dev_t dev) {
 static void device_get_memory(ggml_backend_dev_t dev, size_t * free, size_t * total) {
     ggml_backend_dev_memory(self(dev).inner(), free, total);
     // A GPU counts slots as used; the CPU backend reports all memory as free, so they are subtracted.
-    if (ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(self(dev).inner()))) {
+    if (inner_has_host_memory(self(dev).inner())) {
         *free -= std::min<size_t>(*free, self(dev).slot_bytes());
     }
 }

@@ -34,7 +34,6 @@ struct block_team {
     __device__ int32_t rank() const { return (int32_t) threadIdx.x; }
     __device__ int32_t size() const { return (int32_t) blockDim.x; }
     __device__ void    sync() const { __syncthreads(); }
-    __device__ void    raise(int64_t * value, int64_t to) const { atomicMax((long long *) value, (long long) to); }
     __device__ void    add(int32_t * value, int32_t by) const { atomicAdd(value, by); }
     __device__ void    add(uint64_t * value, uint64_t by) const { atomicAdd((unsigned long long *) value, by); }
     __device__ bool    any(bool mine) const { return __syncthreads_or(mine) != 0; }

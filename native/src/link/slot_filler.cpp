@@ -24,8 +24,7 @@ ggml_tensor slot_view(const ggml_tensor & slots, int32_t slot) {
 slot_filler::slot_filler(ggml_backend_t inner) :
     inner_(inner),
     context_(ggml_init({ ggml_tensor_overhead() * 4 + ggml_graph_overhead_custom(4, false), nullptr, true })) {
-    ggml_backend_dev_t dev = ggml_backend_get_device(inner);
-    if (dev == nullptr || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+    if (!inner_is_cpu(ggml_backend_get_device(inner))) {
         return;
     }
     ggml_tensor * node =
@@ -33,13 +32,6 @@ slot_filler::slot_filler(ggml_backend_t inner) :
     node->data = node_data_;
     graph_     = ggml_new_graph_custom(context_.get(), 4, false);
     ggml_build_forward_expand(graph_, node);
-}
-
-bool slot_filler::make_event() {
-    if (!copied_) {
-        copied_.reset(ggml_backend_event_new(ggml_backend_get_device(inner_)));
-    }
-    return copied_ != nullptr;
 }
 
 void slot_filler::copy(const piece & piece) {
@@ -103,11 +95,11 @@ ggml_status slot_filler::copy_all(transfer & way) {
         std::for_each(pieces_.begin(), pieces_.end(), copy);
         return GGML_STATUS_SUCCESS;
     }
-    next_ = 0;
-    if (lost_threads(inner_)) {
-        return on_new_thread([&] { return ggml_backend_graph_compute(inner_, graph_); });
-    }
-    return ggml_backend_graph_compute(inner_, graph_);
+    next_              = 0;
+    const auto compute = [&] {
+        return ggml_backend_graph_compute(inner_, graph_);
+    };
+    return begin_computation(inner_) ? compute() : on_new_thread(compute);
 }
 
 ggml_status slot_filler::fill(expert_store & store, transfer & way, statistics & stats,

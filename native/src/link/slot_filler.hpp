@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include "base/inner_device.hpp"
 #include "link/transfer.hpp"
 #include "stats/statistics.hpp"
 #include "store/expert_store.hpp"
@@ -39,7 +40,7 @@ class slot_filler {
     // failure this thread's error says why, and some slots may have been written.
     ggml_status fill(expert_store & store, transfer & way, statistics & stats, const std::vector<fill_job> & jobs);
 
-    bool make_event(); // once, before fill() copies by a link; false if the device has no events
+    bool make_event() { return rotary::make_event(copied_, inner_); } // for copies by a link; see base/inner_device.hpp
 
   private:
     // Rows [first, last) of a job, for one thread.

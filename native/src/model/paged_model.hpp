@@ -31,9 +31,6 @@ struct paged_model {
     bool     inner_is_host() const { return slots.inner_is_host(); }
     uint64_t generation() const { return slots.generation() + memory.generation(); } // changes when slots or ids move
 
-    void forget_slots(); // after a failure: slots may not hold what the tables say
-    void release();      // frees everything that sizing allocates
-
     ggml_backend_dev_t inner;
     model_config       config;
     statistics         stats;

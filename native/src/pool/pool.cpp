@@ -107,7 +107,14 @@ void pool::release() {
     if (print != nullptr && strcmp(print, "0") != 0) {
         model.stats.print(model.config.name, ggml_backend_dev_name(model.inner));
     }
-    model.release();
+    model.store.clear(); // first: waits for reads into slots
+    model.tables.free();
+    model.store.ram().free();
+    model.memory.free();
+    model.slots.free();
+    model.experts.clear_layers();
+    model.stats.set_layers({});
+    model.stats.update([](rotary_stats & totals) { totals.slot_bytes = totals.ram_bytes = 0; });
     sizing_.release();
 }
 
@@ -125,7 +132,14 @@ bool pool::begin_graph(ggml_backend_t user) {
 bool pool::forget_slots() noexcept {
     spoiled_ = true;
     return guarded(false, [&] {
-        model.forget_slots();
+        model.store.clear();
+        model.way.synchronize(); // lookups that were enqueued before the failure still change tables
+        for (const auto & layer : model.experts.layers()) {
+            if (layer->table) {
+                layer->table->clear();
+            }
+        }
+        model.tables.forget();
         spoiled_ = false;
         return true;
     });
