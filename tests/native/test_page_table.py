@@ -58,14 +58,14 @@ class PageTable:
     def predict(self, scores, n_used, n_threads=1):
         """The experts, and slots, that are to be copied ahead for the best of scores[n_tokens, n_expert]."""
         scores = np.ascontiguousarray(scores, np.float32)
-        n = self.host.table_foretell(self.table, at(scores), len(scores), n_used, n_threads, at(self.pages))
+        n = self.host.table_predict(self.table, at(scores), len(scores), n_used, n_threads, at(self.pages))
         return [tuple(page[:2]) for page in self.pages[:n].tolist()]
 
     def deliver(self, n_pieces):
-        self.host.table_land(self.table, n_pieces)
+        self.host.table_arrive(self.table, n_pieces)
 
     def commit(self, n_threads=1):
-        self.host.table_settle(self.table, n_threads)
+        self.host.table_commit(self.table, n_threads)
 
     def counters(self):
         values = (ctypes.c_int64 * len(COUNTERS))()

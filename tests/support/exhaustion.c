@@ -60,10 +60,10 @@ static int is_library(struct dl_phdr_info * info, size_t size, void * data) {
         return 0;
     }
     for (int i = 0; i < info->dlpi_phnum; i++) {
-        const ElfW(Phdr) * its = &info->dlpi_phdr[i];
-        if (its->p_type == PT_LOAD && (its->p_flags & PF_X) != 0) {
-            begin = info->dlpi_addr + its->p_vaddr;
-            end   = begin + its->p_memsz;
+        const ElfW(Phdr) * header = &info->dlpi_phdr[i];
+        if (header->p_type == PT_LOAD && (header->p_flags & PF_X) != 0) {
+            begin = info->dlpi_addr + header->p_vaddr;
+            end   = begin + header->p_memsz;
         }
     }
     return 1;

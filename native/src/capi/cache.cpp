@@ -21,20 +21,20 @@ struct rotary_slots : rotary::slot_table {
 
 struct rotary_cache {
     std::vector<std::unique_ptr<rotary_slots>> layers;
-    rotary::rebalancer                         balance;
+    rotary::rebalancer                         rebalancer;
     int32_t                                    last = -1; // the layer resolved last
 
     // Call between two tokens.
     void rebalance() {
         rotary::rebalancer::step step;
-        if (!balance.propose(step) || !layers[step.from]->reserved().empty()) {
+        if (!rebalancer.propose(step) || !layers[step.from]->reserved().empty()) {
             return;
         }
         for (int32_t i = 0; i < step.n; i++) {
             layers[step.from]->shrink();
         }
         layers[step.to]->resize(layers[step.to]->n_slots() + 1);
-        balance.commit(step);
+        rebalancer.commit(step);
     }
 };
 
@@ -131,7 +131,7 @@ rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, 
         sizes.push_back(
             { n_expert, n_slots[layer], min_slots, rotary::rebalancer::max_slots(n_slots[layer], n_expert), 1 });
     }
-    cache->balance = adaptive ? rotary::rebalancer(sizes) : rotary::rebalancer();
+    cache->rebalancer = adaptive ? rotary::rebalancer(sizes) : rotary::rebalancer();
     return cache.release();
 } catch (...) {
     rotary::fail_by_exception();
@@ -154,7 +154,7 @@ int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t 
     cache->last     = layer;
     const int32_t n = slots->resolve(ids, weights, n_used, n_tokens, slot_ids, loads);
     if (n >= 0) {
-        cache->balance.note(layer, ids, n_used, n_tokens);
+        cache->rebalancer.note(layer, ids, n_used, n_tokens);
     }
     return n;
 } catch (...) {

@@ -126,7 +126,7 @@ void rotary_pool_reset_counters(rotary_pool * handle) {
 }
 
 const char * rotary_pool_notice(rotary_pool * handle, int32_t index) {
-    return handle->shared->model.said.text(index);
+    return handle->shared->model.notices.text(index);
 }
 
 int32_t rotary_pool_warm(rotary_pool * handle, int32_t il, const int32_t * experts, int32_t n) {

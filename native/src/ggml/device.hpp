@@ -53,10 +53,10 @@ class device {
     int32_t n_expert_used(const std::string & name) const;
 
     // Memory ran out while the loader asked, so the pool opened for this model may miss experts and must refuse to run.
-    void lose() {
+    void count_lost_model() {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (opened_) {
-            opened_->lose(1);
+            opened_->count_lost_models(1);
         }
     }
 

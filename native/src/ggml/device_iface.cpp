@@ -94,7 +94,7 @@ static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backen
     }
     if (buft == dev.paged_buft()) {
         if (op->op == GGML_OP_MUL_MAT_ID && dev.paging() && is_expert_matrix(weight)) {
-            dev.collecting_pool()->model.said.say(
+            dev.collecting_pool()->model.notices.say(
                 format("%s: %s cannot multiply expert matrices of type %s; they are not paged", weight->name,
                        dev.inner_name().c_str(), ggml_type_name(weight->type)));
         }
@@ -133,7 +133,7 @@ static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor 
                 return loader_supports_op(self(dev), op, buft);
             } catch (...) { // a refusal alone would leave the weight unpaged, silently
                 fail_by_exception();
-                self(dev).lose();
+                self(dev).count_lost_model();
                 return false;
             }
         }

@@ -157,7 +157,7 @@ static __global__ void __launch_bounds__(gather_threads) gather_kernel(rotary_li
     }
 }
 
-// Blocks take pieces in order until the lookup that they are for has come. Each piece taken is copied, so `taken` tells
+// Blocks take pieces in order until the lookup that they are for has come. Each piece taken is copied, so `n_begun` tells
 // which pieces have arrived.
 static __global__ void __launch_bounds__(gather_threads) prefetch_kernel(rotary_link_layer layer, uint64_t number) {
     __shared__ uint32_t taken;
@@ -168,7 +168,7 @@ static __global__ void __launch_bounds__(gather_threads) prefetch_kernel(rotary_
     while (true) {
         if (threadIdx.x == 0) {
             const bool late = *(const volatile uint64_t *) &state.demanded >= number;
-            taken           = late ? all : atomicAdd(&state.taken, 1);
+            taken           = late ? all : atomicAdd(&state.n_begun, 1);
         }
         __syncthreads();
         const uint32_t index = taken;

@@ -55,13 +55,13 @@ void slot_filler::work(ggml_tensor *, int, int, void * self) {
 
 // Enqueue the copies: the inner backend's next graph waits for them, the host does not. The caller ensures that no
 // earlier work still reads these slots.
-ggml_status slot_filler::copy_by_link(transfer & way) {
-    link &                           over = *way.over();
+ggml_status slot_filler::copy_by_link(transfer & transfer) {
+    link &                           over = *transfer.over();
     std::vector<staging_ring::piece> pieces;
     for (const piece & each : pieces_) {
         const stored_tensor & tensor = *each.job->tensor;
         char *                to     = (char *) each.job->target().data;
-        if (const char * pinned = way.pinned_at(tensor, each.job->expert, each.bytes)) {
+        if (const char * pinned = transfer.pinned_at(tensor, each.job->expert, each.bytes)) {
             if (!over.copy(to, pinned, tensor.expert_bytes)) {
                 return GGML_STATUS_FAILED;
             }
@@ -72,7 +72,7 @@ ggml_status slot_filler::copy_by_link(transfer & way) {
                 { to + done, each.bytes + done, std::min(tensor.expert_bytes - done, staging_ring::block_bytes) });
         }
     }
-    staging_ring * ring = pieces.empty() ? nullptr : way.ring();
+    staging_ring * ring = pieces.empty() ? nullptr : transfer.ring();
     if ((!pieces.empty() && (ring == nullptr || !ring->copy(pieces))) || !over.record(copied_.get())) {
         return GGML_STATUS_FAILED;
     }
@@ -80,9 +80,9 @@ ggml_status slot_filler::copy_by_link(transfer & way) {
     return GGML_STATUS_SUCCESS;
 }
 
-ggml_status slot_filler::copy_all(transfer & way) {
-    if (graph_ == nullptr && way.is_used()) {
-        return copy_by_link(way);
+ggml_status slot_filler::copy_all(transfer & transfer) {
+    if (graph_ == nullptr && transfer.is_used()) {
+        return copy_by_link(transfer);
     }
     if (graph_ == nullptr) {
         for (const piece & each : pieces_) {
@@ -102,7 +102,7 @@ ggml_status slot_filler::copy_all(transfer & way) {
     return begin_computation(inner_) ? compute() : on_new_thread(compute);
 }
 
-ggml_status slot_filler::fill(expert_store & store, transfer & way, statistics & stats,
+ggml_status slot_filler::fill(expert_store & store, transfer & transfer, statistics & stats,
                               const std::vector<fill_job> & jobs) {
     // Repacked layouts interleave groups of at most this many rows.
     static constexpr int64_t row_group = 64;
@@ -134,12 +134,12 @@ ggml_status slot_filler::fill(expert_store & store, transfer & way, statistics &
             }
         }
         const uint64_t    start  = now_us();
-        const ggml_status status = copy_all(way);
+        const ggml_status status = copy_all(transfer);
         if (store.direct() != nullptr) {
             // Copies must have ended before release(), which lets the staging area be reused.
-            if (graph_ == nullptr && !way.is_used()) {
+            if (graph_ == nullptr && !transfer.is_used()) {
                 ggml_backend_synchronize(inner_);
-            } else if (graph_ == nullptr && !way.over()->synchronize()) {
+            } else if (graph_ == nullptr && !transfer.over()->synchronize()) {
                 return GGML_STATUS_FAILED;
             }
             for (size_t i = 0; i < n; i++) {

@@ -38,7 +38,7 @@ class slot_filler {
 
     // Do the jobs, waiting for reads where needed; experts that have landed are copied while others are in flight. On
     // failure this thread's error says why, and some slots may have been written.
-    ggml_status fill(expert_store & store, transfer & way, statistics & stats, const std::vector<fill_job> & jobs);
+    ggml_status fill(expert_store & store, transfer & transfer, statistics & stats, const std::vector<fill_job> & jobs);
 
     bool make_event() { return rotary::make_event(copied_, inner_); } // for copies by a link; see base/inner_device.hpp
 
@@ -51,9 +51,9 @@ class slot_filler {
     };
 
     static void copy(const piece & piece);
-    ggml_status copy_by_link(transfer & way);
+    ggml_status copy_by_link(transfer & transfer);
     static void work(ggml_tensor * dst, int ith, int nth, void * self);
-    ggml_status copy_all(transfer & way);
+    ggml_status copy_all(transfer & transfer);
 
     ggml_backend_t         inner_;
     ggml_backend_event_ptr copied_;       // by the link, recorded after its last copy

@@ -45,7 +45,7 @@ void predictions::start() {
         return;
     }
     if (by_device && !applies_routers()) {
-        model_.said.say(format(
+        model_.notices.say(format(
             "%s: the GPU resolves lookups itself, so what it prefetches is named by the next layers' "
             "routers, not by %s",
             model_.config.name.c_str(), config_.own != nullptr ? "the predictor given" : config_.predictor.c_str()));
@@ -96,7 +96,7 @@ void predictions::router_missing(const paged_layer & layer, const std::string & 
         return;
     }
     missing_said_ = true;
-    model_.said.say(format(
+    model_.notices.say(format(
         "%s: the router of layer %d, and maybe others, cannot be applied early, %s; what they will want is %s",
         model_.config.name.c_str(), layer.il, why.c_str(),
         others ? format("predicted from routings, less well (%s)", best_without_router).c_str() : "not prefetched"));
