@@ -34,8 +34,8 @@ def in_process(
 ) -> dict:
     """Call `module`.`function` in a fresh interpreter, so that no run inherits another's memory or threads.
 
-    The code is that of the checkout at `root`. Arguments and result are passed as JSON, the result in the last
-    line of standard output.
+    The code is that of the checkout at `root`. Arguments and result are JSON, the result in the last line of
+    standard output.
 
     Raises
     ------

@@ -430,7 +430,7 @@ def number(value: float | None, form: str = ".1f") -> str:
 
 
 def table(model: Path, results: dict[str, Any]) -> list[str]:
-    """Table of all variants. "link GB/s" is bytes paged per token divided by the token's time over resident."""
+    """Table of all variants. "link GB/s": bytes paged per token, divided by its time over "resident"."""
     done = {name: result for name, result in results.items() if "failed" not in result}
     some = next(iter(done.values()), {"prefill": {}, "decode": {}})
     prompts, batches = list(some["prefill"]), list(some["decode"])

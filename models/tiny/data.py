@@ -115,7 +115,7 @@ def austen_chapters(deb):
 
 
 def documents(chapters, size=1000):
-    """Cut each chapter into runs of whole paragraphs of at least `size` characters; the last may have less."""
+    """Cut each chapter into runs of whole paragraphs of at least `size` characters, except the last run."""
     for chapter in chapters:
         run = []
         for paragraph in chapter:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the library falls back to on its own, and that it says so: a warning, and a notice in the stats."""
+"""The library's own fallbacks, each announced by a warning and by a notice in the statistics."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ pytestmark = pytest.mark.model
 
 
 def run_short_of_memory(model, budget, room_bytes):
-    """Figures of a run whose address space ends between the loading of the model and the allocation of its
-    slots, and what was logged; or the error it ended with."""
+    """Run with `room_bytes` of address space left for the slots; returns the statistics and the log."""
     prepare = pools.Pool.prepare
 
     def prepare_with_little(pool):
@@ -45,7 +44,7 @@ def run_short_of_memory(model, budget, room_bytes):
 
 @pytest.fixture(scope="module")
 def repacked_model(synthetic):
-    """About 200 MiB of experts whose slots are allocated even if all fit, since the CPU repacks them."""
+    """A model with about 200 MiB of experts, which get slots even if all fit, since the CPU repacks them."""
     return synthetic(type="q4_0", embd=1024, ff=1024, layers=8, experts=16)
 
 
@@ -61,7 +60,7 @@ def run_beside_reserved_addresses(model):
 
 
 def test_reserved_addresses_are_no_promise(native, tiny_model):
-    # Sanitizers, garbage collectors and JITs reserve terabytes, which are never taken.
+    # Sanitizers, garbage collectors and JITs reserve terabytes that they never use.
     active = apart(run_beside_reserved_addresses, tiny_model)
     if active is None:
         pytest.skip("no address space can be reserved here")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Anonymous memory of a paged run stays within the budget and a stated constant; mapped files do not count.
+"""Anonymous memory of a paged run stays within the budget plus a constant; mapped files do not count.
 
-A control with all experts copied shows that the measurement would notice.
+A control run with all experts copied shows that the measurement would notice a copy.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from tests.support.paged import make
 from tests.support.processes import apart
 from tests.support.tracing import prompt_tokens
 
-# KV cache, compute buffers, logits and threads' stacks for the context below, and the weights that are not
-# experts, which the CPU repacks.
+# KV cache, compute buffers, logits and thread stacks of the context below, and weights other than experts,
+# which the CPU repacks.
 CONSTANT_BYTES = 32 * MIB
 
 
 def anonymous():
-    """Bytes of this process's own memory."""
+    """Bytes of this process's resident anonymous memory."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 
 def measure(model, rotary, options):
-    """How much a run adds at most, what of it is left when the model is closed, and figures."""
+    """Bytes that a run adds at its peak, bytes that are left once the model is closed, and statistics."""
     _native.load()
     before = anonymous()
     llama = make(model, rotary, **{"logits_all": False, "n_ubatch": 64, **options})
@@ -43,7 +43,7 @@ def measure(model, rotary, options):
 
 @pytest.fixture(scope="module")
 def large(synthetic):
-    """About 430 MB of experts in Q4_0, which the CPU would repack, that is copy, when stock loads them."""
+    """A model with about 430 MB of experts in Q4_0, which stock would repack, and so copy, on the CPU."""
     return synthetic(type="q4_0", layers=8, embd=1024, ff=1024, experts=32, used=4)
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.model
 
 MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 PROMPT = "And the LORD said unto Moses,"
-# Of the commonest English words; text that is not English hits few of them.
+# Common English words, few of which occur in text that is not English.
 COMMON = re.findall(
     r"\w+",
     "the of and to a in that he his it was for with as be not is had her they unto i him shall all said by "

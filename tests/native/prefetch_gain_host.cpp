@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// What foretelling is worth (native/src/prefetch/gain.hpp), for test_experience.py.
+// The prefetch gain (native/src/prefetch/gain.hpp), for test_prefetch_gain.py.
 
 #include "prefetch/gain.hpp"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// What this machine lets a process have (native/src/base/memory.hpp, cpus.hpp), for test_machine.py.
+// Memory and CPUs that a process may use (native/src/base/memory.hpp, cpus.hpp), for test_machine.py.
 
 #include "base/cpus.hpp"
 #include "base/memory.hpp"
