@@ -19,7 +19,7 @@ from gguf.quants import quantize
 
 from models.blocks import PAYLOAD_RMS, TYPES, Pool, dense, payload
 from models.locality import KERNEL_GAIN, MEMORY, STATIC
-from rotary_llamacpp.planning.shapes import SHAPES as KNOWN
+from rotary_llamacpp.planning import shapes
 
 LEAK = 0.02  # of what experts and later attention write, the share that reaches token dimensions
 ROUTER_GAIN = 2.0  # spread of router logits: the chosen experts' weights then differ as in real models
@@ -27,45 +27,30 @@ LOGIT_STD = 2.0
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Dimensions in the words of the command line; `arch` is llama.cpp's architecture name."""
+class Shape(shapes.Shape):
+    """A shape of the package with what only a file needs; only DIMENSIONS and `arch` determine the model."""
 
-    arch: str
-    layers: int
-    embd: int
-    heads: int
-    heads_kv: int
-    head_dim: int
-    ff: int
-    experts: int
-    used: int
-    vocab: int
-    ctx: int
-    freq_base: float
+    freq_base: float = 1e6  # base of the rotary frequencies
     fused: bool = False  # gate and up in one tensor; only hy_v3 of these architectures loads it
-    routers: str = "f32"  # their type; what is made by hand may have others
+    routers: str = "f32"  # type of the routers; some models have others
 
 
-# Base of the rotary frequencies, which a plan of memory does not need.
 _FREQ_BASE = {"llama": 1e6, "qwen3moe": 1e6, "gpt-oss": 150000.0}
-
-
-def _known(name):
-    """A well-known model as rotary_llamacpp.shapes has it."""
-    its = KNOWN[name]
-    return Shape(
-        its.arch, its.layers, its.embd, its.heads, its.heads_kv, its.head_dim, its.ff, its.experts, its.used,
-        its.vocab, its.ctx, _FREQ_BASE[its.arch],
-    )  # fmt: skip
-
-
 SHAPES = {
-    **{name: _known(name) for name, its in KNOWN.items() if its.arch in _FREQ_BASE},
-    "test": Shape("qwen3moe", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096, 1e6),
-    "test-llama": Shape("llama", 4, 256, 4, 2, 64, 256, 8, 2, 512, 4096, 1e6),
-    "test-gpt-oss": Shape("gpt-oss", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096, 150000.0),
-    "test-shared": Shape("hy_v3", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096, 1e6),
+    **{
+        name: Shape(**vars(known), freq_base=_FREQ_BASE[known.arch])
+        for name, known in shapes.SHAPES.items()
+        if known.arch in _FREQ_BASE
+    },
+    "test": Shape("qwen3moe", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096),
+    "test-llama": Shape("llama", 4, 256, 4, 2, 64, 256, 8, 2, 512, 4096),
+    "test-gpt-oss": Shape("gpt-oss", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096, freq_base=150000.0),
+    "test-shared": Shape("hy_v3", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096),
 }
+DIMENSIONS = (
+    "layers", "embd", "heads", "heads_kv", "head_dim", "ff", "experts", "used", "vocab", "ctx", "freq_base",
+    "fused", "routers",
+)  # fmt: skip
 MODEL_TYPES = (*TYPES, "q4_k_m")  # q4_k_m: q4_k, and q6_k for every other layer's down experts
 
 

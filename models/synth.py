@@ -10,14 +10,14 @@ generates means nothing. Blocks are written directly (blocks.py), in constant me
 
 import os
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
 from gguf import GGUFWriter, TokenType
 
 from models.locality import strength_for
-from models.plan import MODEL_TYPES, SHAPES, Plan, check
+from models.plan import DIMENSIONS, MODEL_TYPES, SHAPES, Plan, check
 
 ALIGNMENT = 32  # of tensor data: the format's default, which GGUFWriter assumes too
 
@@ -145,8 +145,7 @@ def synthesize(path, shape="test", *, type="q4_0", seed=0, locality=None, shards
     shards : int
         Number of files.
     **overrides
-        Dimensions to change: layers, embd, heads, heads_kv, head_dim, ff, experts, used, vocab, ctx,
-        freq_base, fused, routers.
+        Dimensions to change, of `models.plan.DIMENSIONS`.
 
     Returns
     -------
@@ -163,11 +162,11 @@ def synthesize(path, shape="test", *, type="q4_0", seed=0, locality=None, shards
         raise ValueError(
             f"shape: no {shape!r}; known are {', '.join(SHAPES)}; choose one and override dimensions."
         )
-    unknown = set(overrides) - {f.name for f in fields(SHAPES[shape])} | set(overrides) & {"arch"}
+    unknown = set(overrides) - set(DIMENSIONS)
     if unknown:
         raise ValueError(
-            f"{shape}: cannot override {', '.join(sorted(unknown))}; the dimensions of Shape except "
-            "arch can be; see models/plan.py."
+            f"{shape}: cannot override {', '.join(sorted(unknown))}; dimensions are {', '.join(DIMENSIONS)}; "
+            "choose among these."
         )
     final = replace(SHAPES[shape], **overrides)
     check(final, type)

@@ -151,7 +151,7 @@ def test_the_rest_of_a_layer_takes_its_time():
 
 
 def test_reading_takes_the_processors_time():
-    # Reading takes 10 ms per MiB of each processor: 50 MiB for a token, a third of 547 for a prompt.
+    # Reading takes 10 ms per MiB of each processor: 50 MiB of a token, a third of a prompt's 547, copied too.
     found = by_key(options(case(ram_bytes=960 * MIB, disk_cpu_s=0.01 / MIB)))["rotary-cpu"]
     assert found.decode.seconds == pytest.approx(math.hypot(1.5, 1.0))
     assert found.prefill.seconds == pytest.approx(2.0 + 0.02 * 2 * TOUCHED * (1 - 536 / 800) / 4)
