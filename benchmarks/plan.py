@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 import click
 
 from benchmarks.common import ProcessFailed, cpu_name, in_process
+from benchmarks.disks import fill_cache
 from rotary_llamacpp.host.machine import busy_seconds, cpu_count
 from rotary_llamacpp.planning import plan as plans
 from rotary_llamacpp.planning.hits import Hits
@@ -79,14 +80,6 @@ def undisturbed(others_share: float, module: str, function: str, *arguments: obj
     raise click.ClickException("other processes kept the processors busy; run it on an idle machine")
 
 
-def _into_page_cache(path: str) -> None:
-    """Read the model into the page cache: direct reads leave nothing there, and a run would start slower."""
-    block = bytearray(16 << 20)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(block):
-            pass
-
-
 def _wait_for_idle(allowed: float, seconds: float = 1800, sample: float = 3) -> None:
     """Wait until at most `allowed` processors are busy during a sample, or give up after `seconds`."""
     begin = time.monotonic()
@@ -130,7 +123,7 @@ def main(
                 config = {"budget": cell[0], "store": cell[1], "verbose": False} if cell[0] else None
                 arguments = (model, config, n_prompt, n_decode, threads)
                 if cell[1] == "mmap":
-                    _into_page_cache(model)
+                    fill_cache(Path(model))  # direct reads leave nothing there, and a run would start slower
                 runs[cell].append(undisturbed(others, "benchmarks.decode", "measure", *arguments))
         except ProcessFailed as error:
             raise click.ClickException(f"failed: {error}") from None

@@ -23,7 +23,7 @@ import pytest
 from rotary_llamacpp.gguf_files.header import read_header
 from rotary_llamacpp.host import file_systems
 from tests.support import HANG_S, shards
-from tests.support.paged import assert_equal, make, notices, paged_trace, second_context
+from tests.support.paged import assert_equal, logits, make, notices, paged_trace, second_context
 from tests.support.processes import Apart, apart, expected_io, reads_directly
 from tests.support.tracing import trace
 
@@ -218,13 +218,8 @@ def test_budgets_in_turn(native, synthetic, stock_trace, store, kind):
 def test_contexts_of_one_model(native, tiny_model):
     tokens = list(range(20, 60))
 
-    def logits(llama):
-        llama.reset()
-        llama.eval(tokens)
-        return llama.scores[: len(tokens)].copy()
-
     with_all = make(tiny_model, "100%")
-    expected = logits(with_all)
+    expected = logits(with_all, tokens)
     with_all.close()
     llama = make(tiny_model, {**DIRECT, "staging": 1})
     context, run = second_context(llama)
@@ -236,7 +231,7 @@ def test_contexts_of_one_model(native, tiny_model):
 
     # Two threads at once: their lookups, reads and prefetches take turns in one store.
     threads = [
-        threading.Thread(target=repeat, args=(logits, llama)),
+        threading.Thread(target=repeat, args=(logits, llama, tokens)),
         threading.Thread(target=repeat, args=(run, tokens[::-1])),
     ]
     for thread in threads:
@@ -244,7 +239,7 @@ def test_contexts_of_one_model(native, tiny_model):
     for thread in threads:
         thread.join(HANG_S)
     context.close()
-    assert np.array_equal(logits(llama), expected)
+    assert np.array_equal(logits(llama, tokens), expected)
     stats = llama.rotary_stats()
     llama.close()
     assert len(found) == 8

@@ -20,7 +20,7 @@ from rotary_llamacpp.errors import DeviceError, ReadError
 from rotary_llamacpp.gguf_files.header import read_header
 from rotary_llamacpp.native import binding as _native
 from tests.support.compiled import Disk
-from tests.support.paged import assert_equal, attempt, load_late, make, notices, paged_trace
+from tests.support.paged import assert_equal, attempt, load_late, make, notices, paged_trace, use_adapter
 from tests.support.processes import ONE_ARENA, apart
 from tests.support.tracing import prompt_tokens, trace
 
@@ -668,10 +668,9 @@ def load_an_adapter_late(model, adapter, configs):
         llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, **BATCHES)
         trace(llama, LONG, 1)
         late = api.llama_adapter_lora_init(llama._model.model, str(adapter).encode())
-        adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(late), (ctypes.c_float * 1)(1.0)
-        assert api.llama_set_adapters_lora(llama._ctx.ctx, adapters, 1, scales) == 0
+        use_adapter(llama, late)
         with_it, stats = trace(llama, LONG, 12), llama.rotary_stats()
-        api.llama_set_adapters_lora(llama._ctx.ctx, None, 0, None)
+        use_adapter(llama, None)
         api.llama_adapter_lora_free(late)
         found.append((with_it, trace(llama, LONG, 12), stats))
         llama.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.measurement import anonymous_bytes
 from rotary_llamacpp.gguf_files.info import ModelInfo
 from rotary_llamacpp.native import binding as _native
 from rotary_llamacpp.units import MIB
@@ -20,25 +21,19 @@ from tests.support.tracing import prompt_tokens
 CONSTANT_BYTES = 32 * MIB
 
 
-def anonymous():
-    """Bytes of this process's resident anonymous memory."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-
 def measure(model, rotary, options):
     """Bytes that a run adds at its peak, bytes that are left once the model is closed, and statistics."""
     _native.load()
-    before = anonymous()
+    before = anonymous_bytes()
     llama = make(model, rotary, **{"logits_all": False, "n_ubatch": 64, **options})
-    peak = anonymous()
+    peak = anonymous_bytes()
     tokens = prompt_tokens(llama.n_vocab(), 128)
     for batch in (tokens, *([token] for token in tokens[:24])):
         llama.eval(batch)
-        peak = max(peak, anonymous())
+        peak = max(peak, anonymous_bytes())
     stats = llama.rotary_stats()
     llama.close()
-    return peak - before, anonymous() - before, stats
+    return peak - before, anonymous_bytes() - before, stats
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from rotary_llamacpp.native import binding as _native
 from rotary_llamacpp.runtime import paging
 from rotary_llamacpp.runtime.paging import Paging
 from tests.support import shards
-from tests.support.paged import assert_equal, load_late, make
+from tests.support.paged import assert_equal, load_late, make, use_adapter
 from tests.support.processes import Apart, apart
 from tests.support.tracing import OPTIONS, trace
 
@@ -30,13 +30,6 @@ PROMPT = 60
 PLAIN = {"n_ubatch": 32}
 ADAPTED = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")
 KINDS = ("q8_0", "q4_0")  # read in place; repacked where the CPU has a layout for it
-
-
-def use_adapter(llama, adapter):
-    adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
-    assert (
-        api.llama_set_adapters_lora(llama._ctx.ctx, adapters if adapter else None, bool(adapter), scales) == 0
-    )
 
 
 def load_adapters(model, path, rotary, options):

@@ -10,18 +10,12 @@ import pytest
 
 from rotary_llamacpp import Llama
 from tests.support import HANG_S
-from tests.support.paged import second_context
+from tests.support.paged import logits, second_context
 
 pytestmark = pytest.mark.model
 
 OPTIONS = {"n_ctx": 128, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False}
 TOKENS = list(range(20, 60))
-
-
-def logits(llama, tokens):
-    llama.reset()
-    llama.eval(tokens)
-    return llama.scores[: len(tokens)].copy()
 
 
 def test_two_contexts_of_one_model_share_slots(native, tiny_model):

@@ -43,7 +43,7 @@ from rotary_llamacpp import Llama, policies
 from rotary_llamacpp.errors import DeviceError, RotaryError
 from rotary_llamacpp.native import binding as _native
 from tests.support import ROOT
-from tests.support.paged import second_context, stock_trace, write_adapter
+from tests.support.paged import logits, second_context, stock_trace, use_adapter, write_adapter
 from tests.support.tracing import OPTIONS, trace
 
 MIB = 1 << 20
@@ -178,8 +178,6 @@ def budgets(world: World, rng: Random) -> None:
 
 def contexts(world: World, rng: Random) -> None:
     """Use two models, and a second context of one of them, in turn."""
-    from tests.model.test_native_sharing import logits
-
     with loaded(world, rng) as (model, llama), loaded(world, rng) as (other, beside):
         tokens = [int(token) for token in np.random.default_rng(LONG).integers(3, llama.n_vocab(), LONG)]
         context, run = second_context(llama)
@@ -321,21 +319,13 @@ def late_adapters(world: World, rng: Random) -> None:
             loaded_one = llama_api.llama_adapter_lora_init(llama._model.model, str(with_it.lora).encode())
             if not loaded_one:
                 raise Wrong("an adapter was not loaded")
-            set_adapters(llama, [loaded_one])
+            use_adapter(llama, loaded_one)
             with contextlib.suppress(DeviceError):  # refused if another thread is loading a model
                 with_it.check(llama, rng)
-            set_adapters(llama, [])
+            use_adapter(llama, None)
             model.check(llama, rng)
             llama_api.llama_adapter_lora_free(loaded_one)
             model.check(llama, rng)
-
-
-def set_adapters(llama: Any, which: list[Any]) -> None:
-    """Set the adapters that a model's context applies, each with weight 1."""
-    handles = (llama_api.llama_adapter_lora_p_ctypes * len(which))(*which)
-    scales = (ctypes.c_float * len(which))(*[1.0] * len(which))
-    if llama_api.llama_set_adapters_lora(llama._ctx.ctx, handles, len(which), scales) != 0:
-        raise Wrong("adapters were not set")
 
 
 def memory(world: World, rng: Random) -> None:

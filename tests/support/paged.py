@@ -84,6 +84,19 @@ def second_context(llama: Llama) -> tuple[Any, Callable[[list[int]], np.ndarray]
     return context, run
 
 
+def logits(llama: Any, tokens: list[int]) -> np.ndarray:
+    """Logits of tokens that are evaluated at once."""
+    llama.reset()
+    llama.eval(tokens)
+    return llama.scores[: len(tokens)].copy()
+
+
+def use_adapter(llama: Any, adapter: Any) -> None:
+    """Apply a LoRA adapter of llama.cpp's with weight 1 in the model's context, or none."""
+    adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+    assert api.llama_set_adapters_lora(llama._ctx.ctx, adapters, adapter is not None, scales) == 0
+
+
 def assert_equal(paged: Mapping[str, np.ndarray], stock: Mapping[str, np.ndarray]) -> None:
     """Check that tokens and logits are equal to the bit, and that the logits are not trivial."""
     assert paged["greedy"].tolist() == stock["greedy"].tolist()
