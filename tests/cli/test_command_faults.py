@@ -234,7 +234,7 @@ def test_names_that_are_no_text(native, tiny_model, tmp_path, shell):
     assert "UTF-8" in ran.stderr and "rename" in ran.stderr
 
 
-def test_text_that_the_terminal_has_no_letters_for(native, tmp_path, shell, synthetic):
+def test_text_that_the_terminal_has_no_letters_for(native, shell):
     ran = shell(
         '$rotary plan gpt-oss-20b --vram 0 --ram 64GiB --trace "/no/größe"',
         LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict",
@@ -312,7 +312,7 @@ def test_outputs_that_cannot_be_files(native, tiny_model, tmp_path, command):
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1e400", "-1"])
-def test_numbers_that_are_none(tmp_path, command, value):
+def test_numbers_that_are_none(command, value):
     for arguments in (
         ("run", "x", "-p", "x", f"--temp={value}"),
         ("trace", "x", "--prompts", "x", "-o", "x", f"--temp={value}"),

@@ -122,7 +122,7 @@ def test_what_is_left_is_not_trusted_blindly(tiny_model, tmp_path, monkeypatch, 
         {"done": [2**63, 1]},
     ],
 )  # fmt: skip
-def test_a_journal_of_other_values(tiny_model, tmp_path, changes):
+def test_a_journal_of_other_values(tmp_path, changes):
     # As with a truncated journal, nothing is taken from it, but it is recognised as a journal.
     out = tmp_path / "out.gguf"
     journal = Journal(out, {"a": 1})

@@ -226,7 +226,7 @@ def test_memory_while_a_model_opens(native, synthetic, stock_trace, short_of, di
 # ---- the end of a process
 
 
-def exit_with_a_model(path, store):
+def exit_with_models(path):
     """Free models in an exit handler that runs after the library's own static objects are destroyed."""
     libc = ctypes.CDLL(None)
     kept = []
@@ -241,10 +241,10 @@ def exit_with_a_model(path, store):
     libc.__cxa_atexit(free, None, None)
     library = _native.load()
     devices = library.device_list([0])
-    for name in (path, path):
+    for _ in range(2):
         params = api.llama_model_default_params()
         params.devices, params.n_gpu_layers = ctypes.cast(devices, ctypes.c_void_p), -1
-        model = api.llama_model_load_from_file(os.fsencode(name), params)
+        model = api.llama_model_load_from_file(os.fsencode(path), params)
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_threads, settings.n_threads_batch = OPTIONS["n_ctx"], 1, 1
         context = api.llama_init_from_model(model, settings)
@@ -263,6 +263,6 @@ def test_models_freed_at_the_end(native, synthetic, store):
         "MALLOC_PERTURB_": "165",
         "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
     }
-    with Apart(exit_with_a_model, synthetic(type="q8_0"), store, environment=environment) as run:
+    with Apart(exit_with_models, synthetic(type="q8_0"), environment=environment) as run:
         said, errors = run.process.communicate(timeout=120)
         assert (run.process.returncode, said) == (0, "freed\n"), errors[-2000:]

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -53,7 +52,6 @@ SMALL = {
     "experts": 8,
     "used": 2,
 }
-NO_PAGING = {"store": "mmap", "prefetch": False}
 
 
 class Fault(Exception):
@@ -200,8 +198,8 @@ class Gguf(Target):
         self.bases = [(path, read_header(path)) for path in models]
         self.made = [(path, Header(header), header.n_bytes) for path, header in self.bases]
 
-    def damaged(self, rng: Random) -> tuple[Path, bool]:
-        """A file, and whether it is the first of two shards."""
+    def damaged(self, rng: Random) -> Path:
+        """A file with a damaged header, perhaps the first of two shards."""
         base, header, n_bytes = rng.choice(self.made)
         first = base.name.startswith("split")
         path = self.folder / (f"damaged-{base.name}" if first else "damaged.gguf")
@@ -209,10 +207,10 @@ class Gguf(Target):
             other = base.name.replace("-00001-", "-00002-")
             shutil.copyfile(base.with_name(other), path.with_name(f"damaged-{other}"))
         raw = header.encoded(rng)
-        return write(path, raw, len(raw) + header.data_bytes if rng.random() < 0.9 else n_bytes), first
+        return write(path, raw, len(raw) + header.data_bytes if rng.random() < 0.9 else n_bytes)
 
     def case(self, rng: Random) -> str:
-        path, _ = self.damaged(rng)
+        path = self.damaged(rng)
         memory = ("--vram", rng.choice(("0", "8GiB")), "--ram", rng.choice(("1GiB", "64GiB")))
         refused(lambda: imatrices.load(str(path)))
         refused(lambda: profiles.stored(path))
@@ -265,7 +263,7 @@ class Load(Gguf):
         return ACCEPTED
 
     def case(self, rng: Random) -> str:
-        path, _ = self.damaged(rng)
+        path = self.damaged(rng)
         if rng.random() < 0.5:
             with path.open("r+b") as file:  # random bytes instead of weights
                 file.seek(min(path.stat().st_size, 20000))
@@ -439,7 +437,7 @@ class Profiles(Archives):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.library = _native.load()
+        _native.load()
         self.model = synthesize(folder / "model.gguf", "test", **SMALL)
         self.trace = folder / "good.trace"
         trace = small_trace(Random(1))
@@ -448,17 +446,6 @@ class Profiles(Archives):
         profiles.learn([trace]).save(good)
         with np.load(good) as archive:
             self.arrays = {name: archive[name] for name in archive.files}
-
-    def load(self, path: Path) -> None:
-        """As paging.py does, without a model."""
-        found = profiles.load(path)
-        for layer in found.layers:
-            found.ranked(layer)
-        for i, layer in enumerate(found.layers):
-            if 0 <= layer < 1 << 31:
-                pairs = np.ascontiguousarray(found.pairs[i - 1], np.float32) if i else None
-                self.pool.learn(layer, found.popularity[i], pairs, found.n_tokens)
-                self.pool.warm(layer, found.ranked(layer))
 
     def run(self, path: Path, predictor: str) -> str:
         """Run a model that begins with the profile."""
@@ -685,4 +672,3 @@ TARGETS: dict[str, type[Target]] = {
     "budgets": Budgets,
     "environment": Environment,
 }
-assert sys.version_info >= (3, 11)

@@ -23,7 +23,7 @@ from tests.support.tracing import OPTIONS, prompt_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
-N_PROMPT, N_DECODE, N_EXPERT = 48, 24, 16
+N_PROMPT, N_DECODE = 48, 24
 MODEL = {"type": "q4_0", "embd": 512, "ff": 512}
 
 

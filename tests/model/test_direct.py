@@ -370,7 +370,7 @@ def test_nothing_is_left_in_the_page_cache(native, synthetic, tmp_path):
 # ---- where there is no disk
 
 
-def test_a_file_that_lies_in_memory_is_mapped(native, synthetic, tmp_path):
+def test_a_file_that_lies_in_memory_is_mapped(native, synthetic):
     """Reading a tmpfs past the page cache would copy memory to memory, and save none."""
     model = synthetic(type="q8_0", layers=2)
     if file_systems.in_memory(model):

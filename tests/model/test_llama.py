@@ -193,7 +193,7 @@ def test_figures_may_be_read_while_another_thread_closes(make):
     assert len(seen) == 200 and all(stats == expected for stats in seen)
 
 
-def test_dropping_the_object_closes_the_pool(make, tiny_model):
+def test_dropping_the_object_closes_the_pool(native, tiny_model):
     llama = Llama(str(tiny_model), rotary="min", **OPTIONS)
     kept = llama._rotary
     assert kept.pools is not None
@@ -495,7 +495,7 @@ def test_two_threads_with_a_model_each(native, tiny_model, synthetic, stock_trac
     assert found == [[True] * 3] * 2
 
 
-def test_the_hook_reaches_only_its_own_thread(native, monkeypatch):
+def test_the_hook_reaches_only_its_own_thread(native):
     elsewhere = []
     with paging.default_model_params(lambda params: setattr(params, "main_gpu", 77)):
         thread = threading.Thread(

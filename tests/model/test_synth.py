@@ -103,7 +103,7 @@ def test_shards_load_and_equal_the_whole(small, tmp_path):
     np.testing.assert_array_equal(logits_of(first), small[1])
 
 
-def test_every_shard_has_tensors(small):
+def test_every_shard_has_tensors():
     tensors = synth.Plan(synth.SHAPES["test"], "q4_0", 0, 0.0).tensors
     for shards in (1, 2, 7, len(tensors)):
         parts = synth.split_evenly(tensors, shards)

@@ -64,7 +64,7 @@ def test_samples_read_as_english(model, prompt):
     assert sum(w in COMMON for w in words) / len(words) > 0.3, words
 
 
-def test_held_out_style_is_likelier_than_shuffled_words(model):
+def test_held_out_style_is_likelier_than_shuffled_words():
     """The model has learnt word order, not only words."""
     import numpy as np
 

@@ -311,7 +311,7 @@ def test_belady_is_the_best(native):
     for _ in range(20):
         requests = rng.integers(0, 4, 9).tolist()
         trace = made([[[expert]] for expert in requests])
-        kept, fewest = {frozenset(): 0}, None
+        kept = {frozenset(): 0}
         for expert in requests:
             after = {}
             for there, misses in kept.items():

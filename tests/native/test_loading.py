@@ -45,7 +45,7 @@ def patched(native, tmp_path):
     return make
 
 
-def test_missing(tmp_path):
+def test_missing():
     assert "no/such.so" in refused(Path("no/such.so"), LibraryError)
 
 

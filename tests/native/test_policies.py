@@ -148,22 +148,9 @@ def test_in_a_model(native, tiny_model, name):
         assert native_one[figure] == python[figure] > 0, figure
 
 
-class Broken(policies.Lru):
-    def choose(self, candidates):
-        raise LookupError("no idea")
-
-
 class Nonsense(policies.Lru):
     def choose(self, candidates):
         return -5
-
-
-@pytest.mark.model
-def test_a_policy_that_fails_is_heard_of(native, tiny_model):
-    llama = make(tiny_model, {"budget": "min", "policy": Broken})
-    with pytest.raises(LookupError, match="no idea"):
-        llama.create_completion("In the beginning", max_tokens=8)
-    llama.close()
 
 
 def test_a_choice_that_is_none(native):

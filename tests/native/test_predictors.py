@@ -11,7 +11,7 @@ from rotary_llamacpp import RotaryConfig, predictors
 from rotary_llamacpp.errors import RotaryError
 from rotary_llamacpp.native import replay as _replay
 from rotary_llamacpp.traces import profiles
-from tests.support.paged import assert_equal, make, notices, paged_trace
+from tests.support.paged import assert_equal, notices, paged_trace
 
 DIRECT = {"budget": "min", "store": "direct", "repack": False}
 PLAIN = {"use_extra_bufts": False}
@@ -194,22 +194,9 @@ def test_a_profile_is_learnt_from(native, tiny_model, tmp_path):
 # ---- user-defined
 
 
-class Broken(predictors.Previous):
-    def name(self, layer, ahead, n):
-        raise LookupError("no idea")
-
-
 class Nonsense(predictors.Previous):
     def name(self, layer, ahead, n):
         return [-1, 999, *range(100)]
-
-
-@pytest.mark.model
-def test_a_predictor_that_fails_is_heard_of(native, tiny_model):
-    llama = make(tiny_model, {**DIRECT, "prefetch": Broken})
-    with pytest.raises(LookupError, match="no idea"):
-        llama.create_completion("In the beginning", max_tokens=8)
-    llama.close()
 
 
 @pytest.mark.model

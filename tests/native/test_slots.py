@@ -42,7 +42,7 @@ class ReferenceLru:
     def __init__(self, n_slots):
         self.n_slots = n_slots
         self.order = []
-        self.reserved = {}  # by expert; the values are not used
+        self.reserved = set()
 
     def full(self):
         return len(self.order) + len(self.reserved) == self.n_slots
@@ -54,18 +54,18 @@ class ReferenceLru:
             if victim is None:
                 return False
             self.order.remove(victim)
-        self.reserved[expert] = True
+        self.reserved.add(expert)
         return True
 
     def end(self, expert, resident):
-        del self.reserved[expert]
+        self.reserved.remove(expert)
         if resident:
             self.order.insert(0, expert)
 
     def resolve(self, ids):
         """Experts to load and those evicted for them, or None if there are too many."""
         wanted = set(ids)
-        if len(wanted) > self.n_slots - len(self.reserved.keys() - wanted):
+        if len(wanted) > self.n_slots - len(self.reserved - wanted):
             return None
         loads, evicted = [], []
         for expert in ids:
@@ -74,7 +74,7 @@ class ReferenceLru:
             else:
                 loads.append(expert)
                 if expert in self.reserved:
-                    del self.reserved[expert]
+                    self.reserved.remove(expert)
                 elif self.full():
                     victim = next(old for old in self.order if old not in wanted)
                     self.order.remove(victim)

@@ -178,7 +178,7 @@ def test_rotary_that_does_not_finish_misses():
     assert target["failed"] and not any(level["met"] for level in target["levels"])
 
 
-def test_other_logits_end_the_benchmark(tmp_path):
+def test_other_logits_end_the_benchmark():
     benchmark = Benchmark({}, {}, {}, "auto", [128], 1.0)
     benchmark.runs = [
         run(IN_MEMORY, Variant("stock", True), 20.0, hash_="a"),

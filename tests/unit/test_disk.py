@@ -21,7 +21,7 @@ from tests.support import HANG_S, ROOT
 from tests.unit.test_plan import HERE
 
 SHM = Path("/dev/shm")
-TMPFS, EXT4, FUSE = 0x01021994, 0xEF53, 0x65735546
+EXT4, FUSE = 0xEF53, 0x65735546
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_memory_is_not_called_a_disk(in_shm):
     assert check.detail.startswith(f"not measured: {in_shm}: ") and "MiB/s" not in check.detail
 
 
-def test_a_plan_keeps_the_published_figure_where_nothing_can_be_measured(in_shm, monkeypatch):
+def test_a_plan_keeps_the_published_figure_where_nothing_can_be_measured(in_shm):
     sources = {"disk": "published, NVMe"}
     assert calibration._disk(HERE, in_shm, sources) == HERE
     assert sources["disk"].startswith(f"published, NVMe; not measured: {in_shm}: lies in memory (tmpfs)")
