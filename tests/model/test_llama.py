@@ -242,7 +242,7 @@ def test_announces_what_it_chose(make, caplog):
 
 
 def said_by(*lines):
-    """What a program of these lines writes to stderr."""
+    """Run a program of these lines; returns its stderr."""
     code = "\n".join(["from rotary_llamacpp import *", *lines])
     ran = python(code)
     assert ran.stdout == ""
