@@ -18,7 +18,7 @@ _STYLE: Any = {
 
 
 def axes(width: float = 8.0, height: float = 3.2, **texts: Any) -> Any:
-    """Axes of a new figure, `width` by `height` inches; `texts` are xlabel, ylabel and title.
+    """Make axes in a new figure, `width` by `height` inches; `texts` are xlabel, ylabel and title.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def axes(width: float = 8.0, height: float = 3.2, **texts: Any) -> Any:
 
 
 def svg(drawn: Any) -> str:
-    """The figure of some axes as SVG, with texts as such and without anything that differs between runs."""
+    """Render the figure of some axes as SVG; text stays text, and nothing differs between runs."""
     from matplotlib import rc_context
 
     out = io.StringIO()

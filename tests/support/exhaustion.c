@@ -248,18 +248,7 @@ int open(const char * path, int flags, ...) {
     return next(path, flags, mode);
 }
 
-int open64(const char * path, int flags, ...) {
-    va_list args;
-    va_start(args, flags);
-    const int mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(args, int) : 0;
-    va_end(args);
-    if (fails("open")) {
-        errno = EMFILE;
-        return -1;
-    }
-    NEXT(open64)
-    return next(path, flags, mode);
-}
+int open64(const char * path, int flags, ...) __attribute__((alias("open")));
 
 FILE * fopen(const char * path, const char * how) {
     if (fails("open")) {
