@@ -7,7 +7,7 @@
 #include "base/error.hpp"
 #include "ggml/device.hpp"
 
-#include <cstring>
+#include <cstdio>
 
 using namespace rotary;
 

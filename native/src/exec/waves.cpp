@@ -7,8 +7,6 @@
 #include "base/error.hpp"
 #include "base/inner_device.hpp"
 
-#include "ggml-impl.h"
-
 #include <algorithm>
 #include <cstring>
 

@@ -6,7 +6,6 @@
 
 #include "base/error.hpp"
 #include "base/inner_device.hpp"
-#include "ggml/inner.hpp"
 
 #include <utility>
 

@@ -2,9 +2,10 @@
 //
 // ROTARY devices: one over each inner device, registered in this process's ggml.
 //
-// ggml/ is what llama.cpp sees: the entry point (registry.cpp), devices (here and device_iface.cpp), the buffer type of
-// expert weights (paged_buffer.cpp) and the backend that computes (backend.cpp). Everything but expert lookup is handed
-// to the inner device. Called by ggml and llama.cpp, and by capi/, which opens and closes pools.
+// ggml/ is what llama.cpp sees: the entry point (registry.cpp) and what the environment says (environment.cpp), devices
+// (here and device_iface.cpp), the buffer type of expert weights (paged_buffer.cpp) and the backend that computes
+// (backend.cpp). Everything but expert lookup is handed to the inner device. Called by ggml and llama.cpp, and by
+// capi/, which opens and closes pools.
 // Threading: as in ggml: devices from any thread, a backend from one at a time. A device's mutex guards which pool
 // collects and what the loader was told; no pool's lock is taken while it is held.
 

@@ -9,8 +9,6 @@
 #include "base/inner_device.hpp"
 #include "store/loaded_weights.hpp"
 
-#include "ggml-impl.h"
-
 #include <algorithm>
 #include <cstring>
 

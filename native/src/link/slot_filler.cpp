@@ -7,8 +7,6 @@
 #include "base/clock.hpp"
 #include "base/forked_compute.hpp"
 
-#include "ggml-impl.h"
-
 #include <algorithm>
 
 namespace rotary {

@@ -5,8 +5,8 @@
 //
 // link/ owns the way to the device: the link's library (link.hpp, link_api.h, cuda_link.cu), pinned memory
 // (pinned_store.hpp, staging_ring.hpp), page tables in the device's memory (device_tables.hpp), and copying experts
-// into slots (slot_filler.hpp), also for a host inner device. Called by model/ (sizing) and exec/ (lookups). It knows
-// tensors and slot tables, but no graphs.
+// into slots (slot_filler.hpp), also for a host inner device. Called by model/ (sizing), prefetch/ (its tables), pool/ and
+// exec/ (lookups). It knows tensors and slot tables, but no graphs.
 // Threading: none of its own, the pool locks; the ring has threads.
 
 #pragma once

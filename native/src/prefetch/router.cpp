@@ -6,8 +6,6 @@
 
 #include "base/inner_device.hpp"
 
-#include "ggml-impl.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -8,7 +8,6 @@
 #include "base/error.hpp"
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 
 namespace rotary {

@@ -9,7 +9,7 @@
 // memory of its own, experts that have been read stay in slots in RAM (ram_tier.hpp).
 //
 // store/ knows files, reads and memory, but neither graphs nor the inner device's slots: callers pass read targets.
-// Called by link/ (which copies the bytes), model/ (sizing), prefetch/ and exec/.
+// Called by link/ (which copies the bytes), model/ (sizing), prefetch/, pool/, exec/ and ggml/ (loaded weights).
 // Threading: none of its own, the pool locks; reads go on in the background between calls.
 
 #pragma once
