@@ -7,7 +7,8 @@
 //
 // Threading: every function may be called from any thread. rotary_last_error() is per thread.
 // Errors: functions that can fail return a negative enum rotary_status (or NULL) and leave one line of text for
-// rotary_last_error(), in the form "<object>: <what failed, with values>; <limit>; <what to do>".
+// rotary_last_error(), in the form "<object>: <what failed, with values>; <limit>; <what to do>". Those that return
+// nothing leave the same for rotary_last_status().
 //
 // The binding reads this file without a preprocessor: only declarations between the markers BEGIN API and END API,
 // no macros in them, no conditional compilation.

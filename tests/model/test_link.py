@@ -330,7 +330,7 @@ def test_a_tier_in_ram(synthetic, stock_trace, late, prefetch, pin):
 
 
 class Told(policies.Lru):
-    """Raises if a resident expert has left other slots than the device's; without prefetch, all are wanted."""
+    """Raises if a resident expert has left other slots than the device's; all are wanted."""
 
     def enter(self, expert, wanted):
         super().enter(expert, wanted)
@@ -341,7 +341,9 @@ def test_a_tier_in_ram_has_a_policy_of_its_own(synthetic, stock_trace, late):
     model = synthetic(type="q8_0")
     half = sum(t.n_bytes for t in read_header(model).tensors if "_exps" in t.name) // 2
     config = {"budget": "min", "store": "direct", "prefetch": False, "policy": Told}
-    [(paged, stats)] = apart(run, model, [{**config, "environment": {"ROTARY_RAM": str(half)}}], environment=late)
+    [(paged, stats)] = apart(
+        run, model, [{**config, "environment": {"ROTARY_RAM": str(half)}}], environment=late
+    )
     assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
     assert stats["ram_hits"] > 0 and stats["policy"] == "Told" and notices(stats) == []
 

@@ -29,7 +29,7 @@ def test_learnt_by_hand():
     assert found.ranked(0) == [1, 2, 3] and found.ranked(1) == [4, 5, 6]
     both = profiles.learn([first, made([[[7, 1], [0, 1]]])])
     assert both.n_tokens == 3 and both.popularity[0, 1] == 1 and both.popularity[0, 7] == pytest.approx(1 / 3)
-    with pytest.raises(RotaryError, match="a profile is of one model"):
+    with pytest.raises(RotaryError, match="a profile is for one model"):
         profiles.learn([first, made([[[1, 2]]])])
 
 

@@ -103,8 +103,11 @@ extern const ggml_backend_device_i      device_i;       // device_iface.cpp
 extern const ggml_backend_device_i      paged_device_i; // paged_buffer.cpp
 extern const ggml_backend_buffer_type_i paged_buft_i;   // paged_buffer.cpp
 
-ggml_backend_t backend_new(device & dev);               // backend.cpp
-ggml_backend_t backend_inner(ggml_backend_t handle);    // backend.cpp
+// Read a pool's configuration from ROTARY_* variables; false with this thread's error if one is not understood.
+bool read_environment(pool_config & config);         // environment.cpp
+
+ggml_backend_t backend_new(device & dev);            // backend.cpp
+ggml_backend_t backend_inner(ggml_backend_t handle); // backend.cpp
 
 // The pool of a weight that lies in a ROTARY_PAGED buffer, else NULL.
 std::shared_ptr<pool> paged_pool_of(const ggml_tensor * weight); // paged_buffer.cpp

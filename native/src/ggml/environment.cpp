@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT
 //
-// Environment. See environment.hpp.
-
-#include "ggml/environment.hpp"
+// Environment: the configuration of pools that llama.cpp alone opens, read once, when ggml loads the library.
 
 #include "base/error.hpp"
+#include "ggml/device.hpp"
 
 #include <cstdlib>
 #include <utility>

@@ -5,7 +5,6 @@
 
 #include "base/error.hpp"
 #include "ggml/device.hpp"
-#include "ggml/environment.hpp"
 #include "ggml/inner.hpp"
 
 #include "ggml-impl.h"

@@ -41,9 +41,7 @@ class pool : public std::enable_shared_from_this<pool> {
                   size_t size); // false with this thread's error
 
     // ---- for the C API and the executor, with the lock held
-    void count_lost_models(int n) {
-        n_lost_models_ += n;
-    } // counts models whose experts are not all known, because memory ran out; needs no lock
+    void    count_lost_models(int n) { n_lost_models_ += n; } // not all experts are known: no memory; needs no lock
     int32_t prepare(); // choose the store, divide the budget and allocate slots, unless that is done
     void    set_budget(const budget & wanted, const std::string & text);
     int32_t warm(int32_t il, std::vector<int32_t> experts); // first_fill::set(), before slots are allocated
@@ -55,7 +53,7 @@ class pool : public std::enable_shared_from_this<pool> {
     bool begin_graph(ggml_backend_t user);
     bool forget_slots() noexcept; // after a failure: slots may not hold what the tables say; false: try again
 
-    // Register a backend that runs over the slots; true if it is new, and must be forgotten when it goes.
+    // Register a backend that runs over the slots; true if it is new, and must be removed when it goes.
     bool add_user(ggml_backend_t user);
     void remove_user(ggml_backend_t user); // takes the lock
     bool is_shared() const { return users_.size() > 1; }
