@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draws figures with matplotlib as SVG, all in one style. Imports matplotlib, an optional package, only to draw.
+"""Draws figures with matplotlib as SVG, all in one style. Imports matplotlib, an extra, only to draw.
 
 A figure has a light and a dark look, and a browser takes that of the page around it; programs that know only
 one show the light one. It has its own background in both, so that it can be read on any page. Equal figures
@@ -18,8 +18,8 @@ from ..errors import RotaryError
 
 EXTRA = "install it with `pip install 'rotary-llamacpp[report]'`"
 
-# Colours are pairs, on a light and on a dark background. Against it text and lines have a contrast of 4.5 or
-# more (WCAG 2.2); lines differ by 30 or more in CIELAB to normal, deuteranopic, protanopic and tritanopic eyes.
+# Colours are pairs, on a light and on a dark background. Text and lines have a contrast of 4.5 or more (WCAG
+# 2.2) against it; lines differ by 30 or more in CIELAB, also to deuteranopic, protanopic and tritanopic eyes.
 PAPER = ("#ffffff", "#0d1117")
 INK = ("#1f2328", "#e6edf3")
 MUTED = ("#59636e", "#9198a1")
@@ -32,12 +32,12 @@ LINES = (
     ("#52141f", "#ff0080"),
 )
 _FONT_POINTS = 9.0
-_LABEL_COLUMNS = 24
+_LABEL_COLUMNS = 26
 _LINE_SPACING = 1.25
 
 
 def _settings() -> dict[str, Any]:
-    from matplotlib import cycler
+    from matplotlib.rcsetup import cycler
 
     colours = cycler(color=[light for light, _ in LINES])
     return {
@@ -120,9 +120,7 @@ def headline(whole: Any, title: str, about: Sequence[str]) -> None:
         lines += [(line, MUTED[0], "normal", _FONT_POINTS) for line in textwrap.wrap(text, n_columns)]
     down = 4.0
     for text, colour, weight, points in lines:
-        whole.text(
-            4 / width, 1 - down / height, text, va="top", color=colour, weight=weight, fontsize=points
-        )
+        whole.text(4 / width, 1 - down / height, text, va="top", color=colour, weight=weight, fontsize=points)
         down += 1.4 * points
     whole.get_layout_engine().set(rect=(0, 0, 1, 1 - (down + 2) / height))
 
@@ -141,10 +139,9 @@ def label_lines(drawn: Any) -> None:
     heights = [_FONT_POINTS * _LINE_SPACING * (1 + text.count("\n")) for text in texts]
     box = drawn.get_window_extent()
     moved = apart(ends, heights, box.y0 * points, box.y1 * points)
-    right = max((line.get_xdata()[-1] for line in lines), default=0)
     for line, text, end, to in zip(lines, texts, ends, moved, strict=True):
         drawn.annotate(
-            text, (right, line.get_ydata()[-1]), (7, to - end), textcoords="offset points",
+            text, line.get_xydata()[-1], (7, to - end), textcoords="offset points",
             va="center", color=line.get_color(), annotation_clip=False, linespacing=_LINE_SPACING,
         )  # fmt: skip
 
