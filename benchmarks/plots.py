@@ -21,22 +21,12 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script it finds only its own folder
 
 from benchmarks import report
-from rotary_llamacpp.display.drawing import (
-    INK,
-    LINES,
-    MUTED,
-    PAPER,
-    figure,
-    headline,
-    label_lines,
-    styled,
-    svg,
-)
+from rotary_llamacpp.display.drawing import INK, LINES, MUTED, figure, headline, label_lines, styled, svg
 from rotary_llamacpp.errors import RotaryError
 from rotary_llamacpp.host.files import writing
 from rotary_llamacpp.units import GIB
 
-SYSTEMS = (("stock", LINES[1][0], -1), ("rotary", LINES[0][0], 1))  # colour; numbers below or above points
+SYSTEMS = (("stock", LINES[1][0], -1), ("rotary", LINES[0][0], 1))  # colour; numbers below or above lines
 NAMES = {"stock": "stock's best", "rotary": "Rotary"}
 
 
@@ -164,12 +154,6 @@ def draw(everything: dict, routing: str, types: list[str], disks: list[str]) -> 
         return svg(grid[0][0])
 
 
-def is_alone_below(panel: Panel, x: float, y: float, top: float) -> bool:
-    """Whether a number of stock's has no room below its point, and room above."""
-    others = [other for at, other in panel.lines["rotary"] if at == x and other is not None]
-    return y < 0.12 * top and all(other - y > 0.25 * top for other in others)
-
-
 def draw_panel(axes: Any, panel: Panel, bandwidth: float, top: float) -> None:
     """Lines, their points' numbers, and the speed in memory as a level line."""
     axes.set_visible(True)
@@ -179,13 +163,12 @@ def draw_panel(axes: Any, panel: Panel, bandwidth: float, top: float) -> None:
     for system, colour, side in SYSTEMS:
         points = [(x / GIB, y) for x, y in panel.lines[system] if y is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=NAMES[system])
-        for x, y in points:
-            above = side > 0 or is_alone_below(panel, x * GIB, y, top)
+            label = f"{NAMES[system]} {rate(points[-1][1])}"
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
+        for x, y in points[:-1]:  # beside lines that rise with the memory
             axes.annotate(
-                rate(y), (x, y), (0, 5 if above else -4), textcoords="offset points", ha="center",
-                va="bottom" if above else "top", color=colour,
-                bbox={"facecolor": PAPER[0], "edgecolor": "none", "pad": 0.5},
+                rate(y), (x, y), (-2 * side, 3 * side), textcoords="offset points", color=colour,
+                ha="right" if side > 0 else "left", va="bottom" if side > 0 else "top",
             )  # fmt: skip
         for x in (x / GIB for x, y in panel.lines[system] if y is None):
             axes.plot([x], [0], marker="x", color=colour, clip_on=False)

@@ -12,6 +12,8 @@ import contextlib
 import io
 import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from ..errors import RotaryError
@@ -126,7 +128,11 @@ def headline(whole: Any, title: str, about: Sequence[str]) -> None:
 
 
 def label_lines(drawn: Any) -> None:
-    """Write each line's label at its right end, in its colour; labels that would overlap move apart."""
+    """Write each line's label at its right end, in its colour.
+
+    Labels that would overlap move apart. Where one has moved, or colours repeat, a piece of each line leads
+    to its label.
+    """
     whole = drawn.get_figure()
     whole.draw_without_rendering()  # now the scales and the height of the axes are known
     lines = [line for line in drawn.get_lines() if not line.get_label().startswith("_")]
@@ -138,33 +144,45 @@ def label_lines(drawn: Any) -> None:
     ]
     heights = [_FONT_POINTS * _LINE_SPACING * (1 + text.count("\n")) for text in texts]
     box = drawn.get_window_extent()
-    moved = apart(ends, heights, box.y0 * points, box.y1 * points)
-    for line, text, end, to in zip(lines, texts, ends, moved, strict=True):
+    moved = [
+        to - end for end, to in zip(ends, apart(ends, heights, box.y0 * points, box.y1 * points), strict=True)
+    ]
+    lead = len(lines) > len(LINES) or max(map(abs, moved), default=0) > _FONT_POINTS
+    for line, text, up in zip(lines, texts, moved, strict=True):
+        leader = {
+            "arrowstyle": "-", "color": line.get_color(), "linestyle": line.get_linestyle(),
+            "linewidth": 1, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0,
+        }  # fmt: skip
         drawn.annotate(
-            text, line.get_xydata()[-1], (7, to - end), textcoords="offset points",
-            va="center", color=line.get_color(), annotation_clip=False, linespacing=_LINE_SPACING,
+            text, line.get_xydata()[-1], (24 if lead else 7, up), textcoords="offset points", va="center",
+            color=line.get_color(), annotation_clip=False, linespacing=_LINE_SPACING,
+            arrowprops=leader if lead else None,
         )  # fmt: skip
 
 
 def apart(wanted: Sequence[float], heights: Sequence[float], low: float, high: float) -> list[float]:
-    """Positions for labels of these heights, none over another, as near as they can be to those wanted.
+    """Middles for labels of these heights, none over another, as near as can be to those wanted.
 
-    They keep their order and stay between `low` and `high` while there is room.
+    Near is by least squares. Labels keep their order. They stay between `low` and `high`; without room for
+    that, they reach above.
     """
+    if not wanted:
+        return []
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed: list[float] = []
-    for i in order:  # upwards
-        floor = placed[-1] + (heights[order[len(placed) - 1]] + heights[i]) / 2 if placed else low
-        placed.append(max(wanted[i], floor))
-    ceiling = max(high, low + sum(heights) - (heights[order[0]] + heights[order[-1]]) / 2) if order else high
-    for at in reversed(range(len(placed))):  # and back from the top
-        placed[at] = min(placed[at], ceiling)
-        if at:
-            ceiling = placed[at] - (heights[order[at]] + heights[order[at - 1]]) / 2
-    result = [0.0] * len(wanted)
-    for i, position in zip(order, placed, strict=True):
-        result[i] = position
-    return result
+    offsets = [0.0]  # of labels stacked without gaps; less these, middles need only not to fall
+    for below, above in pairwise(order):
+        offsets.append(offsets[-1] + (heights[below] + heights[above]) / 2)
+    blocks: list[list[float]] = []  # isotonic regression: pool adjacent violators
+    for i, offset in zip(order, offsets, strict=True):
+        blocks.append([wanted[i] - offset])
+        while len(blocks) > 1 and fmean(blocks[-2]) > fmean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    bottom = low + heights[order[0]] / 2
+    top = max(bottom, high - heights[order[-1]] / 2 - offsets[-1])
+    middles = [min(max(fmean(block), bottom), top) for block in blocks for _ in block]
+    placed = dict(zip(order, map(sum, zip(middles, offsets, strict=True)), strict=True))
+    return [placed[i] for i in range(len(wanted))]
 
 
 def svg(drawn: Any) -> str:

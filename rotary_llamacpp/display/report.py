@@ -135,7 +135,8 @@ def _by_budget(rows: Sequence[dict[str, Any]]) -> Any:
     drawn = axes(xlabel="budget, % of the experts", ylabel="hit rate, %", ylim=(0, 100))
     for policy in dict.fromkeys(row["policy"] for row in rows):
         points = sorted((row["budget"], row["hit_rate"] or 0) for row in rows if row["policy"] == policy)
-        drawn.plot(*(100 * np.array(points)).T, marker="o", label=policy)
+        drawn.plot(*(100 * np.array(points)).T, marker="o", clip_on=False, label=policy)
+    drawn.margins(x=0)
     label_lines(drawn)
     return drawn
 
