@@ -5,15 +5,16 @@
 #   make test-fast     the inner loop: logic, the C API, commands, and one model against stock; under two minutes
 #   make conformance   only upstream's conformance programs
 #   make machines      paged against stock on processors that Debian's qemu-user emulates, x86-64 and Arm
-#   make bench         paged against stock, in turn
+#   make bench         decode and prefill speed, paged against stock
 #   make lint          ruff, mypy, clang-format
+#   make docs          the site of docs/, into build/docs; fails on a broken link
 #   make fuzz          10,000 damaged inputs of each kind (FUZZ="--seed 2 --only gguf"); minutes
 #   make sanitize      the native tests with ASan and UBSan, then with TSan (SANITIZE=address); builds llama.cpp again
 #   make soak          everything at once for SOAK_MINUTES=20, logits compared with stock's (SOAK="--only forks")
-#   make clean         remove what was built, but for the downloaded llama-cpp-python and its wheel
+#   make clean         remove what was built, except the downloaded llama-cpp-python and its wheel
 #
-# Each sets up what it needs first, in .venv and build/. Wanted of the machine: Python 3.11 with venv, a C and C++
-# compiler, make. The first time takes minutes, as it compiles llama-cpp-python; later ones take seconds.
+# Each target first sets up what it needs in .venv and build/. The machine needs Python 3.11 or newer with venv, a C and
+# C++ compiler, and make. The first set-up takes minutes, since it compiles llama-cpp-python; later ones take seconds.
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -35,25 +36,25 @@ WHEELS  := build/wheel-$(VERSION)
 LIBRARY := rotary_llamacpp/lib/libggml-rotary.so
 NATIVE  := CMakeLists.txt $(shell find native -type f)
 
-# For the pip that builds wheels, and for tests that start the build again.
+# Exported for the pip that builds wheels and for tests that run the build again.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: run test test-fast conformance machines bench lint fuzz sanitize soak clean setup programs
+.PHONY: run test test-fast conformance machines bench lint docs fuzz sanitize soak clean setup programs
 
 run: setup
 	$(VENV)/bin/rotary run $(MODEL) -p "$(PROMPT)" -n 64 --budget 25% --temp 0.8 --seed 1
 
-test: setup programs
+test: setup programs $(VENV)/.docs
 	$(PY) -m pytest --named-skips
 
 test-fast: setup
-	$(PY) -m pytest -q -m "not slow" tests/unit tests/native tests/cli/test_cli.py tests/model/test_exactness.py::test_tiny_model
+	$(PY) -m pytest -q -m "not slow" tests/unit tests/native tests/docs tests/cli/test_cli.py tests/model/test_exactness.py::test_tiny_model
 
 conformance: setup programs
 	$(PY) -m pytest -m conformance
 
-# Builds llama.cpp twice: about twenty minutes of one core, then minutes. MACHINES names some of them.
+# Builds llama.cpp twice (about twenty minutes of one core), then runs for minutes. MACHINES selects machines by name.
 machines: $(VENV)/.made $(SDIST)/PKG-INFO
 	@$(PY) -m tests.machines.run $(SDIST)/vendor/llama.cpp $(MACHINES)
 
@@ -66,6 +67,10 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find native/src tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu')
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --clean
+	@echo "build/docs/index.html"
+
 fuzz: setup
 	$(PY) -m tests.fuzz.run $(FUZZ)
 
@@ -76,7 +81,7 @@ soak: setup
 	$(PY) -m tests.soak.run --minutes $(SOAK_MINUTES) $(SOAK)
 
 clean:
-	rm -rf $(VENV) build/native build/sanitize build/conformance build/machines build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include
+	rm -rf $(VENV) build/docs build/native build/sanitize build/conformance build/machines build/bdist.* rotary_llamacpp/lib rotary_llamacpp/include
 	rm -rf *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find rotary_llamacpp models tests -name __pycache__ -prune -exec rm -rf {} +
 
@@ -98,7 +103,7 @@ $(VENV)/.made:
 $(SDIST)/PKG-INFO: | $(VENV)/.made
 	@$(PY) setup.py -q llama_cpp > /dev/null
 
-# Its own build directory, so that an interrupted build goes on where it stopped.
+# In a build directory of its own, so that an interrupted build resumes.
 $(WHEELS)/.made: | $(SDIST)/PKG-INFO
 	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF $${CMAKE_ARGS:-}" \
 	    $(PY) .ci/progress.py "llama-cpp-python $(VERSION)" build/llama-cpp-python.log \
@@ -117,6 +122,12 @@ $(LIBRARY): $(VENV)/.installed $(NATIVE)
 
 $(VENV)/.lint: $(VENV)/.installed
 	@$(PIP) install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+# Not the package, which takes minutes to build.
+$(VENV)/.docs: $(VENV)/.made pyproject.toml
+	@$(PIP) install -q $$($(PY) -c 'import tomllib; \
+	    print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
 # ---- upstream's programs for the conformance tests -----------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the benchmarks share: measuring in a process of its own, the processor's name, synthetic models."""
+"""Shared by the benchmarks: measuring in a process of its own, the processor's name, synthetic models."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class ProcessFailed(Exception):
 def in_process(
     module: str, function: str, *arguments: object, timeout: float | None = None, root: Path = ROOT
 ) -> dict:
-    """Call `module`.`function` in a fresh interpreter: no run inherits another's memory or threads.
+    """Call `module`.`function` in a fresh interpreter, so that no run inherits another's memory or threads.
 
-    The code is that of the checkout at `root`. Arguments and the result pass as JSON, the result in the last
-    line of standard output.
+    The code is that of the checkout at `root`. Arguments and result are JSON, the result in the last line of
+    standard output.
 
     Raises
     ------
     ProcessFailed
         The process did not end with status 0.
     subprocess.TimeoutExpired
-        It took longer than `timeout` seconds, and was killed.
+        The process took longer than `timeout` seconds and was killed.
     """
     code = (
         f"import json, sys; from {module} import {function}; "
@@ -62,7 +62,7 @@ def in_process(
 
 
 def cpu_name() -> str:
-    """The processor as /proc/cpuinfo names it."""
+    """The processor's name, from /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -90,7 +90,7 @@ def provenance() -> dict:
 
 
 def synthetic(folder: Path, shape: str, type_: str, locality: float | None, **overrides: int) -> Path:
-    """A model of the generator's in `folder`, written once."""
+    """Path of a synthetic model in `folder`, generated unless it is there."""
     from models.synth import synthesize
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,9 +102,9 @@ def synthetic(folder: Path, shape: str, type_: str, locality: float | None, **ov
 
 
 def last_logits(llama: Llama) -> NDArray[np.float32]:
-    """Of the last token; valid until the next is computed.
+    """View of the last token's logits, valid until the next token is computed.
 
-    A view: llama_cpp's own way is a list of the vocabulary's Python numbers, milliseconds for each token.
+    llama_cpp itself returns a list of Python numbers, which takes milliseconds for each token.
     """
     import llama_cpp
     import numpy as np

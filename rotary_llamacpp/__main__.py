@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Entry point of ``rotary`` and of ``python -m rotary_llamacpp``; imports little before it can report
-failures.
+"""Entry point of ``rotary`` and of ``python -m rotary_llamacpp``.
 
-Ctrl-C during imports ends the process silently. A missing package, or an output that is full or closed, ends
-it with one line.
+Imports little, so that it can report an import that fails. Ctrl-C during imports ends the process silently; a
+missing package, or an output that is full or closed, ends it with a one-line message.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def main() -> None:
     except ImportError as error:
         said = " ".join(str(error).split())
         _end(
-            f"{error.name or 'python'}: cannot be imported, {said}; install it again with "
+            f"{error.name or 'python'}: cannot be imported, {said}; reinstall it with "
             "`pip install --force-reinstall rotary-llamacpp`"
         )
     except OSError as error:
@@ -33,7 +32,7 @@ def main() -> None:
 
 
 def _write_any_text() -> None:
-    """Let outputs take file names that are not valid text, and letters that the terminal does not have."""
+    """Make outputs accept file names that are not valid text, and characters that the terminal lacks."""
     import codecs
 
     def handle(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -51,7 +50,7 @@ def _write_any_text() -> None:
 def _end(line: str) -> None:
     with contextlib.suppress(OSError):
         print(f"rotary: {line}", file=sys.stderr)
-    # The interpreter would try again to write what is buffered when it ends, and complain.
+    # At exit, the interpreter would try to flush the buffers again, and complain.
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

@@ -25,8 +25,7 @@ _MAX_SLOTS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget as the native library takes it: `text` is one of "auto", "min", "25%", "<bytes>", "16
-    slots"."""
+    """A budget; the native library parses `text`: "auto", "min", "25%", "<bytes>" or "16 slots"."""
 
     kind: str  # "auto", "min", "share", "slots" or "bytes"
     amount: float = 0  # percent, slots per layer or bytes
@@ -39,7 +38,7 @@ class Budget:
         Raises
         ------
         BudgetError
-            It is none of the accepted forms.
+            The value has none of the accepted forms.
         """
         refusal = BudgetError(f"budget {shown(value)}: not understood; {_ACCEPTED}")
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -74,7 +73,7 @@ class Budget:
         if 1 < value < MIB:
             percent = f"{value:g}% or " if value <= 100 else ""
             raise BudgetError(
-                f"budget {value!r}: a number with a point is a share of the experts; above 0 and at most 1; "
+                f"budget {value!r}: a number with a point is a share of the experts, above 0 and at most 1; "
                 f"write {percent}{value:g}GiB"
             )
         raise refusal
@@ -96,14 +95,15 @@ class RotaryConfig:
         token's experts), a share (``"25%"``, ``"0.25"`` or ``0.25``), a size (``"8GiB"``), an int of bytes,
         or ``"16 slots"`` per layer.
     inner : str, optional
-        ggml device that computes, ``"CPU"``, ``"CUDA0"``, ``"rpc://host:port"``, or several, comma separated,
-        over which llama.cpp splits the layers; by default all GPUs, else the CPU. A size is for all of them.
+        ggml device that computes, ``"CPU"``, ``"CUDA0"`` or ``"rpc://host:port"``, or several, separated by
+        commas, over which llama.cpp splits the layers; by default all GPUs, else the CPU. A budget in bytes
+        is for all of them together.
     repack : bool
-        On the CPU, keep weights in its repacked layout as stock llama.cpp does; False is stock with
+        On the CPU, repack weights for its kernels as stock llama.cpp does; False is as stock with
         ``use_extra_bufts=False``.
     direct : bool
-        Let a host inner device compute a batch that wants more experts than slots straight from the mapped
-        file.
+        Let a host inner device compute straight from the mapped file if a batch wants more experts than
+        there are slots.
     margin : int or str, optional
         Bytes of the inner device's memory that ``"auto"`` leaves free.
     store : str
@@ -114,8 +114,8 @@ class RotaryConfig:
         With the direct store, read the experts that the next layers will probably want while the disk is
         idle; on a GPU, copy them while the link is idle. True or ``"auto"`` predicts with the next layers'
         routers, or with ``"mixed"`` where those cannot be applied early. A name is one of
-        `rotary_llamacpp.predictors.NAMES`; a class is one such as `rotary_llamacpp.predictors` has, called
-        in Python and slower. A GPU that resolves lookups itself takes neither. False is off.
+        `rotary_llamacpp.predictors.NAMES`; a class is like those in `rotary_llamacpp.predictors`, called in
+        Python and slower. A GPU that resolves lookups itself always uses the routers. False is off.
     staging : int or str, optional
         Bytes of memory for reads in flight, with the direct store.
     pin : str
@@ -127,15 +127,15 @@ class RotaryConfig:
         the best policy that can run where lookups are resolved; or a class such as those in
         `rotary_llamacpp.policies`, called in Python and slower.
     split : str
-        How slots are divided between layers: ``"adaptive"`` begins evenly, then rebalances one slot after the
-        other to where it saves more misses, on the CPU; ``"even"`` stays even.
+        How slots are divided between layers: ``"adaptive"`` begins evenly, then, on the CPU, moves one
+        slot at a time to where it saves more misses; ``"even"`` stays even.
     profile : str
         Which experts fill the slots at first: ``"auto"``, those of the profile that ``rotary profile`` wrote
-        beside the model or ``rotary convert`` stored in it, if there is one; those of a profile at this path;
-        or ``"off"``, none.
+        beside the model or ``rotary convert`` stored in it, if there is one; a path, those of the profile
+        there; ``"off"``, none.
     verbose : bool, optional
-        Say what was chosen in one line on the logger ``rotary_llamacpp``; by default where ``Llama`` is
-        verbose. Warnings are always logged.
+        Log what was chosen in one line on the logger ``rotary_llamacpp``; by default if ``Llama`` is verbose.
+        Warnings are always logged.
     """
 
     budget: str | int | float = "auto"
@@ -153,7 +153,7 @@ class RotaryConfig:
     verbose: bool | None = None
 
     def __post_init__(self) -> None:
-        self.parsed_budget  # noqa: B018 (refuses what is none)
+        self.parsed_budget  # noqa: B018 (refuses what is not a budget)
         for size in (self.margin, self.staging):
             if size is not None:
                 parse_bytes(size)
@@ -162,7 +162,9 @@ class RotaryConfig:
         if self.pin not in PINS:
             raise RotaryError(f"pin {self.pin!r}: not known; give one of {', '.join(PINS)}")
         if not isinstance(self.profile, str) or not self.profile:
-            raise RotaryError(f"profile {self.profile!r}: neither auto, off nor a path")
+            raise RotaryError(
+                f"profile {self.profile!r}: not a path; give auto, off or the path of a profile"
+            )
         if not callable(self.policy) and self.policy not in (AUTO, *NATIVE):
             raise RotaryError(
                 f"policy {self.policy!r}: not known; give one of {', '.join((AUTO, *NATIVE))} or a class"
@@ -199,19 +201,19 @@ class RotaryConfig:
     def from_any(
         cls, value: RotaryConfig | Mapping[str, Any] | str | int | float | None
     ) -> RotaryConfig | None:
-        """Make a configuration of the ``rotary`` argument of ``Llama``; None when that turns paging off.
+        """Make a configuration from the ``rotary`` argument of ``Llama``; None if it turns paging off.
 
         Raises
         ------
         RotaryError
-            An unknown option, or a value out of range.
+            An option is unknown, or a value is out of range.
         """
         if isinstance(value, Mapping):
             known = [field.name for field in fields(cls)]
             unknown = sorted(set(value) - set(known))
             if unknown:
                 raise RotaryError(
-                    f"rotary: unknown option {', '.join(map(repr, unknown))}; known are {', '.join(known)}"
+                    f"rotary: unknown option {', '.join(map(repr, unknown))}; options are {', '.join(known)}"
                 )
             value = dict(value)
             return None if _is_off(value.get("budget", "auto")) else cls(**value)

@@ -25,11 +25,11 @@ class ModelError(RotaryError, ValueError):
 
 
 class BudgetError(RotaryError, ValueError):
-    """The budget makes no sense, or is below what one token needs."""
+    """The budget is not understood, or is below what one token needs."""
 
 
 class DeviceError(RotaryError, ValueError):
-    """No such inner device, or it cannot be used now."""
+    """The inner device does not exist, or cannot be used now."""
 
 
 class LibraryError(RotaryError, RuntimeError):
@@ -41,4 +41,4 @@ class ReadError(RotaryError, RuntimeError):
 
 
 class VersionError(LibraryError):
-    """llama-cpp-python, ggml or the native library is of another version than the others."""
+    """The versions of llama-cpp-python, ggml and the native library do not match."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The versions this release is made for: the single place of the pin.
+"""The pinned versions that this release is made for.
 
-Read by the package at load, and by setup.py and the Makefile as text or by import, so it holds plain
+The package imports this module; setup.py and the Makefile import it or read it as text, so it has plain
 assignments and imports nothing.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sizes, rates and shares: how they are read from what people write, and how they are shown to them."""
+"""Sizes, rates and shares: parsed from what people write, and formatted for people to read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RATE = re.compile(r"(.+?)\s*([KMG]i?B)/s")
 
 
 def parse_bytes(value: int | str) -> int:
-    """Bytes in a size: an integer, or text such as ``"512MiB"``, ``"8G"`` or ``"1000000"``."""
+    """Parse a size into bytes: an integer, or text such as ``"512MiB"``, ``"8G"`` or ``"1000000"``."""
     number, unit = number_and_unit(value)
     if number and unit == "" and "." in number:
         raise RotaryError(
@@ -42,20 +42,20 @@ def parse_bytes(value: int | str) -> int:
 
 
 def parse_size(value: str) -> int:
-    """Bytes in a size that a person wrote; a bare small number is refused, because a unit was meant."""
+    """Parse a size that a person wrote into bytes; a small number without a unit is refused."""
     n_bytes = parse_bytes(value)
     if value.strip().isdigit() and 0 < n_bytes < MIB:
-        raise RotaryError(f"size {value!r}: is {n_bytes} bytes; a size has a unit; write {n_bytes}GiB")
+        raise RotaryError(f"size {value!r}: is only {n_bytes} bytes; a size needs a unit; write {n_bytes}GiB")
     return n_bytes
 
 
 def parse_rate(text: str) -> float:
-    """Bytes a microsecond of "25GB/s", "500MiB/s" or "pcie4x16".
+    """Parse a rate such as "25GB/s", "500MiB/s" or "pcie4x16" into bytes per microsecond.
 
     Raises
     ------
     RotaryError
-        Anything else.
+        The text is not such a rate.
     """
     if text in _LINKS:
         return _LINKS[text] / 1e6
@@ -72,12 +72,12 @@ def parse_rate(text: str) -> float:
 
 
 def parse_shares(text: str) -> list[float]:
-    """Shares of 1 in percentages separated by commas, such as "5,12.5".
+    """Parse percentages separated by commas, such as "5,12.5", into shares of 1.
 
     Raises
     ------
     RotaryError
-        Not numbers, or not above 0 and up to 100.
+        A percentage is not a number, or not above 0 and up to 100.
     """
     try:
         found = [float(each.strip().removesuffix("%")) / 100 for each in text.split(",")]
@@ -91,7 +91,7 @@ def parse_shares(text: str) -> list[float]:
 
 
 def number_and_unit(value: object) -> tuple[str, str]:
-    """Digits and small letters of the unit in text such as "8 GiB"; "" and "-" in any other text."""
+    """Split text such as "8 GiB" into digits and a unit in lower case; "" and "-" for any other text."""
     try:
         text = str(value).strip()
     except ValueError:  # an int with more digits than Python converts
@@ -101,7 +101,7 @@ def number_and_unit(value: object) -> tuple[str, str]:
 
 
 def whole_bytes(number: str, unit: str) -> int | None:
-    """Bytes of a number and a unit; None for a part of a byte, and for more than any machine has."""
+    """Bytes of a number and a unit; None for less than a byte, and for more than any machine has."""
     n_bytes = float(number or "nan") * UNITS[unit]
     if not n_bytes < _MAX_BYTES or 0 < n_bytes < 1:
         return None
@@ -127,7 +127,7 @@ def mib(n_bytes: float, digits: int = 1) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes as text, in GiB from one on; for tables, in which sizes differ much."""
+    """Bytes as text, in GiB from 1 GiB on; for tables, in which sizes differ a lot."""
     return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB else mib(n_bytes)
 
 
@@ -153,5 +153,5 @@ def span(numbers: Sequence[int]) -> str:
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """A part of a whole; None of nothing, never 1."""
+    """A part divided by its whole; None, never 1, if the whole is 0."""
     return part / whole if whole else None

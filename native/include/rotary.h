@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 //
-// rotary.h: the public C API of libggml-rotary.so, and the single truth from which the Python binding is made.
+// rotary.h: the public C API of libggml-rotary.so. The Python binding is made from this file alone.
 //
-// It configures paging and reports on it. Loading a model and running it stay llama.cpp's own API: llama.cpp finds
-// the ROTARY<i> devices through ggml's backend registry once the library has been loaded with ggml_backend_load().
+// The API configures paging and reports on it. Models are loaded and run by llama.cpp's own API, which finds the
+// ROTARY<i> devices in ggml's backend registry once the library has been loaded with ggml_backend_load().
 //
 // Threading: every function may be called from any thread. rotary_last_error() is per thread.
 // Errors: functions that can fail return a negative enum rotary_status (or NULL) and leave one line of text for
@@ -34,22 +34,22 @@ enum rotary_status {
     ROTARY_ERR_DEVICE  = -3, // no such inner device, or it cannot be used
     ROTARY_ERR_BUDGET  = -4, // the budget is below what one token needs
     ROTARY_ERR_MEMORY  = -5, // an allocation failed
-    ROTARY_ERR_STATE   = -6, // not now: for example the inner device of a device that has models
+    ROTARY_ERR_STATE   = -6, // not possible now, such as changing the inner device of a device that has models
     ROTARY_ERR_READ    = -7, // the model's file cannot be read, or is no longer the file that was loaded
 };
 
 enum rotary_path {
-    ROTARY_PATH_NONE     = 0, // not sized yet
+    ROTARY_PATH_NONE     = 0, // no slots allocated yet
     ROTARY_PATH_SLOTS    = 1, // experts are paged into slots
-    ROTARY_PATH_RESIDENT = 2, // every expert of the layer has its slot, filled once
-    ROTARY_PATH_MAPPED   = 3, // every expert fits and the inner device computes straight from the mapping: no copy
+    ROTARY_PATH_RESIDENT = 2, // every expert of the layer has a slot, filled once
+    ROTARY_PATH_MAPPED   = 3, // every expert fits, and the inner device computes from the mapping without a copy
 };
 
 enum rotary_store {
     ROTARY_STORE_AUTO   = 0, // not chosen yet
     ROTARY_STORE_MMAP   = 1, // experts come from llama.cpp's mapping of the file, through the page cache
     ROTARY_STORE_DIRECT = 2, // experts are read from the file past the page cache, many requests in flight
-    ROTARY_STORE_MEMORY = 3, // llama.cpp has copied them into memory (no mmap)
+    ROTARY_STORE_MEMORY = 3, // llama.cpp has read experts into memory (no mmap)
 };
 
 enum rotary_io {
@@ -60,10 +60,10 @@ enum rotary_io {
 
 // ---- library ------------------------------------------------------------------------------------------------------
 
-// Version of this header's ABI; the binding refuses a library that answers another number than it was made for.
+// Version of this header's ABI; the binding refuses a library of another version.
 int32_t rotary_abi_version(void);
 
-// Size in bytes of one of this header's structs by its name ("rotary_config", "rotary_stats", ...); 0 if unknown.
+// Size in bytes of the struct of this name in this header ("rotary_config", "rotary_stats", ...); 0 if there is none.
 size_t rotary_sizeof(const char * struct_name);
 
 // ggml_version() and ggml_commit() of the source this library was compiled against, and the machine it was built for
@@ -72,66 +72,64 @@ const char * rotary_built_ggml_version(void);
 const char * rotary_built_ggml_commit(void);
 const char * rotary_built_machine(void);
 
-// Whether the CPU backend of the ggml in this process runs on this processor: 0 if a small graph, computed in a child
-// process, dies of an illegal instruction; else 1, also where no child can be had.
+// Whether the CPU backend of the ggml in this process runs on this processor: 0 if computing a small graph in a child
+// process ends with an illegal instruction; else 1, also if no child process can be started.
 int32_t rotary_cpu_runs(void);
 
-// Status of the last error on this thread, for functions that return a pointer; ROTARY_OK if none.
+// Status of this thread's last error, for functions that return a pointer; ROTARY_OK if none.
 int32_t rotary_last_status(void);
 
-// Text of the last error on this thread, "" if none. Valid until the next failing call on this thread.
+// Text of this thread's last error, "" if none. Valid until the thread's next failing call.
 const char * rotary_last_error(void);
 
-// Forget this thread's last error, to tell a new one from an old one.
+// Clear this thread's last error, so that a later one can be told from it.
 void rotary_clear_error(void);
 
 // ---- devices ------------------------------------------------------------------------------------------------------
 
-// ROTARY devices, one for each inner device. Chosen when the library is loaded: those named by the environment
-// variable ROTARY_INNER (comma separated ggml device names, or rpc://host:port for that server's first device), else
-// every GPU, else the CPU.
+// ROTARY devices, one for each inner device. Inner devices are chosen when the library is loaded: those in the
+// environment variable ROTARY_INNER (comma separated ggml device names, or rpc://host:port for that server's first
+// device), else every GPU, else the CPU.
 int32_t      rotary_device_count(void);
 const char * rotary_device_name(int32_t device);       // "ROTARY0"; NULL if there is no such device
-const char * rotary_device_inner(int32_t device);      // as it was named: "CPU", "CUDA0", "rpc://127.0.0.1:50052"
+const char * rotary_device_inner(int32_t device);      // as named: "CPU", "CUDA0", "rpc://127.0.0.1:50052"
 
-// Make `device` wrap another inner device. ROTARY_ERR_STATE while a model or a backend uses it.
+// Make `device` wrap another inner device. ROTARY_ERR_STATE while a pool, a model or a backend uses `device`.
 int32_t rotary_device_set_inner(int32_t device, const char * inner);
 
 // ---- eviction policies ---------------------------------------------------------------------------------------------
 
-// Each layer's eviction policy picks the victim when a slot is wanted. Names: rotary_policy_names(), comma separated,
-// static.
+// A layer's eviction policy picks the victim when a slot is wanted. Names of all policies, comma separated, static.
 const char * rotary_policy_names(void);
 
-// A policy of the caller's own. `layer` is the model's layer number. Called while a graph runs, from the graph's thread.
+// A policy of the caller's own. `layer` is the model's layer number. Called by the thread that runs a graph.
 typedef struct rotary_policy {
     void * user;
-    // A routing, ids[n_tokens][n_used] with the router's weights, or NULL where they are not known, before any of these
-    // experts enters a slot.
+    // A routing, ids[n_tokens][n_used], and the router's weights, NULL if they are not known. Called before any of
+    // these experts enters a slot.
     void (*note)(void * user, int32_t layer, const int32_t * ids, const float * weights, int32_t n_used,
                  int32_t n_tokens);
-    void (*enter)(void * user, int32_t layer, int32_t expert, int32_t wanted); // wanted 0: prefetched, and not used
+    void (*enter)(void * user, int32_t layer, int32_t expert, int32_t wanted); // wanted 0: prefetched, and not used yet
     void (*leave)(void * user, int32_t layer, int32_t expert);
     void (*resize)(void * user, int32_t layer, int32_t n_slots); // the layer has this many slots from now on
-    // The victim among these residents, which are in the order of their slots; anything else means the first of them.
+    // Return the victim among these resident experts, in the order of their slots; any other value means the first.
     int32_t (*choose)(void * user, int32_t layer, const int32_t * candidates, int32_t n);
 } rotary_policy;
 
 // ---- predictors ----------------------------------------------------------------------------------------------------
 
-// A predictor names what the next layers will want, so that it is prefetched. Names: "auto", the next layers' routers, and
-// the best predictor from routings where those cannot be had; "router", those alone; and the predictors from routings,
-// rotary_predictor_names(), comma separated, static.
+// A predictor names the experts that the next layers will want, to be prefetched. "router" applies the next layers'
+// routers early; "auto" does the same, and uses the best predictor from routings for layers whose router cannot be
+// applied. The names of the predictors from routings, comma separated, static:
 const char * rotary_predictor_names(void);
 
-// A predictor of the caller's own. Layers are numbered from 0 among those that are paged. Called while a graph runs, from
-// the graph's thread.
+// A predictor of the caller's own. Paged layers are numbered from 0. Called by the thread that runs a graph.
 typedef struct rotary_predictor {
     void * user;
-    // A routing when it is made, ids[n_tokens][n_used].
+    // Called with each routing, ids[n_tokens][n_used].
     void (*note)(void * user, int32_t layer, const int32_t * ids, int32_t n_used, int32_t n_tokens);
-    // After the routing of `layer`: write what layer `ahead` will want for the last token, likeliest first, into experts[n];
-    // return how many.
+    // Called after the routing of `layer`: write the experts that layer `ahead` will want for the last token, likeliest
+    // first, into experts[n]; return how many.
     int32_t (*name)(void * user, int32_t layer, int32_t ahead, int32_t * experts, int32_t n);
 } rotary_predictor;
 
@@ -145,33 +143,33 @@ typedef struct rotary_config {
     const char * budget;        // "auto", "min", "25%" or "0.25", "8GiB", "1000000" (bytes), "16 slots" (per layer)
     const char * model;         // name for messages; may be NULL
     uint64_t     margin_bytes;  // "auto" leaves this much of the inner device's memory free; 0 for the default
-    int32_t      repack;        // CPU inner device: 1 slots in the CPU's repacked layout where it has one (as stock
-                                // llama.cpp loads weights), 0 plain layout (as stock with use_extra_bufts = false)
-    int32_t      direct;        // 1 lets a host inner device compute a batch that wants more experts than there are
-                                // slots straight from the mapping; 0 always pages (waves)
-    const char * store;         // "auto", "mmap" or "direct"; NULL is "auto": direct where the experts do not fit into
-                                // the memory that is available
+    int32_t      repack;        // CPU inner device: 1 repacks experts into the CPU's layout where it has one (as stock
+                                // llama.cpp loads weights), 0 keeps the plain layout (use_extra_bufts = false)
+    int32_t      direct;        // 1 lets a host inner device compute from the mapping if a batch wants more experts
+                                // than there are slots; 0 always pages them (in waves)
+    const char * store;         // "auto", "mmap" or "direct"; NULL is "auto": direct if the experts do not fit into
+                                // available memory
     int32_t      prefetch;      // 1 reads the experts that the next layers will probably want while the disk is idle
     int32_t      adaptive;      // 1 lets slots be rebalanced between layers, on a host inner device
-    uint64_t     staging_bytes; // direct: memory for reads in flight; 0 for the default
-    const char * pin;           // "auto", "on" or "off": whether experts may be pinned where they lie, for a GPU to
-                                // read; NULL is "auto": if they take no more than 3/4 of the available memory
-    const char * policy;        // by name; NULL is "auto": the best that can run where lookups are resolved
-    const rotary_policy * own_policy; // instead of that; must outlive the pool
+    uint64_t     staging_bytes; // direct store: memory for reads in flight; 0 for the default
+    const char * pin;           // "auto", "on" or "off": whether experts may be pinned in host memory for a GPU to
+                                // read; NULL is "auto": if they take no more than 3/4 of available memory
+    const char * policy;        // by name; NULL is "auto": the best one that can run where lookups are resolved
+    const rotary_policy * own_policy; // instead of `policy`, or NULL; must outlive the pool
     const char * predictor;     // by name; NULL is "auto"
-    const rotary_predictor * own_predictor; // instead of that; must outlive the pool
+    const rotary_predictor * own_predictor; // instead of `predictor`, or NULL; must outlive the pool
 } rotary_config;
 
 typedef struct rotary_stats {
-    // what was chosen
-    uint64_t budget_bytes;       // slots' bytes as resolved from the budget text
-    uint64_t slot_bytes;         // bytes really allocated for slots; 0 on the mapped path
+    // choices and sizes
+    uint64_t budget_bytes;       // bytes that the budget text stands for
+    uint64_t slot_bytes;         // bytes allocated for slots; layers on the mapped path have none
     uint64_t expert_bytes;       // bytes of all paged experts
     uint64_t min_budget_bytes;   // one token's experts in every layer
-    uint64_t staging_bytes;      // reads in flight and scratch of the waves
-    uint64_t ram_bytes;          // of the tier of slots in RAM in front of a GPU's; direct store
-    uint64_t locked_bytes;       // pinned host memory, such as the experts where they lie
-    uint64_t resident_bytes;     // direct: mapped weights that are not experts, copied out of the page cache
+    uint64_t staging_bytes;      // memory for reads in flight, and waves' scratch
+    uint64_t ram_bytes;          // direct store: slots in RAM in front of a GPU's slots
+    uint64_t locked_bytes;       // pinned host memory: experts, or what they are copied through
+    uint64_t resident_bytes;     // direct store: dense weights copied out of the page cache
     int32_t  n_layers;           // paged layers
     int32_t  n_expert;           // largest over layers
     int32_t  n_expert_used;      // largest over layers
@@ -182,35 +180,35 @@ typedef struct rotary_stats {
     int32_t  store;              // enum rotary_store
     int32_t  io;                 // enum rotary_io
     int32_t  reserved;
-    // counters since the pool was opened or reset. A request is one (token, expert) routing.
+    // counters since the pool was opened or rotary_pool_reset_counters(). A request is one token's use of one expert.
     uint64_t lookups;            // times a layer's routing was resolved
-    uint64_t device_lookups;     // of these, by the inner device itself: the host did not wait
+    uint64_t device_lookups;     // lookups resolved by the inner device: the host did not wait
     uint64_t requests;
-    uint64_t hits;               // requests whose expert was resident or already being paged for the same lookup
-    uint64_t misses;             // page-ins: distinct absent experts, once per lookup
-    uint64_t bypassed;           // misses computed straight from the mapping, nothing copied
+    uint64_t hits;               // requests whose expert was resident, or a miss already counted in the same lookup
+    uint64_t misses;             // distinct absent experts of each lookup
+    uint64_t bypassed;           // misses computed from the mapping without a copy
     uint64_t evictions;
     uint64_t bytes_paged;
     uint64_t waves;              // passes beyond the first when a batch wanted more experts than slots
     uint64_t waits;              // times the host waited for the inner device to learn the routing
     uint64_t wait_us;
     uint64_t page_us;            // time spent moving experts into slots
-    // store direct
-    uint64_t reads;              // requests to the kernel; neighbours in the file are one
+    // direct store
+    uint64_t reads;              // requests to the kernel; neighbours in the file are read as one
     uint64_t bytes_read;
-    uint64_t ram_hits;           // misses of a GPU's slots that were in those in RAM
-    uint64_t bytes_in_place;     // of bytes_read, read straight into slots: not copied
+    uint64_t ram_hits;           // misses of a GPU's slots that were found in slots in RAM
+    uint64_t bytes_in_place;     // of bytes_read, read straight into slots
     uint64_t read_us;            // time with at least one read in flight
     uint64_t stall_us;           // time the computation waited for reads
-    uint64_t shrinks;            // times slots were given back because memory ran short
-    uint64_t slot_moves;         // slots that were rebalanced from one layer to another
+    uint64_t shrinks;            // times slots were freed because memory ran short
+    uint64_t slot_moves;         // slots moved from one layer to another
     // prefetch. accuracy = prefetch_used / prefetched; coverage = prefetch_used / misses;
     // timeliness = (prefetch_used - late_hits) / prefetch_used
     uint64_t predicted;          // experts predicted for a layer, resident ones included
-    uint64_t predicted_right;    // those that the layer then chose
+    uint64_t predicted_right;    // predicted experts that the layer then chose
     uint64_t prefetched;         // experts whose read began before their layer's routing was known
-    uint64_t prefetch_used;      // misses that found their expert prefetched or in flight
-    uint64_t late_hits;          // of these, still in flight
+    uint64_t prefetch_used;      // misses whose expert was prefetched or in flight
+    uint64_t late_hits;          // of prefetch_used, still in flight
 } rotary_stats;
 
 typedef struct rotary_layer_stats {
@@ -231,71 +229,76 @@ typedef struct rotary_layer_stats {
     uint64_t waves;
 } rotary_layer_stats;
 
-// Open a pool on `device`: paged weights that llama.cpp loads on this device from now on belong to it, until the next
-// rotary_pool_open for the device. Without any, one pool per device is made from the environment
-// (ROTARY_BUDGET, ROTARY_MARGIN, ROTARY_REPACK, ROTARY_DIRECT, ROTARY_STORE, ROTARY_PREFETCH, ROTARY_STAGING). NULL on
-// error.
+// Open a pool on `device`. Paged weights that llama.cpp then loads on the device belong to this pool, until it is
+// closed or another is opened. While none is open, weights go to a pool configured by the environment: ROTARY_BUDGET,
+// ROTARY_MARGIN, ROTARY_REPACK, ROTARY_DIRECT, ROTARY_STORE, ROTARY_STAGING, ROTARY_PIN, ROTARY_POLICY, ROTARY_PREFETCH
+// (0, 1 or a predictor), ROTARY_SPLIT ("even" or "adaptive"). NULL on error.
 rotary_pool * rotary_pool_open(int32_t device, const rotary_config * config);
 
-// Stop collecting and drop the caller's reference. Slots are freed when the model's buffers are gone too.
+// Close the pool to further weights and drop the caller's reference. Slots are freed once the model's buffers are too.
 void rotary_pool_close(rotary_pool * pool);
 
-// Resolve the budget and allocate the slots now, rather than at the first graph. Call it after the contexts are made:
-// "auto" then sees what KV cache and compute buffers left. A pool without paged weights is ROTARY_OK.
+// Resolve the budget and allocate the slots now instead of at the first graph. Call it after contexts are made: "auto"
+// then sees what KV cache and compute buffers left. ROTARY_OK for a pool without paged weights.
 int32_t rotary_pool_prepare(rotary_pool * pool);
 
-// Change the budget. The slots are allocated anew, cold, at the next graph or rotary_pool_prepare.
+// Change the budget. Slots are allocated anew, and start cold, at the next graph or rotary_pool_prepare().
 int32_t rotary_pool_set_budget(rotary_pool * pool, const char * budget);
 
-// Figures may be asked for at any time, by a policy, a predictor or a log callback too: they are of the graphs that have
-// ended, and of the one that runs as far as the host resolves its lookups.
+// Figures of the graphs that have ended and, where the host resolves lookups, of the one that runs. They may be read at
+// any time, also by a policy, a predictor or a log callback; functions that change the pool return ROTARY_ERR_STATE
+// there. `index` counts the paged layers from 0.
 int32_t      rotary_pool_stats(rotary_pool * pool, rotary_stats * stats);
 int32_t      rotary_pool_layer_stats(rotary_pool * pool, int32_t index, rotary_layer_stats * stats);
 void         rotary_pool_reset_counters(rotary_pool * pool);
 
-// Text of notice `index`, NULL past the end; valid while the pool is open.
+// Text of notice `index` (from 0), NULL past the end; valid while the pool is open.
 const char * rotary_pool_notice(rotary_pool * pool, int32_t index);
 
-// ---- budget: how a text is divided into slots (pure logic, the same code that sizes a pool) -------------------------
+// ---- budget: how a budget is divided into slots (pure logic, the code that sizes a pool) ----------------------------
 
 typedef struct rotary_layer_size {
     uint64_t expert_bytes;  // one expert, all its tensors
     int32_t  n_expert;
-    int32_t  n_expert_used; // per token: the fewest slots a layer may have
+    int32_t  n_expert_used; // per token: the minimum of slots
 } rotary_layer_size;
 
-// Divide `budget` (a text as in rotary_config) over n_layers layers; `free_bytes` is what "auto" may take. n_slots
-// receives each layer's slots, bytes what the text stands for. ROTARY_ERR_ARG: not a budget, or "off";
-// ROTARY_ERR_BUDGET: below one token's experts, whose bytes are then in `bytes`.
+// Divide `budget` (a text as in rotary_config) over n_layers layers; "auto" may take `free_bytes`. n_slots[n_layers]
+// receives each layer's slots, `bytes` what the text stands for. ROTARY_ERR_ARG: not a budget, or "off";
+// ROTARY_ERR_BUDGET: below one token's experts, whose size is then in `bytes`.
 int32_t rotary_budget_divide(const char * budget, const rotary_layer_size * layers, int32_t n_layers,
                              uint64_t free_bytes, int32_t * n_slots, uint64_t * bytes);
 
-// Fill the slots of layer `il` with these experts, the most wanted first, whenever they are allocated, as far as there
-// are slots for them. ROTARY_ERR_STATE once they are allocated.
+// ---- profiles and traces of a pool ----------------------------------------------------------------------------------
+
+// Each time slots are allocated, fill those of layer `il` with these distinct experts, most wanted first. Experts for
+// which there is no slot are ignored. ROTARY_ERR_STATE while slots are allocated.
 int32_t rotary_pool_warm(rotary_pool * pool, int32_t il, const int32_t * experts, int32_t n);
 
-// What a profile says of layer `il`, for predictors that learn from routings: the share of n_tokens that chose each
-// expert, popularity[n_expert], and pairs[n_expert][n_expert], how often the later expert was chosen with one of the paged
-// layer before, of the latter's uses; NULL for the first. ROTARY_ERR_STATE once slots are allocated.
+// What a profile says of layer `il`, for predictors that learn: popularity[n_expert], the share of n_tokens that chose
+// each expert; pairs[n_expert][n_expert], for each expert of the paged layer before, the share of its uses where each
+// expert of this layer was chosen, NULL for the first layer. ROTARY_ERR_STATE while slots are allocated.
 int32_t rotary_pool_learn(rotary_pool * pool, int32_t il, const float * popularity, const float * pairs,
                           int32_t n_expert, int64_t n_tokens);
 
-// The name of the predictor in use, "own" for the caller's, "" where nothing is predicted. Copied into text[n].
+// Copy the name of the predictor in use into text[n]: "own" for the caller's, "" if nothing is predicted.
 void rotary_pool_predictor(rotary_pool * pool, char * text, size_t n);
 
 // The name of the eviction policy in use, "own" for the caller's, "" before slots are allocated. Static.
 const char * rotary_pool_policy(rotary_pool * pool);
 
-// Record routings from now on. While it is on, the host learns each, also where a GPU would resolve it itself.
+// Record routings from now on (1), or stop (0). Meanwhile the host resolves all lookups, even those a GPU could.
 int32_t rotary_pool_trace(rotary_pool * pool, int32_t on);
 
-// Take what has been recorded: for each lookup layer number, n_tokens, n_used, whether weights are known; ids[n_tokens]
-// [n_used]; the bits of as many floats, the router's weights; as many 0 or 1, whether the expert was there. Returns how
-// many numbers there are: if more than n, nothing is taken. n_untraced: lookups dropped since nobody took them in time.
+// Take the recorded lookups into records[n]. Each has four numbers, the model's layer number, n_tokens, n_used and
+// whether weights are known, then three arrays [n_tokens][n_used]: ids, the bits of the router's weights (floats), and
+// whether the expert was resident (0 or 1). Returns how many numbers there are: if more than n, nothing is taken.
+// n_untraced receives how many lookups were dropped since recording began, because they were not taken in time.
 int64_t rotary_pool_trace_read(rotary_pool * pool, int32_t * records, int64_t n, uint64_t * n_untraced);
 
-// ---- slot table: which expert is in which slot (pure logic, exposed for tests and simulators) ----------------------
+// ---- slot tables, caches and predictors without a model (pure logic, for tests and simulators) ---------------------
 
+// One layer's slot table: which expert is in which slot.
 typedef struct rotary_slots rotary_slots;
 
 typedef struct rotary_load {
@@ -308,44 +311,45 @@ typedef struct rotary_load {
 rotary_slots * rotary_slots_new(int32_t n_expert, int32_t n_slots);
 void           rotary_slots_free(rotary_slots * slots);
 
-// Make every expert in ids[n_ids] (repeats allowed) resident, evicting the least recently used ones that are not among
-// them. slot_ids[n_ids] receives each one's slot; loads must have room for n_slots entries. Returns the number of
-// loads, or ROTARY_ERR_ARG: an id out of range, or more distinct ids than slots (nothing is changed then).
+// Make every expert in ids[n_ids] (repeats allowed) resident, evicting the least recently used of the others.
+// slot_ids[n_ids] receives the slot of each id; `loads` needs room for n_slots entries. Returns the number of loads;
+// ROTARY_ERR_ARG if an id is out of range or there are more distinct ids than slots (nothing is changed then).
 int32_t rotary_slots_resolve(rotary_slots * slots, const int32_t * ids, int32_t n_ids, int32_t * slot_ids,
                              rotary_load * loads);
 
 int32_t rotary_slots_slot_of(const rotary_slots * slots, int32_t expert); // -1 if absent
-int32_t rotary_slots_expert_of(const rotary_slots * slots, int32_t slot); // -1 if free; the expert that a reserved slot is for
+int32_t rotary_slots_expert_of(const rotary_slots * slots, int32_t slot); // -1 if free; a reserved slot's expert
 int32_t rotary_slots_n_slots(const rotary_slots * slots);
 int32_t rotary_slots_n_resident(const rotary_slots * slots);
 void    rotary_slots_clear(rotary_slots * slots);
 
-// Reserve a slot for an absent expert that is being prefetched, evicting the least recently used expert that is not among
-// keep[n_keep]. The slot is not evicted until the expert is resolved, as a load into that slot, or the reservation ends:
-// `resident` makes the expert resident, as the next victim; else the slot is free. Return the slot, or ROTARY_ERR_BUDGET if
-// there is none; 0; ROTARY_ERR_ARG if no slot can be reserved for the expert, or none is.
+// Reserve a slot for an absent expert that is prefetched, evicting the least recently used expert not in keep[n_keep].
+// The slot is held until the expert is resolved, as a load into that slot, or the reservation ends. Returns the slot;
+// ROTARY_ERR_BUDGET if every slot is held; ROTARY_ERR_ARG if an id is out of range or the expert has a slot already.
 int32_t rotary_slots_reserve(rotary_slots * slots, int32_t expert, const int32_t * keep, int32_t n_keep);
+
+// End a reservation: the expert becomes `resident`, as the next victim, or the slot is free. ROTARY_ERR_ARG if none.
 int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool resident);
 
-// Slot tables of all layers of a model, with one policy: what a pool has, for replaying traces. `policy` by name, or
-// `own`. NULL with this thread's error.
+// Slot tables of all layers of a model, as a pool has them, for replaying traces.
 typedef struct rotary_cache rotary_cache;
 
-// `adaptive` 0: layers keep the slots they are given; else slots are rebalanced, none below `least`, as in rotary_config.
+// `policy` is a name; `own`, if not NULL, is used instead. With `adaptive`, slots are rebalanced between layers, none
+// of which falls below `least` slots. NULL with this thread's error.
 rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, int32_t n_layers, int32_t n_expert,
                                 const int32_t * n_slots, int32_t adaptive, int32_t least);
 void           rotary_cache_free(rotary_cache * cache);
 
-// As rotary_slots_resolve(), for ids[n_tokens][n_used] with the router's weights or NULL.
+// As rotary_slots_resolve(), for ids[n_tokens][n_used] and the router's weights, or NULL.
 int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t * ids, const float * weights,
                              int32_t n_used, int32_t n_tokens, int32_t * slot_ids, rotary_load * loads);
 
-// Resolve n_rows of ids[n_rows][n_used], -1 at a row's end where it has fewer, of layers[n_rows], one after the other:
-// misses[n_rows]. ROTARY_ERR_ARG where one cannot be.
+// Resolve the rows of ids[n_rows][n_used] in order, each one token's routing of layers[row]; -1 ends a shorter row.
+// misses[n_rows] receives the misses of each. ROTARY_ERR_ARG at the first row that cannot be resolved.
 int32_t rotary_cache_replay(rotary_cache * cache, int64_t n_rows, const int32_t * layers, const int32_t * ids,
                             const float * weights, int32_t n_used, int32_t * misses);
 
-// A predictor by itself, for replaying traces. NULL with this thread's error.
+// A predictor, for replaying traces; the functions are those of rotary_predictor. NULL with this thread's error.
 typedef struct rotary_foresight rotary_foresight;
 
 rotary_foresight * rotary_foresight_new(const char * predictor, const rotary_predictor * own, int32_t n_layers,
@@ -353,13 +357,13 @@ rotary_foresight * rotary_foresight_new(const char * predictor, const rotary_pre
 void               rotary_foresight_free(rotary_foresight * foresight);
 void               rotary_foresight_note(rotary_foresight * foresight, int32_t layer, const int32_t * ids, int32_t n_used,
                                          int32_t n_tokens);
-// As rotary_pool_learn(), with the popularity of the layer before.
+// As rotary_pool_learn(); popularity_before is that of the paged layer before.
 void               rotary_foresight_learn(rotary_foresight * foresight, int32_t layer, const float * popularity,
                                           const float * pairs, const float * popularity_before, int64_t n_tokens);
 int32_t            rotary_foresight_name(rotary_foresight * foresight, int32_t layer, int32_t ahead, int32_t * experts,
                                          int32_t n);
 
-// The table of one layer, which stays the cache's. NULL if there is no such layer.
+// The table of one layer, owned by the cache. NULL if there is no such layer.
 rotary_slots * rotary_cache_layer(rotary_cache * cache, int32_t layer);
 
 // END API

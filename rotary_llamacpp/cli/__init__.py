@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command ``rotary``. One module a command, each imported when it is first asked for; none has logic.
+"""The command ``rotary``: one module per subcommand, imported on first use; none contains logic.
 
 Exit status: 0 done, 1 the doctor found a failure, 2 bad input (one line on stderr), 130 interrupted.
 """
@@ -22,7 +22,7 @@ _NAMES = (
 
 
 class _Commands(Mapping[str, click.Command]):
-    """Commands by name: each is `command` of the module of that name."""
+    """Maps the name of a subcommand to `command` in the module of that name."""
 
     def __getitem__(self, name: str) -> click.Command:
         if name not in _NAMES:
@@ -40,13 +40,13 @@ class _Commands(Mapping[str, click.Command]):
 
 
 class _Group(click.Group):
-    """Says in one line what cannot be done."""
+    """Turns errors into one line on stderr and an exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except RotaryError as error:
-            line = " ".join(str(error).splitlines())  # a file's name may have any letter
+            line = " ".join(str(error).splitlines())  # file names may contain line breaks
             click.echo(f"rotary: {line}", err=True)
         except MemoryError as error:
             click.echo(f"rotary: not enough memory{f' ({error})' if str(error) else ''}; free some", err=True)

@@ -15,6 +15,6 @@ from .options import JSON, example
 @click.argument("model")
 @JSON
 def command(model: str, as_json: bool) -> None:
-    """Show a model's experts and what paging takes, without loading weights."""
+    """Show a model's experts and the memory that paging needs, without loading weights."""
     found = ModelInfo.read(model)
     click.echo(json.dumps(found.to_dict()) if as_json else found.describe())

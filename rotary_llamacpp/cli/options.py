@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Options that several commands share, and how values of options are read.
+"""Options that several commands share, and the types that parse their values.
 
-`paging` has all that say how a model is paged, and makes one `RotaryConfig` of them.
+`paging` adds all options of how a model is paged, and makes one `RotaryConfig` from them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Command = Callable[..., Any]
 
 
 def example(line: str) -> str:
-    """A command's epilog."""
+    """Format an example as the epilog of a command."""
     return f"\b\nExample:\n  {line}"
 
 
-# ---- how values are read
+# ---- parsing values
 
 
 class Number(click.FloatRange):
-    """A finite number: comparisons let NaN pass, and infinity is no temperature, and no time."""
+    """A finite number; the range check alone would let NaN and infinity pass."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not math.isfinite(number := super().convert(value, param, ctx)):
@@ -57,7 +57,7 @@ class Shares(click.ParamType):
 
 
 class Names(click.ParamType):
-    """Names separated by commas; "all" stands for every one that is known."""
+    """Names separated by commas; "all" stands for all known names."""
 
     name = "names"
 
@@ -72,7 +72,7 @@ class Names(click.ParamType):
 
 
 def choice(names: Sequence[str]) -> str:
-    """A metavar. Values are checked where configurations are, in the same words for everybody."""
+    """Format a metavar; `RotaryConfig` checks the value, so that Python callers get the same message."""
     return f"[{'|'.join(names)}]"
 
 
@@ -85,8 +85,8 @@ STORE = click.option(
     "--store",
     default="auto",
     metavar=choice(STORES),
-    help="Where experts come from: the mapped file, or direct reads past the page cache; auto reads directly "
-    "where they do not fit into memory.",
+    help="Where experts come from: mmap is the mapped file, direct is reads past the page cache; auto is "
+    "direct where the experts do not fit into memory.",
 )
 CTX = click.option(
     "--ctx",
@@ -95,12 +95,12 @@ CTX = click.option(
     help="Context in tokens.  [default: the model's, at most 4096]",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-NO_PROGRESS = click.option("--no-progress", is_flag=True, help="Show no progress on a terminal.")
+NO_PROGRESS = click.option("--no-progress", is_flag=True, help="Do not show progress on a terminal.")
 COMPUTE = click.option(
     "--compute",
     default=3.0,
     type=Number(min=0, min_open=True),
-    help="Milliseconds of a token whose experts are all resident.",
+    help="Milliseconds to compute a token whose experts are all resident.",
 )
 
 
@@ -121,21 +121,21 @@ _PAGING = {  # by field of RotaryConfig
         "repack",
         is_flag=True,
         callback=_unset,
-        help="Keep the plain weight layout on the CPU.",
+        help="Do not repack weights for the CPU's kernels.",
     ),
     "direct": click.option(
         "--no-direct",
         "direct",
         is_flag=True,
         callback=_unset,
-        help="Page long prompts too instead of computing from the mapped file.",
+        help="Page in experts for long prompts too, instead of computing from the mapped file.",
     ),
     "store": STORE,
     "prefetch": click.option(
         "--prefetch",
         default=AUTO,
         metavar=choice((AUTO, *PREDICTORS)),
-        help="What predicts the experts to prefetch; auto is the next layers' routers, or a substitute.",
+        help="Predictor of the experts to prefetch; auto is router, or mixed where that is not possible.",
     ),
     "staging": click.option(
         "--staging", metavar="SIZE", help="Memory for direct reads in flight, such as 64MiB."
@@ -144,24 +144,24 @@ _PAGING = {  # by field of RotaryConfig
         "--pin",
         default="auto",
         metavar=choice(PINS),
-        help="Pin the experts in host memory for a GPU; auto does if they take at most 3/4 of free memory.",
+        help="Pin experts in host memory for a GPU; auto does if they take at most 3/4 of available memory.",
     ),
     "policy": click.option(
         "--policy",
         default=AUTO,
         metavar=choice((AUTO, *NATIVE)),
-        help="Which expert to evict; auto is the best policy that can run where lookups are resolved.",
+        help="Eviction policy; auto is recall, or lfu where a GPU resolves lookups itself.",
     ),
     "split": click.option(
         "--split",
         default=SPLITS[0],
         metavar=choice(SPLITS),
-        help="Rebalance slots to the layers where they save more misses, on the CPU, or divide them evenly.",
+        help="Slots of layers: adaptive rebalances them to save more misses, on the CPU; even never does.",
     ),
     "profile": click.option(
         "--profile",
         default="auto",
-        help="File of rotary profile to fill the slots with; auto is the one beside the model; off is none.",
+        help="Profile to fill the slots with; auto is the one beside the model or in it; off is none.",
     ),
 }
 _NO_PREFETCH = click.option(
@@ -170,7 +170,7 @@ _NO_PREFETCH = click.option(
 
 
 def paging(command: Command) -> Command:
-    """Give a command the options of paging, and `config` made of them: a `RotaryConfig`, None if off."""
+    """Add the paging options to a command, which gets `config`, a `RotaryConfig` or None if paging is off."""
 
     @functools.wraps(command)
     def configured(*, no_prefetch: bool, **given: Any) -> Any:
@@ -184,7 +184,7 @@ def paging(command: Command) -> Command:
 
 
 def generation(command: Command) -> Command:
-    """Give a command the options of making text: n_predict, temp, seed, n_ctx and n_threads."""
+    """Add the options of text generation to a command: n_predict, temp, seed, n_ctx and n_threads."""
     return _with(
         (
             click.option(
@@ -192,7 +192,7 @@ def generation(command: Command) -> Command:
                 "--n-predict",
                 default=128,
                 type=click.IntRange(min=0),
-                help="Tokens to generate for a prompt.",
+                help="Maximum number of tokens to generate per prompt.",
             ),
             click.option(
                 "--temp", default=0.8, type=Number(min=0), help="Sampling temperature; 0 is greedy."
@@ -205,7 +205,7 @@ def generation(command: Command) -> Command:
                 "--threads",
                 "n_threads",
                 type=click.IntRange(min=1),
-                help="CPU threads.  [default: half of the CPUs that may be used; all for the prompt]",
+                help="CPU threads.  [default: half of the usable CPUs; all of them for the prompt]",
             ),
         ),
         command,

@@ -17,33 +17,41 @@ from .options import BUDGET, CTX, JSON, STORE, example
 @click.option(
     "--type", "type_name", help="Type of a named shape: q4_k_m, q8_0, ...  [default: the usual one]"
 )
-@click.option("--vram", help="GPU memory, such as 24GiB; 0 is none.  [default: what is free here]")
-@click.option("--ram", help="Memory that can be taken, such as 64GiB.  [default: what is available here]")
-@click.option("--link", default="auto", help="Memory to GPU: pcie4x16, 25GB/s; auto is PCIe 4 x16.")
-@click.option("--disk", default="auto", help="Direct reads: 3.5GB/s; auto is that.")
-@click.option("--ram-rate", help="Rate at which the CPU reads weights: 58GB/s.  [default: that, or measured]")
+@click.option("--vram", help="GPU memory, such as 24GiB; 0 is none.  [default: what is free on this machine]")
+@click.option("--ram", help="Memory to use, such as 64GiB.  [default: what is available on this machine]")
+@click.option(
+    "--link", default="auto", help="Rate from memory to the GPU: pcie4x16, 25GB/s, ...; auto is pcie4x16."
+)
+@click.option("--disk", default="auto", help="Rate of direct reads; auto is 3.5GB/s.")
+@click.option("--ram-rate", help="Rate at which the CPU reads weights.  [default: 58GB/s, or measured]")
 @click.option("--vram-rate", help="Rate at which the GPU reads weights.  [default: 936GB/s, an RTX 3090]")
 @CTX
 @click.option(
     "--prompt", type=click.IntRange(min=1), help="Tokens of the prompt.  [default: 512, or half the context]"
 )
 @click.option(
-    "--answer", type=click.IntRange(min=1), help="Tokens of the answer.  [default: 128, or a quarter of it]"
+    "--answer",
+    type=click.IntRange(min=1),
+    help="Tokens of the answer.  [default: 128, or a quarter of the context]",
 )
 @BUDGET
 @STORE
-@click.option("--trace", help="File of rotary trace: hit rates by replaying it.")
-@click.option("--profile", default="auto", help="File of rotary profile; auto: beside the model; off.")
-@click.option("--measure", is_flag=True, help="Calibrate CPU, memory and disk on this machine, in seconds.")
+@click.option("--trace", help="Trace to replay for hit rates, recorded by rotary trace.")
+@click.option(
+    "--profile",
+    default="auto",
+    help="Profile to expect hit rates by; auto is the one beside the model or in it; off is none.",
+)
+@click.option("--measure", is_flag=True, help="Measure the rates of this machine, which takes some seconds.")
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="CPU threads.  [default with --measure: all that may be used]",
+    help="CPU threads.  [default with --measure: all usable CPUs]",
 )
-@click.option("--plot", "plot_file", type=click.Path(), help="SVG to write: tok/s against budget.")
+@click.option("--plot", "plot_file", type=click.Path(), help="SVG file to write, with tok/s against budget.")
 @JSON
 def command(model: str, plot_file: str | None, as_json: bool, **asked: Any) -> None:
-    """Predict speed and memory of a model, a file or a named shape, and say how to run it.
+    """Predict speed and memory of a model file or a named shape, and say how to run it.
 
     \b
     Shapes: mixtral-8x7b, mixtral-8x22b, qwen3-30b-a3b, qwen3-235b-a22b,

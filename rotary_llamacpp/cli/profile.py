@@ -12,9 +12,9 @@ from .options import example
 @click.command(epilog=example("rotary profile model.gguf a.trace b.trace"))
 @click.argument("model")
 @click.argument("trace_files", metavar="TRACE...", nargs=-1, required=True)
-@click.option("-o", "--output", help="Where to write it.  [default: beside the model]", type=click.Path())
+@click.option("-o", "--output", help="File to write.  [default: beside the model]", type=click.Path())
 def command(model: str, trace_files: tuple[str, ...], output: str | None) -> None:
-    """Learn from traces which experts a model wants most, so that runs begin with them."""
+    """Learn from traces which experts a model uses most, so that runs begin with them resident."""
     with exiting():
         from .. import traces
         from ..traces import profiles

@@ -31,8 +31,8 @@ def command(
     model: str, prompt: str, n_predict: int, temp: float, config: RotaryConfig | None, no_mmap: bool,
     as_json: bool, live: bool, no_progress: bool, verbose: bool, **loading: Any,
 ) -> None:  # fmt: skip
-    """Generate text: text on stdout, then a line of figures on stderr."""
-    with exiting():  # these import llama_cpp: only once the options are known to be good
+    """Generate text on stdout, then print a line of figures on stderr."""
+    with exiting():  # these import llama_cpp, so only once the options are valid
         from ..display.live import watching
         from ..runtime.generation import generate, load
 

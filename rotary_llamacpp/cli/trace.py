@@ -15,9 +15,13 @@ from .options import example, generation, paging
 
 @click.command(epilog=example("rotary trace model.gguf --prompts prompts.txt -o model.trace"))
 @click.argument("model")
-@click.option("--prompts", "prompt_file", required=True, help="Text file, one prompt a line.")
+@click.option("--prompts", "prompt_file", required=True, help="Text file, one prompt per line.")
 @click.option(
-    "-o", "--output", required=True, help="Trace to write; CSV if it ends in .csv.", type=click.Path()
+    "-o",
+    "--output",
+    required=True,
+    help="Trace to write, as CSV if the name ends in .csv.",
+    type=click.Path(),
 )
 @generation
 @paging

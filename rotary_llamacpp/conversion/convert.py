@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Converts models for ``rotary convert``: reads headers, plans, checks, prepares, copies, verifies and names.
 
-Reports by a callback and draws nothing. A failure leaves no files behind; an interruption leaves what is done
-under temporary names, and the same call goes on from there.
+Reports through callbacks and draws nothing. A failure leaves no files behind; an interruption leaves finished
+work under temporary names, and the same call resumes from there.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Options:
     profile : str
         Profile to store: ``"auto"`` is the one beside the source or in it; or a path; ``"off"`` is none.
     wish : Wish
-        Other types of tensors, made by llama.cpp's quantiser; by default nothing is quantised.
+        Types to quantise tensors to with llama.cpp's quantiser; by default nothing is quantised.
     verify : bool
         Compare every tensor with the source at the end.
     force : bool
@@ -90,19 +90,19 @@ def convert(
     dry_run : bool
         Only report what would be done.
     say, bar : callable
-        Callbacks that get lines of text, and each step with the number of bytes.
+        `say` gets lines of text; `bar` gets the title and the number of bytes of each step.
 
     Returns
     -------
     list of Path
-        Files of the result, or with `dry_run` of the plan; the one to load comes first.
+        Files of the result, or of the plan with `dry_run`; the file to load comes first.
 
     Raises
     ------
     ModelError
         The source is damaged.
     RotaryError
-        The result cannot be written, or the options do not fit.
+        The result cannot be written, or the options are not valid for this model.
     """
     out = Path(out)
 
@@ -122,7 +122,7 @@ def convert(
 
 
 class _Work:
-    """One conversion: plans it when it is made, and runs it."""
+    """One conversion, planned when the object is made."""
 
     def __init__(self, source: Path, out: Path, options: Options, say: Say, bar: Bar) -> None:
         self.source, self.out, self.options, self.say, self.bar = source, out, options, say, bar
@@ -141,8 +141,8 @@ class _Work:
             folders.converter()
             self.folder_bytes = sum(file.stat().st_size for file in inputs if file.suffix == ".safetensors")
             self.description = (
-                f"{source}: {mib(self.folder_bytes)} of safetensors; llama.cpp's converter makes a "
-                "GGUF of it first, and the plan follows"
+                f"{source}: {mib(self.folder_bytes)} of safetensors; llama.cpp's converter first makes a "
+                "GGUF of them, then the plan is printed"
             )
         else:
             self._plan(read_shards(source))
@@ -158,7 +158,7 @@ class _Work:
             lines.insert(0, f"quantise        {wish}")
         if self.planned:
             meanwhile = sum(tensor.n_bytes for tensor in self.planned.tensors)
-            lines[0] += f"; {mib(meanwhile)} more are taken meanwhile"
+            lines[0] += f"; {mib(meanwhile)} more are needed temporarily"
         self.layout = self._lay_out([self.planned] if self.planned else headers)
         self.description = "\n".join([self.layout.describe(), *lines])
 
@@ -191,19 +191,19 @@ class _Work:
         keep = False
         try:
             if journal.stale:
-                self.say("another conversion was begun here; this one starts over")
+                self.say("another conversion was interrupted here; this one starts over")
             layout = self._write(journal)
             with copying.undisturbed():
                 copying.give_names(layout, force=self.options.force)
                 journal.close(remove=True)
         except KeyboardInterrupt:
             keep = journal.resumable
-            self.say(self._interrupted(journal) if keep else "interrupted; nothing is left")
+            self.say(self._interrupted(journal) if keep else "interrupted; no files are left")
             raise
         finally:
             journal.close(remove=not keep)
         if self.options.verify:
-            read = "what was quantised" if self.planned else "their sources"
+            read = "the quantised ones" if self.planned else "their sources"
             self.say(f"verified: {len(layout.weights)} tensors are equal to {read}")
         return self.outputs
 
@@ -233,7 +233,7 @@ class _Work:
         sources = [header.path for header in headers]
         journal.begin(layout)
         if journal.done != [0, 0]:
-            self.say(f"going on after {mib(self._done_bytes(journal))} that are done")
+            self.say(f"resuming after {mib(self._done_bytes(journal))} that are done")
         with self.bar("copy", layout.n_bytes) as progress:
             copying.copy(layout, sources, journal, progress)
         self._check_unchanged()
@@ -249,7 +249,7 @@ class _Work:
     ) -> None:  # fmt: skip
         """Make a file that the next steps read, unless it is complete already."""
         if journal.has(path):
-            self.say(f"going on with {path.name}, which is complete")
+            self.say(f"reusing {path.name}, which is complete")
         else:
             path.unlink(missing_ok=True)
             with self.bar(what, n_bytes) as progress:
@@ -269,7 +269,7 @@ class _Work:
         }
         for path in (*self.outputs, *self._temporary(), journals.note_path(self.out)):
             if os.path.realpath(path) in read:
-                raise RotaryError(f"{path}: a model is not converted in place; give another name")
+                raise RotaryError(f"{path}: a model cannot be converted in place; give another name")
         for path in self.outputs:
             if path.is_dir():
                 raise RotaryError(f"{path}: is a folder; give another name")
@@ -284,7 +284,7 @@ class _Work:
         free = shutil.disk_usage(folder).free
         if wanted > free:
             raise RotaryError(
-                f"{folder}: {mib(wanted, 0)} wanted, {mib(free, 0)} free; "
+                f"{folder}: {mib(wanted, 0)} needed, {mib(free, 0)} free; "
                 "free some space, or write to another disk"
             )
 
@@ -323,8 +323,8 @@ class _Work:
         total = mib(self.layout.n_bytes if self.layout else 0)
         parts = self.out.with_name(f"{self.out.name.removesuffix('.gguf')}*.part*")
         return (
-            f"interrupted after {mib(self._done_bytes(journal))} of {total}; the same command goes on from "
-            f"there; {parts} can be removed otherwise"
+            f"interrupted after {mib(self._done_bytes(journal))} of {total}; the same command resumes "
+            f"there; otherwise {parts} can be removed"
         )
 
 

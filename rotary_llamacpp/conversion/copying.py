@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Copies the bytes of planned files: in constant memory, resumable, and named once they are complete.
+"""Copies the bytes of planned files in constant memory; resumable, and files get their names once complete.
 
-Bytes go from file to file inside the kernel, or through one buffer where it cannot do that. A thread makes
-what was copied durable, and notes the position only then, so that the note is true even after a power cut,
-and the disk writes while the next bytes are copied. The calling thread does everything else.
+The kernel copies from file to file, or the calling thread through one buffer where the kernel cannot. A
+second thread syncs what was copied and journals the position only then, so that the journal is true even
+after a power cut, and the disk writes while the next bytes are copied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .journal import Journal, part
 
 CHUNK_BYTES = 32 * MIB  # copied between two checks for signals
 _BUFFER_BYTES = 8 * MIB  # for copying where the kernel cannot
-_NOTE_BYTES = 256 * MIB  # copied between two notes of the progress
+_NOTE_BYTES = 256 * MIB  # copied between two journal entries
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
 Progress = Callable[[int], object]  # gets the number of bytes done since the last call
@@ -37,7 +37,7 @@ Progress = Callable[[int], object]  # gets the number of bytes done since the la
 
 @dataclass(frozen=True)
 class _Move:
-    """`n_bytes` from `at` of a source to `to` of the result."""
+    """Copies `n_bytes` from offset `at` of a source, by number, to offset `to` of the result."""
 
     source: int
     at: int
@@ -60,7 +60,7 @@ def moves(output: Output, done: int = 0) -> Iterator[_Move]:
 
 
 class _Copier:
-    """Moves ranges of one open source to one open result."""
+    """Copies ranges between open files."""
 
     def __init__(self) -> None:
         self.kernel = True
@@ -89,7 +89,7 @@ class _Copier:
 
 
 class _Durable(threading.Thread):
-    """Syncs a file while it is written, and notes in the journal how far it then was."""
+    """Syncs a file while it is written, and journals how many of its bytes are durable."""
 
     def __init__(self, fd: int, number: int, journal: Journal, begin: int) -> None:
         super().__init__(name="rotary-sync", daemon=True)
@@ -115,7 +115,7 @@ class _Durable(threading.Thread):
             return self.copied > self.noted
 
     def reached(self, n_bytes: int) -> None:
-        """Report that so many bytes of the file are copied."""
+        """Report that the first `n_bytes` of the file are copied."""
         if self.error:
             raise self.error
         with self._more:
@@ -123,7 +123,7 @@ class _Durable(threading.Thread):
             self._more.notify()
 
     def end(self) -> None:
-        """Sync and note the rest."""
+        """Sync and journal the rest."""
         with self._more:
             self._ending = True
             self._more.notify()
@@ -146,14 +146,14 @@ def _opened(paths: Iterable[Path]) -> Iterator[list[int]]:
 def copy(
     layout: Layout, sources: Sequence[Path], journal: Journal, progress: Progress = lambda _: None
 ) -> None:
-    """Write the files of `layout` under their temporary names, on from where `journal` says they are durable.
+    """Write the files of `layout` under their temporary names, from the durable position in `journal` on.
 
     Raises
     ------
     ModelError
         A source has become shorter.
     OSError
-        It cannot be read or written.
+        A file cannot be read or written.
     """
     with _opened(sources) as fds:
         for fd in fds:
@@ -197,7 +197,7 @@ def _copy_one(
                             "it changed while it was converted; convert it again"
                         )
                     left = _Move(left.source, left.at + n_bytes, left.to + n_bytes, left.n_bytes - n_bytes)
-                    progress(left.to - done)  # with the padding before it
+                    progress(left.to - done)  # padding included
                     done = left.to
                     durable.reached(done)
             progress(output.n_bytes - done)
@@ -220,7 +220,7 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 def check_headers(layout: Layout) -> None:
-    """Read back what was written before any weight, with the reader that reads every model.
+    """Read the headers back, with the reader that is used for every model.
 
     Raises
     ------
@@ -292,14 +292,14 @@ def _read_into(fd: int, view: NDArray[np.uint8], at: int) -> int:
 def give_names(layout: Layout, *, force: bool = False) -> None:
     """Rename the complete files, the first shard last.
 
-    If one cannot be renamed, those that were renamed are removed, unless they replaced a file.
+    If a file cannot be renamed, those already renamed are removed, unless they replaced a file.
 
     Raises
     ------
     RotaryError
         A file of that name exists, and `force` is not given; or only some files were replaced.
     OSError
-        They cannot be renamed.
+        A file cannot be renamed.
     """
     made: list[Path] = []
     replaced: list[Path] = []
@@ -317,8 +317,8 @@ def give_names(layout: Layout, *, force: bool = False) -> None:
             path.unlink(missing_ok=True)
         if replaced:
             raise RotaryError(
-                f"{output.path}: not replaced, {error}; {len(replaced)} of {len(layout.outputs)} files were, "
-                "and the old model is lost; convert again"
+                f"{output.path}: cannot be replaced, {error}; {len(replaced)} of {len(layout.outputs)} files "
+                "were, so the old model is lost; convert again"
             ) from error
         raise
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder
@@ -331,15 +331,15 @@ def give_names(layout: Layout, *, force: bool = False) -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ignore signals that end a process, if this is the thread to which Python delivers them.
+    """Ignore SIGINT, SIGTERM and SIGHUP, if this is the main thread, to which Python delivers them.
 
-    A signal mask would not do: another thread would take the signal, and interrupt this one all the same.
+    A signal mask would not do: another thread would take the signal, and Python would interrupt this one.
     """
     before = {}
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if (handler := signal.getsignal(number)) is not None:  # None was not set by Python, and stays
+                if (handler := signal.getsignal(number)) is not None:  # None: not set by Python
                     before[number] = handler
                     signal.signal(number, signal.SIG_IGN)
         yield

@@ -27,7 +27,7 @@ _LOOK_S = 0.2  # between two looks at the progress
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Files of a folder, without those of conversions.
+    """List the files of a Hugging Face folder, without those that conversions made.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def converter() -> Path:
 def to_gguf(folder: Path, target: Path, progress: Callable[[int], object]) -> None:
     """Write the model of a folder to one GGUF file, in the 16-bit float type that it has.
 
-    `progress` is called with bytes of that file.
+    `progress` gets the bytes written since the last call.
 
     Raises
     ------

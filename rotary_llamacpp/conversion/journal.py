@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Keeps the temporary files and the progress of a conversion, so that an interrupted one can go on."""
+"""Keeps the temporary files and the progress of a conversion, so that it can resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def part(path: Path) -> Path:
 
 
 def identity(path: Path) -> list[Any]:
-    """Path, bytes and time of change of a file, to notice that it changed."""
+    """Path, size and modification time of a file, by which a change is noticed."""
     stat = path.stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
@@ -58,17 +58,17 @@ def _check(names: object, stages: object, layout: object, done: object) -> None:
 
 
 class Journal:
-    """``OUT.part.json``: sources and results of a conversion, and how many bytes of these are durable.
+    """``OUT.part.json``: sources and results of a conversion, and how many bytes of the results are durable.
 
-    The journal is locked, so that two conversions do not write the same files. It lists the name of every
-    temporary file before that is made, and removes no other file. It is written in place; one that was cut
-    off is only known to have been a journal.
+    The journal is locked, so that two conversions do not write the same files. It lists every temporary file
+    before that is made, and removes no other file. It is written in place; a truncated one is still
+    recognised as a journal, but cannot be resumed.
     """
 
     def __init__(self, out: Path, subject: Mapping[str, Any]) -> None:
         self.path = note_path(out)
         self.subject = json.loads(json.dumps(subject))
-        self.done = [0, 0]  # number of the file in work, and its durable bytes
+        self.done = [0, 0]  # number of the file being written, and its durable bytes
         self.stale = False  # a journal of another conversion was found
         self._stages: dict[str, Any] = {}  # identities of complete temporary inputs, by name
         self._layout = ""  # digest of the layout that `done` counts bytes of
@@ -134,12 +134,12 @@ class Journal:
         Raises
         ------
         RotaryError
-            A file of that name exists and is of no conversion.
+            A file of that name exists that no conversion made.
         """
         for path in paths:
             if os.path.lexists(path) and path.name not in self._files and not self._cut_off:
                 raise RotaryError(
-                    f"{path}: exists and is of no conversion; move it away, or give another name"
+                    f"{path}: exists, and no conversion made it; move it away, or give another name"
                 )
         self._files |= {path.name for path in paths}
         self.write()
@@ -157,11 +157,11 @@ class Journal:
 
     @property
     def resumable(self) -> bool:
-        """Whether some work is done that need not be done again."""
+        """Whether finished work can be reused."""
         return self.done != [0, 0] or bool(self._stages)
 
     def begin(self, layout: Layout) -> None:
-        """Let `done` count bytes of this layout, from 0 unless the journal's own files are of it already."""
+        """Let `done` count bytes of this layout; start at 0 unless the temporary files have this layout."""
         digest = hashlib.sha256()
         for output in layout.outputs:
             digest.update(os.fsencode(f"{output.path.name}\n{output.n_bytes}\n") + output.header)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Changes the types of a model's tensors with llama.cpp's own quantiser, in a child process.
 
-A child process, because llama_model_quantize() stops for no signal, and aborts on unexpected input. The child
-runs this module; it reads JSON from standard input and writes llama.cpp's log to standard output. Every
-tensor gets a rule, so that none of llama.cpp's mixtures is applied.
+llama_model_quantize() cannot be interrupted and aborts on unexpected input, hence the child process. It runs
+this module, reads JSON from standard input and writes llama.cpp's log to standard output. Every tensor gets a
+rule, so that none of llama.cpp's mixtures is applied.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NO_QUANTISER = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
 TYPES = {kind.name: int(kind) for kind in GGMLQuantizationType if kind.name not in _NO_QUANTISER}
 _MIXTURES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}  # general.file_type
 _NO_BLOCKS = ("F32", "F16", "BF16")
-_OURS = "Error: "  # how lines of this module begin, and none of llama.cpp
+_OURS = "Error: "  # prefix of this module's lines in the log; llama.cpp has none like it
 _EXPERTS = r"^blk\.\d+\.ffn_(gate|up|down|gate_up)(_exps|_chexps|\.\d+)\.weight$"
 _BUFFER_BYTES = 256 * MIB  # of rows that the quantiser holds at once; the default is 8 GiB
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[")
@@ -43,7 +43,7 @@ _CHANGED = re.compile(r"size = [^\n]* MiB -> [^\n]* MiB \((\w+)\)")
 
 @dataclass(frozen=True)
 class Wish:
-    """Wanted types of tensors; None keeps the type that a tensor has.
+    """Types to quantise tensors to; None keeps the type that a tensor has.
 
     Attributes
     ----------
@@ -51,10 +51,10 @@ class Wish:
         Types as gguf names them, such as Q3_K, of the experts and of everything else that llama.cpp
         quantises.
     types : tuple of str
-        ``PATTERN=TYPE`` with a regular expression to find in names of tensors; the first match counts, before
-        the other two.
+        ``PATTERN=TYPE`` with a regular expression to search in tensor names; the first match wins, and goes
+        before `experts` and `rest`.
     imatrix : str or None
-        Importance matrix, a GGUF of llama-imatrix.
+        Importance matrix, a GGUF from llama-imatrix.
     """
 
     experts: str | None = None
@@ -72,7 +72,7 @@ class Wish:
 
 
 def type_number(name: str) -> int:
-    """Number of a type, by name in upper or lower case.
+    """Number of a ggml type, by name in upper or lower case.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def type_number(name: str) -> int:
 
 
 def patterns(wish: Wish) -> list[tuple[str, int]]:
-    """Check a wish, and return the patterns of `types` with the numbers of types.
+    """Check a wish; return the patterns of `types`, each with the number of its type.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def patterns(wish: Wish) -> list[tuple[str, int]]:
 
 
 def rules(wish: Wish, headers: Sequence[GGUFHeader]) -> list[tuple[str, int]]:
-    """Make patterns and types for the quantiser. The first match counts, and every tensor has one."""
+    """Make the quantiser's rules, pattern and type; every tensor matches one, and the first match wins."""
     made = patterns(wish)
     tensors = [tensor for header in headers for tensor in header.tensors]
     for pattern, _ in made:
@@ -157,7 +157,7 @@ def _request(wish: Wish, headers: Sequence[GGUFHeader], target: Path, dry_run: b
         "file_type": _file_type(wish),
         "imatrix": wish.imatrix,
         "dry_run": dry_run,
-        # The quantiser aligns to 32, and would copy another alignment from the source's metadata.
+        # The quantiser aligns to 32, but would copy another general.alignment from the source.
         "realign": headers[0].alignment != 32,
     }
 
@@ -165,12 +165,12 @@ def _request(wish: Wish, headers: Sequence[GGUFHeader], target: Path, dry_run: b
 def quantise(
     wish: Wish, headers: Sequence[GGUFHeader], target: Path, progress: Callable[[int], object]
 ) -> None:
-    """Write the model with other types to one file; call `progress` with bytes of the source.
+    """Quantise the model into one file; `progress` gets bytes of the source.
 
     Raises
     ------
     ModelError
-        llama.cpp does not read or quantise this model.
+        llama.cpp cannot read or quantise this model.
     """
     sizes = {tensor.name: tensor.n_bytes for header in headers for tensor in header.tensors}
     before: list[str] = []
@@ -184,16 +184,16 @@ def quantise(
 
 
 def planned(wish: Wish, headers: Sequence[GGUFHeader]) -> tuple[GGUFHeader | None, list[str]]:
-    """Predict what `quantise` will write, as far as a layout needs it; return it with lines on what changes.
+    """Predict the header that `quantise` will write; return it with lines of text on what changes.
 
-    None if nothing changes. llama.cpp itself decides the types, in a dry run.
+    The header is None if nothing changes. llama.cpp itself decides the types, in a dry run.
 
     Raises
     ------
     ModelError
-        llama.cpp does not read this model, or the importance matrix is not valid.
+        llama.cpp cannot read this model, or the importance matrix is not valid.
     RotaryError
-        llama.cpp needs an importance matrix for these types, or another one.
+        llama.cpp needs an importance matrix for these types, or the matrix given does not fit.
     """
     log = _run(_request(wish, headers, Path(os.devnull), True), headers[0].path, lambda _: None)
     kinds = {}
@@ -202,7 +202,9 @@ def planned(wish: Wish, headers: Sequence[GGUFHeader]) -> tuple[GGUFHeader | Non
         if changed := _CHANGED.search(log, match.end(), following.start() if following else len(log)):
             kinds[match[1]] = type_number(changed[1])
     if not kinds:
-        return None, [f"{' ' * 16}no tensor changes: all have these types, or llama.cpp quantises none"]
+        return None, [
+            f"{' ' * 16}no tensor changes: all have these types, or llama.cpp does not quantise them"
+        ]
     if "will require an imatrix" in log:
         raise RotaryError(
             f"{headers[0].path}: {wish} needs an importance matrix; give --imatrix, or a larger type"
@@ -224,7 +226,7 @@ def planned(wish: Wish, headers: Sequence[GGUFHeader]) -> tuple[GGUFHeader | Non
     if wish.imatrix:
         lines.append(imatrices.coverage(wish.imatrix, changing))
     if any(before not in _NO_BLOCKS for before, _ in counts):
-        lines.append("quantised before: what that lost stays lost; better start from the original")
+        lines.append("already quantised: the lost precision stays lost; better start from the original")
     return replace(headers[0], tensors=tuple(tensors), n_bytes=at), [" " * 16 + line for line in lines]
 
 
@@ -242,8 +244,8 @@ def _run(request: Mapping[str, Any], model: Path, on_tensor: Callable[[str], Non
         process.wait()
     if "iostream error" in log:
         raise RotaryError(
-            f"{request['target']}: cannot be written, {_last(log, 'iostream error')}; where the quantised "
-            "model goes first; free some space, and convert again"
+            f"{request['target']}: cannot be written, {_last(log, 'iostream error')}; the quantised "
+            "model is written there first; free some space, and convert again"
         )
     if process.returncode != 0 and (ours := _last(log, _OURS)):
         raise RotaryError(ours.removeprefix(_OURS))

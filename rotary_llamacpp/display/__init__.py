@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What people see of a run or a trace: progress, the live line, the panel, the report."""
+"""Output for people: progress, the live line, the panel, tables, plans and the report."""

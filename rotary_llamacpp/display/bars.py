@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Progress bars of bytes on standard error, with rate and time left. Loads nothing of llama.cpp."""
+"""Progress bars of bytes on standard error, with rate and time left. Does not load llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Live figures of ``rotary run`` on a terminal, in one line: while loading, during the prompt, and while
-generating where standard output is not a terminal too, since text streams there. The panel is in panel.py.
+"""Live figures of ``rotary run`` in one line on a terminal. The panel is in panel.py.
 
-One thread per phase polls the counters and draws; it is joined before the next phase and before text appears.
+The line is drawn while the model loads and computes the prompt, and while it generates only if standard
+output is not a terminal, since text streams there otherwise. One thread per phase polls the counters and
+draws; it is joined before the next phase and before text appears.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ _Progress = tuple[float | None, list[str]]
 
 @contextlib.contextmanager
 def watching(off: bool = False, panel: bool = False) -> Iterator[Watcher | None]:
-    """A watcher that draws on standard error; None if that is no terminal, or `off`.
+    """Yield a watcher that draws on standard error; None if that is not a terminal, or if `off`.
 
     Parameters
     ----------
     panel : bool
-        Draw the panel, not the line. Where the terminal cannot show it, a warning says so.
+        Draw the panel instead of the line; warn if the terminal cannot show it.
 
     Raises
     ------
     RotaryError
-        Both `off` and `panel`.
+        Both `off` and `panel` are set.
     """
     if off and panel:
         raise RotaryError("--live: cannot be combined with --no-progress, --json or --verbose; leave one out")
     if panel and (reason := _why_no_panel()):
         logging.getLogger("rotary_llamacpp").warning(
-            "--live: no panel, %s; run in a terminal whose cursor moves, or leave --live out",
+            "--live: no panel, %s; run in a terminal that can move the cursor, or leave --live out",
             reason,
         )
         panel = False
@@ -88,7 +89,7 @@ class Live(Watcher):
     out : file
         The terminal.
     also_tokens : bool
-        Go on while tokens are generated.
+        Also draw while tokens are generated.
     """
 
     def __init__(self, out: TextIO, also_tokens: bool) -> None:
@@ -100,7 +101,7 @@ class Live(Watcher):
         self._drawn: Drawn | None = None
         self._phase_over = threading.Event()
         self._thread: threading.Thread | None = None
-        self._drawing = threading.RLock()  # a handler may log itself
+        self._drawing = threading.RLock()  # reentrant, because a log handler may log
         self._logger = logging.getLogger("rotary_llamacpp")
         self._handle = self._logger.handle
         self._logger.handle = self._make_way  # type: ignore[method-assign]
@@ -183,14 +184,14 @@ class Live(Watcher):
             self._drawn = None
 
     def _make_way(self, record: logging.LogRecord) -> None:
-        """Handle a record of our logger on a clear line, over which nothing is drawn."""
+        """Clear the line and handle a record of our logger; nothing is drawn meanwhile."""
         with self._drawing:
             self._clear()
             self._handle(record)
 
 
 def poll(figures: Figures) -> list[str]:
-    """Poll, and return texts such as ``["hits 81.2 %", "disk 812 MiB/s"]``, the disk since the last poll."""
+    """Poll; return texts such as ``["hits 81.2 %", "disk 812 MiB/s"]``, the latter since the last poll."""
     since = figures.poll()
     parts = []
     if figures.stats["hit_rate"] is not None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The panel of ``rotary run --live``: figures of a running model, drawn repeatedly at the cursor.
 
-`frame` makes a frame from figures alone. `Panel` has the terminal and one thread, which polls the counters
-and draws; the thread that runs the model only makes a few assignments a token.
+`frame` computes a frame from figures alone. `Panel` owns the terminal and one thread, which polls the
+counters and draws; the thread that runs the model only makes a few assignments per token.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .terminal import console, size
 
 _INTERVAL_SECONDS = 0.25
 _N_POLLS = 60  # columns of the sparkline
-_N_TOKENS = 16  # "now" is the speed of the last ones
+_N_TOKENS = 16  # "now" is the speed over the last so many
 _N_TEXT_LINES = 6
 _BAR_COLUMNS = 20
 _LABEL_COLUMNS = 10
-_TIMES = (  # causes of time in the thread that computes: counter, name, colour
+_TIMES = (  # what the computing thread spends time on: counter, name, colour
     ("stall_us", "stall", "red"),
     ("page_us", "paging", "yellow"),
     ("wait_us", "device", "blue"),
@@ -42,7 +42,7 @@ _TIMES = (  # causes of time in the thread that computes: counter, name, colour
 
 
 class Symbols(NamedTuple):
-    """Characters of graphs."""
+    """Characters that graphs are drawn with."""
 
     levels: str  # of a rate, from 0 to 1
     shares: str  # of time: stall, paging, device, the rest
@@ -83,9 +83,8 @@ class Tail:
                     at += len(part)
                     starts.append(at)
                 column += cell_len(word)
-        n_before = max(
-            0, len(starts) - _N_TEXT_LINES
-        )  # dropping these does not change where later lines break
+        # Dropping these lines does not change where later lines break.
+        n_before = max(0, len(starts) - _N_TEXT_LINES)
         bounds = [start - starts[n_before] for start in (*starts[n_before:], len(self._text))]
         self._text = self._text[starts[n_before] :]
         return [self._text[start:end].rstrip() for start, end in pairwise(bounds)]
@@ -124,10 +123,10 @@ class View:
 
 
 def frame(view: View, tail: Tail, width: int, height: int, symbols: Symbols = UNICODE) -> list[Text]:
-    """Draw at most `height` lines of at most `width` columns, with all figures that have room."""
+    """Draw at most `height` lines of at most `width` columns, with as many figures as fit."""
     above = [_rule(f"rotary {view.model}".rstrip(), width, symbols), *_progress(view, width, symbols)]
-    # Last and short, because a terminal echoes what is typed behind it.
-    below = [Text("Ctrl-C stops, the text stays", "dim")]
+    # Last and short, because the terminal echoes typed keys after it.
+    below = [Text("Ctrl-C stops and keeps the text", "dim")]
     if view.figures is not None:
         above += _figures(view.figures, width, symbols)
         # A fixed number of lines, so that nothing jumps; all but one line of text give way to figures.
@@ -186,7 +185,7 @@ def _figures(figures: Figures, width: int, symbols: Symbols) -> list[Text]:
 
 
 def _strip(window: Interval, n_columns: int, symbols: Symbols) -> list[Text]:
-    """Hit rates, one character a layer, and the lowest one."""
+    """Hit rates, one character per layer, and the lowest rate."""
     rates = window.layer_hit_rates
     strip = _levels(rates, symbols)
     parts = [strip[i : i + n_columns] for i in range(0, len(rates), n_columns)]
@@ -219,7 +218,7 @@ def _times(last: Interval, n_columns: int, symbols: Symbols) -> list[Text]:
 
 
 def _row(label: str, parts: Sequence[Text], width: int) -> list[Text]:
-    """Put parts behind a label; those that do not fit go to the next line."""
+    """Put parts after a label; those that do not fit go to the next line."""
     rows = [Text.assemble((label.ljust(_LABEL_COLUMNS), "bold"))]
     for part in parts:
         if len(rows[-1]) > _LABEL_COLUMNS:
@@ -264,16 +263,16 @@ def _speed(interval: Interval, counter: str) -> str:
 
 
 class Panel(Watcher):
-    """Draws on a terminal until it is closed, and removes the panel then.
+    """Draws on a terminal until it is closed, then removes the panel.
 
-    What is written to ``sys.stderr`` meanwhile, such as log messages, appears above.
+    Anything written to ``sys.stderr`` meanwhile, such as log messages, appears above the panel.
 
     Parameters
     ----------
     out : file
         The terminal.
     keep_text : bool
-        Write the text to standard output at the end, because that is a terminal too.
+        Write the text to standard output only at the end, because that is a terminal too.
     """
 
     def __init__(self, out: TextIO, keep_text: bool) -> None:
@@ -310,7 +309,7 @@ class Panel(Watcher):
                 sys.stdout.write("".join(self._pieces))
                 sys.stdout.flush()
 
-    # ---- what the thread that runs the model says
+    # ---- called by the thread that runs the model
 
     def loading(self, fraction: float) -> None:
         self._loaded = fraction
@@ -345,7 +344,7 @@ class Panel(Watcher):
                 self._n_shown += 1
             self._console.size = size(self._out)
             width, height = self._console.size
-            # One line less than the terminal has, because the line feed behind the panel must not scroll.
+            # One line less than the terminal has, because the line feed after the panel must not scroll.
             drawn = frame(view, self._tail, width, height - 1, self._symbols)
             self._live.update(Text("\n").join(drawn), refresh=True)
             self._wake.wait(_INTERVAL_SECONDS)

@@ -28,12 +28,12 @@ def describe(plan: Plan) -> str:
         f"  other weights {size(found.resident_bytes)}, stay resident",
         f"  KV cache      {size(found.kv_bytes(n_ctx))} for {n_ctx} tokens in f16"
         + (
-            f"; {size(full)} where windows are not used"
+            f"; {size(full)} if layers with a window keep all"
             if (full := found.kv_bytes(n_ctx, windows=False)) != found.kv_bytes(n_ctx)
             else ""
         ),
         *(
-            [f"  context       {n_ctx} tokens are asked for; it was trained for {found.n_ctx_train}"]
+            [f"  context       {n_ctx} tokens are asked for; the model was trained for {found.n_ctx_train}"]
             if 0 < found.n_ctx_train < n_ctx
             else []
         ),
@@ -55,15 +55,15 @@ def describe(plan: Plan) -> str:
     lines += columns(rows, left=("", "limit"))
     for option in plan.options:
         if option.problem:
-            lines.append(f"{option.name}: not here, {option.problem}")
+            lines.append(f"{option.name}: cannot run here, {option.problem}")
     lines += [_slots(option) for option in plan.options if option.is_rotary and option.n_slots]
     if found.layers:
-        lines.append(f"hit rates by {case.hits.source}")
+        lines.append(f"hit rates from {case.hits.source}")
     lines += ["", plan.why]
     if plan.best is not None:
         lines.append(f"  {plan.best.command}")
     if case.machine.vram_bytes:
-        lines += ["", "rates of a GPU are those above; no plan for a GPU has been compared with a run yet"]
+        lines += ["", "the GPU's rates are those above; no plan for a GPU has been compared with a run yet"]
     return "\n".join(lines)
 
 
@@ -113,8 +113,7 @@ def _rate(rate: float) -> str:
 
 
 def write_plot(plan: Plan, output: str) -> None:
-    """Write an SVG of decode in tokens per second against Rotary's budget, with stock's options as level
-    lines.
+    """Write an SVG of decode speed against Rotary's budget, with stock's options as horizontal lines.
 
     Raises
     ------
@@ -123,10 +122,10 @@ def write_plot(plan: Plan, output: str) -> None:
         not installed.
     """
     if not output.lower().endswith(".svg"):
-        raise RotaryError(f"{output}: figures are written as SVG only; name the file .svg")
+        raise RotaryError(f"{output}: figures are written as SVG only; give a name that ends in .svg")
     points = at_budgets(plan.case, _PLOTTED) if plan.case.print.layers else []
     if not points:
-        raise RotaryError(f"{output}: no budget of Rotary's can run here, nothing to plot; see the plan")
+        raise RotaryError(f"{output}: no budget can run here, so there is nothing to plot; see the plan")
     case = plan.case
     budgets = [(option.budget_bytes or 0) / GIB for _, option in points]
     rates = [option.decode.rate for _, option in points if option.decode]

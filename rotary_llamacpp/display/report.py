@@ -28,12 +28,12 @@ def write_report(
     trace_file: str, output: str, policies: list[str], budgets: list[float], link: str, compute_us: float,
     depth: int,
 ) -> None:  # fmt: skip
-    """Check names, and write the page of a trace."""
+    """Check the names, and write the HTML page about a trace."""
     check_names("policy", policies, NATIVE)
     medium = Link(parse_rate(link), compute_us)
     trace = load(trace_file)
     if trace.tokens(DECODE) == 0:
-        raise RotaryError(f"{trace_file}: nothing was decoded in it; record one with -n")
+        raise RotaryError(f"{trace_file}: has no decoded tokens; record a trace with -n above 0")
     page = report(trace, policies, budgets, medium, list(NAMES), depth)
     with writing(output) as file:
         file.write(page.encode())
@@ -47,14 +47,14 @@ def report(
     predictors: Sequence[str],
     depth: int = 1,
 ) -> str:
-    """Make the page.
+    """Make the HTML page about a trace.
 
     Parameters
     ----------
     budgets : list of float
-        Shares of all experts; details are for the one in the middle.
+        Shares of all experts; details are shown for the middle one.
     link : Link
-        Link for estimates of time.
+        Link that times are estimated for.
     predictors : list of str
         Names of `rotary_llamacpp.predictors.NAMES`.
 
@@ -104,7 +104,7 @@ def report(
 
 
 def _inline(figure: str) -> str:
-    """SVG within HTML, which needs no namespaces, and references nothing."""
+    """Strip what SVG inside HTML does not need: the prolog, namespaces and xlink."""
     return re.sub(r' xmlns(:xlink)?="[^"]*"', "", figure[figure.index("<svg") :]).replace(
         "xlink:href", "href"
     )
@@ -163,7 +163,7 @@ def _moving_sum(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _prefetch(row: dict[str, Any]) -> list[str]:
-    """Cells of one predictor."""
+    """Cells of one predictor's row."""
     used, late, prefetched = row["prefetch_used"], row["late_hits"], row["prefetched"]
     missed = row["misses"] + used - late
     return [

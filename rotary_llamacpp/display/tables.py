@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Renders tables as plain text, which are as wide as they have to be, on terminals and elsewhere."""
+"""Renders tables as plain text, as wide as they need to be, whatever the terminal's width."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_WIDTH = 1000
 
 
 def columns(rows: Sequence[Sequence[str]], left: Container[str] = ()) -> list[str]:
-    """Align rows, of which the first has the heads; columns with a head in `left` are aligned to the left."""
+    """Align rows, the first with the heads; columns whose head is in `left` are aligned to the left."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for head in rows[0]:
         table.add_column(justify="left" if head in left else "right", no_wrap=True)
@@ -30,7 +30,7 @@ def columns(rows: Sequence[Sequence[str]], left: Container[str] = ()) -> list[st
 
 
 def comparison(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of a table of what `rotary_llamacpp.simulation.comparison.compare` returns."""
+    """Render what `rotary_llamacpp.simulation.comparison.compare` returns as lines of a table."""
     timed = any(row.get("tokens_per_second") for row in rows)
     heads = ["budget", "slots", "policy", "prefetch", "hit rate"]
     heads += ["of bytes", "tok/s", "stall ms", "accuracy", "in time"] if timed else []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The terminal that the live line and the panel are drawn on: a console, and the size of it."""
+"""The terminal that the live line and the panel are drawn on: console and size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleDimensions
 
 
 def console(out: TextIO) -> Console:
-    """Console on a terminal, which is left to break long lines of a log itself (soft_wrap)."""
+    """Make a console on a terminal; the terminal itself breaks long log lines (soft_wrap)."""
     return Console(
         file=out, force_terminal=True, force_interactive=True, soft_wrap=True, markup=False, highlight=False,
         emoji=False,
@@ -18,7 +18,7 @@ def console(out: TextIO) -> Console:
 
 
 def size(out: TextIO) -> ConsoleDimensions:
-    """Columns and lines of a terminal now."""
+    """Current columns and lines of a terminal; 80 by 24 if unknown."""
     try:
         found = os.get_terminal_size(out.fileno())
     except OSError:

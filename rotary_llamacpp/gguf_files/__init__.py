@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""GGUF files without loading them: header, metadata, expert layout, imatrices."""
+"""GGUF files, without loading models: headers, metadata, layout of experts, importance matrices."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Metadata fields of GGUF files as raw bytes, and the few kinds that this package itself writes."""
+"""Metadata fields of GGUF files as raw bytes, and encoders for the few kinds that this package writes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def encode(key: str, value: int | str | bytes | Sequence[str], kind: str = "I") 
 
 
 def raw_fields(header: GGUFHeader, keys: Collection[str] | None = None) -> dict[str, bytes]:
-    """The encoded fields of a file, by key; only those of `keys` if given."""
+    """Read the encoded fields of a file, by key; only those of `keys` if given."""
     with open(header.path, "rb") as file:
         found = {}
         for entry in header.fields:
@@ -52,7 +52,7 @@ def raw_fields(header: GGUFHeader, keys: Collection[str] | None = None) -> dict[
 
 
 def array_bytes(raw: bytes, key: str) -> bytes | None:
-    """The value of a field that `encode` made of bytes; None if it is of another type."""
+    """Decode a field that `encode` made of bytes; None if it has another type."""
     at = len(text_bytes(key))
     if raw[at : at + 8] != struct.pack("<II", GGUFValueType.ARRAY, GGUFValueType.UINT8):
         return None
@@ -60,7 +60,7 @@ def array_bytes(raw: bytes, key: str) -> bytes | None:
 
 
 def array_strings(raw: bytes, key: str) -> list[str]:
-    """The value of a field that `encode` made of strings; empty if it is of another type."""
+    """Decode a field that `encode` made of strings; empty if it has another type."""
     at = len(text_bytes(key))
     if raw[at : at + 8] != struct.pack("<II", GGUFValueType.ARRAY, GGUFValueType.STRING):
         return []

@@ -3,7 +3,7 @@
 
 gguf.GGUFReader is not used for this: it makes several numpy arrays per vocabulary entry (tens of seconds for
 a vocabulary of 150 000) and loops for hours on a damaged count. Here every count is checked against the bytes
-that are left, and names against those before: a damaged file ends in a ModelError at once, whatever its size.
+that are left, and every name against those before, so a damaged file of any size raises ModelError at once.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -31,12 +31,12 @@ _SCALARS: dict[int, str] = {  # struct's codes
 }  # fmt: skip
 _MAX_KEPT_ARRAY = 4096  # values; per-layer values are kept, vocabularies are skipped
 _MAX_KEPT_VALUES = 1 << 20  # of all arrays; later ones are skipped
-_MAX_KEPT_BYTES = 1 << 24  # of all keys, and of all strings; chat templates have some thousand
+_MAX_KEPT_BYTES = 1 << 24  # of all keys, and of all strings; a chat template has some thousand
 _MAX_KEY_BYTES = 65535  # as in the format
 _MAX_NAME_BYTES = 63  # of the name of a tensor, as in llama.cpp
 _MAX_STRINGS = 1 << 21  # in arrays of one header; large vocabularies with merges are under a million
 _MAX_METADATA_BYTES = 1 << 29  # large vocabularies have some ten million
-# More than any model has. A hole in a file reads as zeros, which are valid entries of no size: without these
+# More than any model has. A hole in a file reads as zeros, which are valid empty entries: without these
 # limits a damaged count in a large file would be read for hours.
 _MAX_TENSORS, _MAX_FIELDS = 1 << 16, 1 << 14
 _SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
@@ -47,8 +47,7 @@ _TYPE_NAMES.setdefault(42, "Q2_0")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: `shape` in ggml's order (fastest dimension first), `offset` in bytes from the file's
-    start."""
+    """One tensor; `shape` is in ggml's order, fastest first, `offset` in bytes from the file's start."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,7 +59,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Field:
-    """Where one key and its value lie in the file, from byte `start` to before byte `end`."""
+    """One key and the bytes that encode it and its value: from `start` to before `end`."""
 
     key: str
     start: int
@@ -116,8 +115,8 @@ class _Cursor:
         self.data = data
         self.size = len(data)
         self.at = 4
-        self.strings = 0  # skipped in arrays
-        self.values = self.bytes = 0  # of what is kept
+        self.strings = 0  # skipped in arrays so far
+        self.values = self.bytes = 0  # kept so far, the latter of strings
 
     def header(self) -> GGUFHeader:
         version = self.scalar("I")
@@ -147,7 +146,7 @@ class _Cursor:
             entries[entry[0]] = entry
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.damaged(f"alignment is {str(alignment)[:40]!r}, no power of two,")
+            raise self.damaged(f"alignment is {str(alignment)[:40]!r}, not a power of two,")
         start = -(-self.at // alignment) * alignment
         tensors = self.placed(list(entries.values()), start)
         return GGUFHeader(self.path, self.size, metadata, tensors, tuple(fields.values()), alignment)
@@ -186,14 +185,14 @@ class _Cursor:
         return name, shape, self.scalar("I"), self.scalar("Q")
 
     def name(self, known: Container[str], longest: int) -> str:
-        """Read a key or a tensor's name: not empty, and new; in a damaged file they soon are neither."""
+        """Read a key or a tensor's name, which must not be empty, unprintable or known already."""
         length = self.scalar("Q")
         if not 0 < length <= longest:
             raise self.damaged(f"a name of {length} bytes, {longest} at most,")
         self.advance(length)
         name = self.data[self.at - length : self.at].decode("utf-8", "replace")
         if name in known or not name.isprintable():
-            raise self.damaged(f"{name!r} a second time" if name in known else f"{name!r} as a name")
+            raise self.damaged(f"{name!r} appears twice" if name in known else f"{name!r} as a name")
         return name
 
     def value(self, kind: int) -> Any:

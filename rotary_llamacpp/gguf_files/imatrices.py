@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Reads importance matrices of llama-imatrix, and checks that they are of the model to be quantised."""
+"""Reads importance matrices from llama-imatrix, and checks that they fit the model to be quantised."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ import numpy as np
 from ..errors import ModelError, RotaryError
 from .header import TensorInfo, read_header
 
-_WITH_ONE_ONLY = (
-    "IQ1_S",
-    "IQ1_M",
-    "IQ2_XXS",
-    "IQ2_XS",
-    "IQ2_S",
-    "IQ3_XXS",
-)  # types that need a matrix, except in these tensors:
+# Types that need a matrix, except for the tensors in _ENDS.
+_WITH_ONE_ONLY = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 _ENDS = ("token_embd.weight", "output.weight")
 
 
 def load(path: str) -> dict[str, np.ndarray]:
-    """Weights of columns by tensor: sums of squares over counts, as llama-quantize takes them.
+    """Read the weights of columns by tensor: sums of squares over counts, as llama-quantize takes them.
 
-    A tensor of experts is also found under the names of single experts.
+    The rows of a tensor of experts are also listed under the names of single experts' tensors.
     """
     header = read_header(path)
     sums: dict[str, np.ndarray] = {}
@@ -39,8 +33,8 @@ def load(path: str) -> dict[str, np.ndarray]:
         values = sums[f"{name}.in_sum2"]
         if not len(counts) or values.size % len(counts):
             raise ModelError(
-                f"{path}: {values.size} sums and {len(counts)} counts of {name}, which do not fit; "
-                "make it again"
+                f"{path}: {values.size} sums and {len(counts)} counts of {name}, which do not match; "
+                "make the matrix again"
             )
         values = values.reshape(len(counts), -1)
         means = np.where(counts > 0, values / np.maximum(counts, 1), 1).astype(np.float32)
@@ -50,16 +44,16 @@ def load(path: str) -> dict[str, np.ndarray]:
                 found[name.replace("_exps.weight", f".{expert}.weight")] = np.ascontiguousarray(row)
     if not found:
         raise ModelError(
-            f"{path}: no importance matrix; a GGUF of llama-imatrix has tensors named *.in_sum2; "
-            "make one, or an old .dat new with `llama-imatrix --in-file`"
+            f"{path}: not an importance matrix; llama-imatrix writes tensors named *.in_sum2; "
+            "make one, or convert an old .dat with `llama-imatrix --in-file`"
         )
     return found
 
 
 def coverage(path: str, changing: Sequence[TensorInfo]) -> str:
-    """Describe in a line how many of the tensors that change an importance matrix covers.
+    """Say in one line how many of the tensors that change are in an importance matrix.
 
-    llama.cpp notices a misfit only when it reaches that tensor, and nothing where no name fits.
+    llama.cpp notices a wrong size only when it reaches that tensor, and never that no name matches.
 
     Raises
     ------
@@ -74,17 +68,17 @@ def coverage(path: str, changing: Sequence[TensorInfo]) -> str:
         n_known += n_found == n_wanted
         if n_found not in (0, n_wanted) and tensor.name not in _ENDS:
             raise RotaryError(
-                f"{path}: {n_found} values for {tensor.name}, which has {n_wanted} columns; the matrix is of "
-                "another model; make one of this model"
+                f"{path}: {n_found} values for {tensor.name}, which has {n_wanted} columns; the matrix is "
+                "for another model; make one for this model"
             )
         if not n_found and tensor.type_name in _WITH_ONE_ONLY and tensor.name not in _ENDS:
             raise RotaryError(
-                f"{path}: nothing for {tensor.name}, which {tensor.type_name} needs; make a "
+                f"{path}: no values for {tensor.name}, which {tensor.type_name} needs; make a "
                 "matrix from more text, or give that tensor a larger type"
             )
     if not n_known:
         raise RotaryError(
-            f"{path}: knows none of the {len(changing)} tensors that change; the matrix is of another model; "
-            "make one of this model, or leave it out"
+            f"{path}: has none of the {len(changing)} tensors that change; the matrix is for another model; "
+            "make one for this model, or leave it out"
         )
     return f"importance matrix for {n_known} of {len(changing)} tensors"

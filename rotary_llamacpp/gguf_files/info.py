@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Experts and sizes of a model, and what paging it takes, read from GGUF headers alone.
+"""Experts and sizes of a model, and the memory that paging it needs, read from GGUF headers alone.
 
-Works without the native library and without llama_cpp, for every architecture: an expert tensor is known by
-its name, never by the architecture. Says nothing about what is loaded; that is ``Llama.rotary_stats()``.
+Works without the native library and without llama_cpp, for every architecture: an expert tensor is recognised
+by its name, never by the architecture. ``Llama.rotary_stats()`` says what is loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 class LayerInfo:
     """The experts of one layer.
 
-    A layer with chunk experts as well (GroveMoE) appears twice, once for each `kind`.
+    A layer that also has chunk experts (GroveMoE) appears twice, once for each `kind`.
     """
 
     il: int
@@ -102,7 +102,7 @@ class ModelInfo:
 
     @classmethod
     def of(cls, headers: Sequence[GGUFHeader]) -> ModelInfo:
-        """Make it from the headers of a model's files, the first shard first.
+        """Make a `ModelInfo` from the headers of a model's files, the first shard first.
 
         Raises
         ------
@@ -176,7 +176,7 @@ def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
     Raises
     ------
     ModelError
-        As `ModelInfo.read`.
+        A file is missing, truncated or not a GGUF, or `path` is not the first shard of a split model.
     """
     path = Path(path)
     first = read_header(path)
@@ -189,7 +189,7 @@ def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
         raise ModelError(f"{path}: shard {number + 1} of {n_split}; give the first shard")
     if match is None or int(match[3]) != n_split:
         raise ModelError(
-            f"{path}: first of {n_split} shards under another name; llama.cpp finds the others by "
+            f"{path}: first of {n_split} shards, but renamed; llama.cpp finds the others by "
             f"<name>-00001-of-{n_split:05d}.gguf; rename them back"
         )
     rest = [path.with_name(f"{match[1]}-{i:05d}-of-{n_split:05d}.gguf") for i in range(2, n_split + 1)]
@@ -203,14 +203,14 @@ def read_shards(path: str | os.PathLike[str]) -> list[GGUFHeader]:
     n_tensors = sum(len(header.tensors) for header in headers)
     if n_tensors != (n_expected := _number(first, "split.tensors.count", 0)):
         raise ModelError(
-            f"{path}: {n_tensors} tensors in {n_split} shards, {n_expected} are expected; some shard is of "
+            f"{path}: {n_tensors} tensors in {n_split} shards, {n_expected} are expected; some shard is from "
             "another model; download them again"
         )
     return headers
 
 
 def loaded(headers: Sequence[GGUFHeader]) -> tuple[int, list[TensorInfo]]:
-    """Number of layers that llama.cpp loads, and their tensors: without those that predict several tokens."""
+    """Number of layers and tensors that llama.cpp loads, without the layers for multi-token prediction."""
     arch = headers[0].metadata.get("general.architecture", "unknown")
     n_layer = _number(headers[0], f"{arch}.block_count", 0)
     n_extra = _number(headers[0], f"{arch}.nextn_predict_layers", 0)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Lays out a converted model: order, alignment and shards of the tensors, and the headers.
 
-Reads headers of the sources and no weights; copying.py moves those. The format asks every tensor to begin at
-the next multiple of general.alignment after the one before, so one number aligns all of them, and an expert
-inside its tensor begins at a multiple of its own bytes, whatever that number is: `Layout.describe` says where
-that is no page.
+Reads the sources' headers and no weights; copying.py copies those. In the format every tensor begins at the
+next multiple of general.alignment, so one number aligns all of them. An expert begins inside its tensor at a
+multiple of its own size, whatever the alignment; `Layout.describe` says where that is not a page boundary.
 
-Metadata is copied as the bytes it is in the source, so that no type, order or invalid text changes;
-gguf.GGUFWriter would decode and encode every word of a vocabulary.
+Metadata is copied as raw bytes, so that no type, order or invalid text changes; gguf.GGUFWriter would decode
+and encode every word of a vocabulary.
 
 Format and names of shards: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, llama.cpp's gguf-split.
 """
@@ -62,7 +61,7 @@ class Layout:
         return [placed for output in self.outputs for placed in output.weights]
 
     def describe(self) -> str:
-        """A few lines of text."""
+        """Describe the files in a few lines of text."""
         placed = self.weights
         experts = [(weight, at) for weight, at in placed if weight.layer is not None]
         n_bytes = sum(weight.n_bytes for weight, _ in experts)
@@ -77,7 +76,7 @@ class Layout:
             lines.append("dense model: no experts, only the alignment changes")
         else:
             layers = len({weight.layer for weight, _ in experts})
-            joined = f", {self.joined} of them joined from one tensor an expert" if self.joined else ""
+            joined = f", {self.joined} of them joined from one tensor per expert" if self.joined else ""
             what = f"{len(experts)} tensors of {layers} layers{joined}"
             lines.append(f"experts         {mib(n_bytes):>14}, {what}")
             lines += _direct_lines(experts)
@@ -99,11 +98,11 @@ def _direct_lines(experts: Sequence[tuple[Weight, int]]) -> list[str]:
     lines = [f"direct reads    {aligned} of {total} expert matrices are whole pages of {PAGE} bytes"]
     for each, count in sorted(others.items()):
         if each % SECTOR:
-            why = f"no multiple of a sector of {SECTOR}: read with their neighbours' edges"
+            why = f"not a multiple of a sector of {SECTOR}: read with the edges of their neighbours"
         elif each % PAGE:
-            why = f"no multiple of a page, but of {SECTOR}: whole where the disk's sectors are so"
+            why = f"not a multiple of a page, but of {SECTOR}: read alone if the disk has such sectors"
         else:
-            why = "whole pages, but do not begin on one"
+            why = "whole pages, but do not begin at a page boundary"
         lines.append(f"                {count} are {each} bytes: {why}")
     return lines
 
@@ -114,13 +113,12 @@ def _direct_lines(experts: Sequence[tuple[Weight, int]]) -> list[str]:
 def metadata_of(
     headers: Sequence[GGUFHeader], alignment: int, changes: Mapping[str, bytes | None]
 ) -> tuple[dict[str, bytes], list[str]]:
-    """Encoded fields of the result, without those of shards; and notes on fields of later shards that are
-    lost.
+    """Encode the fields of the result, except those of shards; return them with notes on fields left out.
 
     Parameters
     ----------
     changes : mapping
-        Encoded fields that replace the source's or are new; None drops one.
+        Encoded fields that replace the source's or are new; None drops a field.
     """
     fields = {key: raw for key, raw in raw_fields(headers[0]).items() if not key.startswith("split.")}
     fields.pop("general.alignment", None)
@@ -135,7 +133,9 @@ def metadata_of(
     )
     notes = []
     if extra:
-        notes.append(f"left out: {', '.join(extra[:5])} of shards after the first, which llama.cpp ignores")
+        notes.append(
+            f"left out: {', '.join(extra[:5])} of shards after the first, which llama.cpp ignores too"
+        )
     return fields, notes
 
 
@@ -152,7 +152,7 @@ def shard_paths(path: Path, n_split: int) -> list[Path]:
 
 
 def check_alignment(alignment: int) -> None:
-    """Raise a RotaryError for an alignment that llama.cpp does not take."""
+    """Raise a RotaryError for an alignment that llama.cpp does not accept."""
     if alignment < 32 or alignment & (alignment - 1) or alignment > 1 << 30:
         raise RotaryError(
             f"alignment: {alignment} bytes; llama.cpp takes powers of two, and its kernels want 32 or more; "
@@ -176,13 +176,13 @@ def lay_out(
     headers : sequence of GGUFHeader
         Headers of the sources, the first shard first.
     alignment : int
-        Alignment of every tensor in bytes, a power of two from 32 on.
+        Alignment of every tensor in bytes, a power of two, at least 32.
     split_bytes : int, optional
         Maximum bytes of a file, unless a single tensor has more.
     changes : mapping, optional
-        As for `metadata_of`.
+        Encoded fields to replace or add; None drops a field.
     described_by : sequence of GGUFHeader, optional
-        Headers whose metadata the result gets; `headers` otherwise.
+        Headers whose metadata the result gets; by default `headers`.
 
     Raises
     ------
@@ -206,7 +206,7 @@ def lay_out(
         mine = _shard_fields(fields, alignment, number, len(groups), len(weights))
         outputs.append(_output(file, group, mine, alignment))
     notes += [
-        f"{output.path.name} has {output.n_bytes} bytes, more than asked for: one tensor is so large"
+        f"{output.path.name} has {output.n_bytes} bytes, more than asked for: one tensor is that large"
         for output in outputs
         if split_bytes is not None and output.n_bytes > split_bytes
     ]
@@ -218,7 +218,7 @@ def _shard_fields(
 ) -> list[bytes]:
     if n_split == 1:
         return list(fields.values())
-    # llama.cpp reads each shard as a separate file, and assumes 32 without a key for the alignment.
+    # llama.cpp reads each shard as a separate file, and assumes 32 if a shard has no alignment key.
     mine = list(fields.values()) if number == 0 else [encode("general.alignment", alignment)]
     return [
         *mine,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Orders the tensors of a model's files as paging wants them, as ranges of bytes of those files.
+"""Orders the tensors of a model for paging, as ranges of bytes of its files.
 
 Everything that is not an expert comes first, in the files' order, then the experts, layer by layer. Where a
 model has one tensor for each expert, these are joined. Impossible tensors are refused.
@@ -34,7 +34,7 @@ class Piece:
 class Weight:
     """One tensor of the result and the pieces of the sources that it is made of, in order.
 
-    `layer` is None where it stays resident. `shape` is in ggml's order.
+    `layer` is None for a tensor that stays resident. `shape` is in ggml's order.
     """
 
     name: str
@@ -74,7 +74,7 @@ def weights_of(headers: Sequence[GGUFHeader]) -> list[Weight]:
                 if int(match[3]) in experts:
                     raise _twice(header.path, tensor.name)
                 experts[int(match[3])] = (source, tensor)
-                # At the place of the first expert.
+                # The joined tensor takes the place of its first expert.
                 found.setdefault(name, Weight(name, (), 0, "", (), int(match[2])))
                 continue
             if tensor.name in found:

@@ -2,9 +2,9 @@
 """Finds the Linux control groups of this process, of version 1 and 2. Changes none.
 
 ``/proc/self/cgroup`` has the path of the process's own group as its cgroup namespace shows it,
-``/proc/self/mountinfo`` what of each hierarchy is mounted where. In a container the two need not fit
-together; then all that is mounted counts. native/src/base/cgroup.cpp finds the same groups for paging, and
-tests/test_machine.py holds both to the same trees.
+``/proc/self/mountinfo`` which part of each hierarchy is mounted where. In a container the two may not fit
+together; then all mounted groups count. native/src/base/cgroup.cpp finds the same groups for paging, and
+tests/unit/test_machine.py checks both against the same trees.
 
 Source: cgroups(7), cgroup_namespaces(7), proc_pid_mountinfo(5).
 """
@@ -40,7 +40,7 @@ def own_groups(controller: str, root: Path = HERE) -> list[Group]:
     controller : str
         As version 1 calls it: ``"memory"``, ``"cpu"``, ``"blkio"``. Version 2 has one group for all.
     root : Path
-        What /proc and the mount points are below.
+        Directory that /proc and the mount points are in.
     """
     membership = read(root / "proc" / "self" / "cgroup")
     mountinfo = read(root / "proc" / "self" / "mountinfo")
@@ -51,7 +51,7 @@ def own_groups(controller: str, root: Path = HERE) -> list[Group]:
 
 
 def find_groups(controller: str, membership: str, mountinfo: str) -> list[Group]:
-    """Groups by the contents of ``/proc/self/cgroup`` and ``/proc/self/mountinfo``; see `own_groups`."""
+    """Find groups by the text of ``/proc/self/cgroup`` and ``/proc/self/mountinfo``; see `own_groups`."""
     mounts = _mounts(controller, mountinfo)
     if not mountinfo:  # assume the usual places
         mounts = [(1, "/", f"/sys/fs/cgroup/{controller}"), (2, "/", "/sys/fs/cgroup")]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Runs Python programs in child processes that end when this process ends, however it ends.
 
-A child begins as this module, and asks the kernel for a signal when its parent is gone.
+A child starts as this module, and asks the kernel to kill it when its parent ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def child(program: str, *arguments: str, **streams: Any) -> Iterator[subprocess.
     """Run a module by name, or a script by path; kill it if the block is left before it has ended."""
     with subprocess.Popen(
         [sys.executable, "-m", __name__, str(os.getpid()), program, *arguments],
-        # So that only the parent gets Ctrl-C, and ends the child.
+        # Only the parent gets Ctrl-C, and ends the child.
         start_new_session=True,
         # ggml's backtrace of a failed assertion forks, and hangs with several threads.
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"},

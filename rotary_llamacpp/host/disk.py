@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Measures how fast a disk is read past the page cache, and how much processor time that takes.
 
-A file that lies in memory is refused, not measured as if it were on a disk.
+A file in memory is refused, not measured as if it were on a disk.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ColdRead:
     seconds: float
     busy: float
     how: str
-    own: bool = False  # `busy` counts this process alone: in a container, the machine's counts others too
+    own: bool = False  # `busy` is of this process alone: in a container, the machine's includes other tenants
 
     @property
     def rate(self) -> float:
@@ -46,8 +46,7 @@ class ColdRead:
 
 
 def measure(model: Path | None) -> tuple[ColdRead, Path]:
-    """Read a model, or a temporary file if None; return the result and the file, or the temporary one's
-    folder.
+    """Read a model, or a temporary file if None; return the result and the model, or the file's folder.
 
     Raises
     ------
@@ -87,9 +86,8 @@ def _read_sample(folder: Path) -> ColdRead:
     about = os.statvfs(folder)
     if (free := about.f_bavail * about.f_frsize) < 2 * _SAMPLE_BYTES:
         raise RotaryError(f"{folder}: {mib(free, 0)} are free; make room")
-    with tempfile.TemporaryFile(
-        dir=folder, buffering=0
-    ) as file:  # without a name, so that it ends with this process
+    # The file has no name, so that it ends with this process.
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         deadline = time.monotonic() + _SAMPLE_SECONDS
         block = os.urandom(_BLOCK_BYTES)
         while file.tell() < _SAMPLE_BYTES and time.monotonic() < deadline:
@@ -103,15 +101,14 @@ def _read_sample(folder: Path) -> ColdRead:
 
 
 def read_cold(path: Path) -> ColdRead:
-    """Read up to 256 MiB of a file, for at most 2 s, past the page cache, a few blocks at a time as paging
-    does.
+    """Read up to 256 MiB of a file past the page cache, for at most 2 s, a few blocks at a time.
 
     Raises
     ------
     RotaryError
-        The file lies in memory, is empty, or is not a regular file.
+        The file is in memory, empty, or not a regular file.
     OSError
-        It cannot be read.
+        The file cannot be read.
     """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode) or about.st_size == 0:
@@ -138,7 +135,7 @@ def _in_memory(path: Path, name: str) -> RotaryError:
 
 
 def _read_direct(path: Path) -> ColdRead | None:
-    """Read directly; None where the file system cannot: some refuse to open the file, some to read it."""
+    """Read with O_DIRECT; None where the file system refuses to open or to read the file so."""
     try:
         return _read(path, os.open(path, os.O_RDONLY | os.O_DIRECT), "direct")
     except OSError as error:

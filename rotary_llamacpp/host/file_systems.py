@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tells kinds of file systems apart, as far as reading is concerned. Linux only.
 
-Asks statfs, because overlays and subvolumes have device numbers that no list of mounts knows.
+Asks statfs, because overlays and subvolumes have device numbers that are in no list of mounts.
 Source: statfs(2), linux/magic.h, Documentation/filesystems/proc.rst (/proc/<pid>/io).
 """
 
@@ -42,12 +42,12 @@ def storage_reads(path: Path) -> int | None:
 
 
 def magic(path: Path) -> int:
-    """The kernel's number for the kind of file system; 0 where it cannot be found out.
+    """The kernel's magic number of a path's file system; 0 if it cannot be found out.
 
     Raises
     ------
     OSError
-        There is no such path, or it may not be looked at.
+        The path does not exist, or may not be accessed.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     about = ctypes.create_string_buffer(512)  # struct statfs, of about 120 bytes, begins with the number

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files that are read and written whole: only regular ones are read, and a written one gets its name once it
-is complete."""
+"""Reads only regular files, and writes files that get their names once they are complete."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from ..errors import RotaryError
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse a folder, a pipe or a device, whose reading may never end.
+    """Refuse a folder, a pipe or a device; reading one might never end.
 
     Raises
     ------
@@ -52,7 +51,7 @@ def _not_written(path: Path, error: OSError) -> RotaryError:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a file that gets its name once it is complete.
+    """Open a file for writing, which gets its name once the block has ended.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Ctrl-C where KeyboardInterrupt will not do: while modules are imported, and while llama.cpp calls back.
+"""Handles Ctrl-C where KeyboardInterrupt will not do: during imports, and in callbacks from llama.cpp.
 
-Imports little, because it is imported first. Only the main thread can set what signals do; in other threads
-nothing changes.
+Imports little, because it is imported first. Only the main thread can set signal handlers; in other
+threads these functions change nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _Handler = Callable[[int, FrameType | None], object]
 def exiting() -> contextlib.AbstractContextManager[None]:
     """Let Ctrl-C end the process at once with status 130. For imports, before anything is written.
 
-    An exception there is lost in callbacks of the import system, or becomes an ImportError of a package that
-    cannot go on.
+    During imports, an exception is lost in callbacks of the import system, or becomes an ImportError of a
+    package that cannot go on.
     """
     return _handled(lambda *_: os._exit(130))
 

@@ -13,10 +13,10 @@ from ..errors import LibraryError
 from . import cgroups
 from .cgroups import HERE
 
-# e_machine in an ELF header, for messages alone.
+# e_machine in an ELF header, only for messages.
 _ELF_MACHINES = {3: "i386", 21: "ppc64le", 22: "s390x", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv"}
 _PROGRAM = Path("/proc/self/exe")
-HOST_PID_NAMESPACE = 0xEFFFFFFC  # inode of the first one, by the kernel's ABI (PROC_PID_INIT_INO)
+HOST_PID_NAMESPACE = 0xEFFFFFFC  # inode, fixed by the kernel's ABI (PROC_PID_INIT_INO)
 
 
 def _elf_target(header: bytes) -> tuple[int, int, int]:
@@ -101,7 +101,7 @@ def _memory(root: Path) -> tuple[int | None, int | None]:
             if not is_own and cgroups.read_number(folder / "memory.use_hierarchy") == 0:
                 break  # in version 1, this group and those around it are not charged for groups inside
             limit = _memory_limit(folder, group.version, is_own)
-            if limit < installed:  # no limit is a huge number in version 1
+            if limit < installed:  # in version 1, no limit is a huge number
                 total = min(total, limit)
                 available = min(available, max(0, limit - _memory_taken(folder, group.version)))
     return (None if total == math.inf else int(total)), (None if available == math.inf else int(available))
@@ -166,10 +166,10 @@ def memlock_limit() -> int | None:
 
 
 def busy_seconds(*, user: bool = True, root: Path = HERE) -> float | None:
-    """Seconds that the processors which this process may use have been busy, with what a hypervisor took.
+    """Seconds that the CPUs this process may use have been busy, including time a hypervisor took.
 
-    Without `user`, the time of programs themselves is left out. None where it cannot be known: in a
-    container, /proc/stat counts other tenants of the host too.
+    Without `user`, time in user mode is left out. None where the time cannot be known: in a container,
+    /proc/stat counts other tenants of the host too.
     """
     try:
         allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}
@@ -185,5 +185,5 @@ def busy_seconds(*, user: bool = True, root: Path = HERE) -> float | None:
 
 
 def kernel_seconds() -> float:
-    """Seconds that the kernel has worked for this process's own calls."""
+    """Seconds of kernel time that this process's own calls took."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_stime

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The native library through cffi; rotary.h, read between its API markers, declares all of it.
+"""The native library through cffi, with the declarations between the API markers of rotary.h.
 
-The only module that talks to ggml directly. Turns status codes into exceptions; decides nothing. Callbacks
+The only module that imports cffi. Turns status codes into exceptions; decides nothing. Callbacks
 into Python are in own.py, replays in replay.py, the pools of a model in pools.py. ``load()`` may be called
 from any thread.
 
@@ -99,7 +99,7 @@ def ggml_build(lib: ctypes.CDLL) -> tuple[str, str]:
 
 
 class _Mutable:
-    """Mixin of a logger: its level is out of reach in threads that are muted, and as set in others."""
+    """Mixin that makes a logger log nothing in threads that are muted; its level stays as set in others."""
 
     muted = threading.local()
 
@@ -114,10 +114,10 @@ class _Mutable:
 
 @contextlib.contextmanager
 def native_log_muted() -> Iterator[None]:
-    """Keep errors of our library out of llama.cpp's log for a call, because exceptions carry their text.
+    """Keep errors of our library out of llama.cpp's log, because exceptions carry their text.
 
-    Mutes this thread alone. The level of llama-cpp-python's logger cannot be changed and put back, because
-    other threads set and read it at the same time.
+    Mutes this thread alone. Changing and restoring the level of llama-cpp-python's logger would race with
+    other threads, which set and read it.
     """
     logger = logging.getLogger("llama-cpp-python")
     with _load_lock:
@@ -201,7 +201,7 @@ class Library:
             answers = {name: getattr(self.llama, f"ggml_cpu_has_{name}", None) for name in _CPU_FEATURES}
             built_for = " ".join(name for name, has in answers.items() if has is not None and has())
             raise LibraryError(
-                "llama-cpp-python: a trial run dies of an illegal instruction on this processor; "
+                "llama-cpp-python: a trial run died of an illegal instruction on this processor; "
                 f"it was compiled for {built_for or 'another'}; "
                 f"build it here with `{pinned.REBUILD_LLAMA_CPP}`"
             )
@@ -229,18 +229,18 @@ class Library:
         return self.ffi.string(pointer).decode("utf-8", "replace") if pointer else ""
 
     def last_error(self) -> str:
-        """Text of the last failing call of this thread."""
+        """Text of this thread's last failed call."""
         return self.text(self.c.rotary_last_error()).replace("\n", " ").strip()
 
     def check(self, status: int) -> int:
-        """Raise the error that a negative status stands for; return the status."""
+        """Return the status; raise the error that it stands for if it is negative."""
         if status < 0:
             kind = _ERRORS.get(self.ffi.typeof("enum rotary_status").elements.get(status, ""), LibraryError)
             raise kind(self.last_error() or f"{self.path}: failed with status {status}") from None
         return status
 
     def divide_budget(self, n_bytes: int, layers: list[tuple[int, int, int]]) -> list[int]:
-        """Slots of layers, given as (bytes of an expert, experts, experts used), in a pool of this budget."""
+        """Divide a budget into slots of layers, given as (bytes of an expert, experts, experts used)."""
         n_slots, taken = self.ffi.new("int32_t[]", len(layers)), self.ffi.new("uint64_t *")
         sizes = self.ffi.new("rotary_layer_size[]", layers)
         text = str(n_bytes).encode()
@@ -274,12 +274,12 @@ class Library:
         return min(free.value, total.value), total.value
 
     def devices_for(self, inner: str | None) -> list[int]:
-        """ROTARY devices over inner devices, named with commas between; by default over those chosen at load.
+        """ROTARY devices over inner devices, separated by commas; by default over those chosen at load.
 
         Raises
         ------
         DeviceError
-            There is no such inner device, or every ROTARY device is in use over another one.
+            An inner device does not exist, or every ROTARY device is in use over another one.
         """
         chosen: list[int] = []
         for wanted in inner.split(",") if inner else self.default_inner:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Builds and times graphs of ggml on one device, without a model, for kernels.py.
+"""Builds and times ggml graphs on one device, without a model, for kernels.py.
 
-Does not need our library, and frees everything. One thread at a time. Tensors are pointers to struct
-ggml_tensor.
+Does not need our library. Not thread-safe. Tensors are pointers to struct ggml_tensor.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ class Device:
         if not buffer:
             self.lib.ggml_free(context)
             raise LibraryError(
-                "ggml: not enough memory to time its kernels; free some; plan without --measure"
+                "ggml: not enough memory to time its kernels; free some, or plan without --measure"
             )
         self._held.append((context, buffer))
 
@@ -97,7 +96,7 @@ class Device:
         self.lib.ggml_backend_tensor_set(tensor, data.ctypes.data_as(c_void_p), 0, data.nbytes)
 
     def extra_bufts(self) -> list[Any]:
-        """Return the buffer types that have other layouts for weights."""
+        """Return the buffer types that store weights in another layout."""
         registry = self.lib.ggml_backend_dev_backend_reg(self.device)
         address = self.lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
         if not address:
@@ -116,17 +115,17 @@ class Device:
         return graph
 
     def time(self, graph: Any) -> float:
-        """Median of the seconds that computing a graph takes."""
+        """Median seconds of computing a graph."""
 
         def compute() -> None:
             if self.lib.ggml_backend_graph_compute(self.backend, graph) != 0:
-                raise LibraryError("ggml: a graph to time was not computed; plan without --measure")
+                raise LibraryError("ggml: computing a graph to time it failed; plan without --measure")
 
         return timed(compute)
 
 
 def timed(work: Callable[[], None]) -> float:
-    """Median of the seconds that some work takes, of a few tries after the first."""
+    """Median seconds of a few calls of `work`, after a first one that is not timed."""
     work()  # first touch
     seconds: list[float] = []
     begin = time.perf_counter()

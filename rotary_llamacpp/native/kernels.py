@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Times ggml's kernels: multiplications by a model's weights, the rest of a layer, and the link.
 
-Memory's own bandwidth says little of decode on a CPU: unpacking a quantisation often takes longer than
-reading it, and depends on the type, the instruction set and on whether ggml repacks the weights. So the
-kernel itself is timed, in the buffer that llama.cpp would choose. No model is loaded.
+Memory bandwidth says little about decode on a CPU: unpacking quantised weights often takes longer than
+reading them, and depends on the type, the instruction set and whether ggml repacks the weights. So the kernel
+itself is timed, in the buffer that llama.cpp would choose. No model is loaded.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from ..units import MIB
 from .ggml import Device, extents, strides, timed
 
 F16, F32, I32, I64 = (GGMLQuantizationType[name] for name in ("F16", "F32", "I32", "I64"))
-# Of experts: more than caches and TLBs hold. With 256 MiB kernels seem a sixth faster than they are in a
-# model.
+# Experts of more bytes than caches and TLBs cover: with 256 MiB, kernels seem a sixth faster than in a model.
 _MAX_BYTES = 768 * MIB
 _MATRIX_BYTES = 64 * MIB
 _READ_BYTES = 192 * MIB  # read by one graph of decode
@@ -45,7 +44,7 @@ class KernelRates:
     fill_rate : float
         Bytes per second that one thread puts into place, repacking included.
     repacked : bool
-        ggml has another layout for the type on this CPU.
+        Whether ggml repacks weights of the type on this CPU.
     """
 
     token_rate: float
@@ -58,7 +57,7 @@ class KernelRates:
 class Matrices:
     """Weights of one shape: `n_expert` matrices of `n_out` rows of `n_in`, of which a token uses `n_used`.
 
-    `n_stored` is how many of them all layers have together; 1 expert is a plain matrix, for MUL_MAT.
+    `n_stored` is their number in all layers together; 1 expert is a plain matrix, for MUL_MAT.
     """
 
     type_name: str
@@ -74,7 +73,7 @@ class Matrices:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.type_name]]
         if self.n_in % block:
             raise LibraryError(
-                f"{self.type_name}: rows of {self.n_in} are no blocks of {block}; measure another type"
+                f"{self.type_name}: rows of {self.n_in} are not whole blocks of {block}; measure another type"
             )
         return self.n_in // block * block_bytes
 
@@ -130,7 +129,7 @@ def measure(matrices: Matrices, threads: int, device: str = "CPU") -> KernelRate
 
 
 def _weights(ggml: Device, kind: int, n_in: int, n_out: int, n_expert: int, n_used: int) -> tuple[Any, bool]:
-    """Allocate weights where they are repacked, and return True with them; else in plain memory."""
+    """Allocate weights, repacked if the device can; return them, and whether they are repacked."""
     lib = ggml.lib
     for buft in ggml.extra_bufts():
         context = ggml.context(8)
@@ -150,7 +149,7 @@ def _weights(ggml: Device, kind: int, n_in: int, n_out: int, n_expert: int, n_us
 
 
 def _multiplied(ggml: Device, context: Any, weights: Any, n_used: int, n_tokens: int) -> tuple[Any, Any, Any]:
-    """Make a product; return the product, the inputs, and the ids of experts if there are any."""
+    """Make a product; return the product, the inputs, and the ids of experts or None."""
     lib = ggml.lib
     n_in, _, n_expert, _ = extents(weights)
     if n_expert == 1:
@@ -187,8 +186,8 @@ def _time(ggml: Device, weights: Any, n_expert: int, n_used: int, n_tokens: int,
 def measure_layer(shape: LayerShape, n_tokens: int, threads: int, device: str = "CPU") -> float:
     """Seconds that a layer takes for some tokens, without the multiplications by weights.
 
-    Norms, positions, attention over the KV cache, routing, and what is done with the experts' outputs, as
-    llama.cpp's build_attn_mha() and build_moe_ffn() have them; inputs are zeros.
+    Times norms, positions, attention over the KV cache, routing and the merging of experts' outputs, as in
+    llama.cpp's build_attn_mha() and build_moe_ffn(); inputs are zeros.
     """
     with Device(device, threads) as ggml:
         cache_bytes = 2 * shape.depth * shape.n_head_kv * (shape.n_key + shape.n_value)
@@ -202,7 +201,7 @@ def measure_layer(shape: LayerShape, n_tokens: int, threads: int, device: str = 
 
 
 class _Layer:
-    """Inputs in place of what a layer's weights would compute, and nodes over them."""
+    """Nodes of layers; inputs stand in for the products with weights."""
 
     def __init__(self, ggml: Device, context: Any, shape: LayerShape, n_tokens: int) -> None:
         self.ggml, self.context, self.shape, self.n_tokens = ggml, context, shape, n_tokens
@@ -238,7 +237,7 @@ class _Layer:
     def attention(self) -> tuple[list[Any], Any]:
         shape, n = self.shape, self.n_tokens
         keys = self.new(F16, shape.n_key * shape.n_head_kv, shape.depth)
-        # Transposed: cell after cell.
+        # Transposed, so that every value is a row of its own.
         values = self.new(F16, 1, shape.depth * shape.n_value * shape.n_head_kv)
         n_rope = shape.n_key - shape.n_key % 2
         queries = self.op("rope", self.queries, self.positions, n_rope, 0)
@@ -280,7 +279,7 @@ class _Layer:
 
 
 def measure_link(device: str) -> float:
-    """Bytes per second from host memory to a device, from pinned memory where the device has such."""
+    """Bytes per second from host memory to a device, from pinned memory if the device has any."""
     with Device(device, 1) as ggml:
         lib = ggml.lib
         context = ggml.context(2)

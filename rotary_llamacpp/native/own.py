@@ -3,8 +3,8 @@
 
 An exception cannot pass through the library. It is kept, and `_Own.check` raises it once, when the library's
 call has returned. A policy or predictor that raised is replaced by a simple one for good, which
-`_Own.notices` reports. One that was interrupted by Ctrl-C is made anew. Both kinds of new object begin in the
-middle of a run, so a policy is told of resident experts when it first meets them.
+`_Own.notices` reports. One that was interrupted by Ctrl-C is made anew. Either way the new object begins in
+the middle of a run, so a policy is told of resident experts when it first meets them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Own:
         self._error: BaseException | None = None
 
     def replace(self) -> str:
-        """Replace a policy or predictor that failed by a simple one; return a text about it."""
+        """Replace a failed policy or predictor with a simple one; return a text for the notice."""
         raise NotImplementedError
 
     def restart(self) -> None:
@@ -42,8 +42,8 @@ class _Own:
     def bind(self, struct: str, functions: dict[str, Callable[..., Any]], at_error: dict[str, int]) -> Any:
         """Make a C struct of callbacks, which do not get the first argument, `user`; `self` keeps them alive.
 
-        From an error to the end of the library's call they do nothing, so that an object that is made anew
-        begins with a graph and not between two layers.
+        After an error they do nothing until the library's call returns, so that an object that is made anew
+        begins with a graph, not between two layers.
         """
         types = dict(self.ffi.typeof(struct).fields)
 
@@ -63,7 +63,7 @@ class _Own:
         return [flat[i : i + n_used] for i in range(0, len(flat), n_used)]
 
     def take_error(self) -> BaseException | None:
-        """Return what was raised since the last call, and replace or restart what raised it."""
+        """Return the exception raised since the last call; replace or restart the object that raised it."""
         error, self._error = self._error, None
         if isinstance(error, Exception):
             name, instead = self.name, self.replace()
@@ -73,7 +73,7 @@ class _Own:
         return error
 
     def check(self) -> None:
-        """Raise once what the callbacks raised."""
+        """Raise an exception of the callbacks, once."""
         error = self.take_error()
         if error is not None:
             raise error

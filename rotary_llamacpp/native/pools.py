@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The slots of one model: a `Pool` on each device that llama.cpp splits the layers over, together `Pools`.
 
-Figures of `Pools` are sums over devices; a budget in bytes is for all devices, and is divided as the experts
-are. A pool is used by one thread at a time.
+Figures of `Pools` are sums over devices; a budget in bytes is for all devices, and is divided in
+proportion to their experts. A pool is used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Pool:
         self.lib = lib
         self.device = device
         self._own = (policy[1], predictor[1])
-        # The texts must live during the call only, because the library copies them.
+        # The texts need to live only during the call, because the library copies them.
         named = (budget, model, store, pin, policy[0], predictor[0])
         texts = [lib.ffi.new("char[]", text.encode()) for text in named]
         config = lib.ffi.new("rotary_config *", {
@@ -79,13 +79,13 @@ class Pool:
             self.lib.check(self.lib.c.rotary_pool_set_budget(self._pool, text.encode()))
 
     def stats(self) -> dict[str, Any]:
-        """The fields of struct rotary_stats, `path`, `store` and `io` by name."""
+        """Return the fields of struct rotary_stats, with `path`, `store` and `io` by name."""
         return self._fields("rotary_stats", self.lib.c.rotary_pool_stats)
 
     def layer_stats(self) -> list[dict[str, Any]]:
-        """The fields of struct rotary_layer_stats for each paged layer.
+        """Return the fields of struct rotary_layer_stats for each paged layer.
 
-        Some layers are missing while another thread loads weights, an adapter's for example, because the pool
+        Some layers are missing while another thread loads weights, such as an adapter's, because the pool
         then forms its layers anew.
         """
         layers: list[dict[str, Any]] = []
@@ -176,7 +176,7 @@ class Pools:
         self._own = None if isinstance(config.policy, str) else OwnPolicy(lib, config.policy, self._shape)
         self._predictors: list[OwnPredictor] = []
         self._profile: Profile | None = None
-        # Not for the predictor that replaces routers where there are none: tables of pairs are large.
+        # Not for the predictor that stands in where there are no routers: tables of pairs are large.
         self._learns = isinstance(config.prefetch, str) and config.prefetch not in (AUTO, ROUTER)
         self._pools: list[Pool] = []
         try:
@@ -225,7 +225,7 @@ class Pools:
         return layer["n_expert"], layer["n_slots"]
 
     def _predictor(self, prefetch: bool | str | PredictorFactory, index: int) -> tuple[str, Any]:
-        """Name and callbacks of the predictor of one pool; each pool has one of its own layers."""
+        """Name and callbacks of the predictor of one pool; each pool has a predictor for its own layers."""
         if isinstance(prefetch, (bool, str)):
             return (prefetch if isinstance(prefetch, str) else AUTO, self.lib.ffi.NULL)
 

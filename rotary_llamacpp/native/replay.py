@@ -25,7 +25,7 @@ class Cache:
     n_slots : list of int
         Slots of each layer.
     min_slots : int, optional
-        Rebalance slots between layers, and leave each layer at least so many.
+        Rebalance slots between layers, and leave each layer at least this many.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Cache:
         return [(load.expert, load.slot, load.evicted) for load in self._loads[0:n]]
 
     def replay(self, layers: Any, ids: Any, weights: Any = None) -> Any:
-        """Look up int32 rows `ids` [n, n_used], padded with -1, of `layers` [n] in turn: misses [n]."""
+        """Look up int32 rows `ids` [n, n_used], -1 for none, of `layers` [n] in turn; return misses [n]."""
         ffi = self.lib.ffi
         misses = ffi.new("int32_t[]", len(ids))
         status = self.lib.c.rotary_cache_replay(
@@ -83,7 +83,7 @@ class Cache:
         if status < 0:
             raise RotaryError(
                 "trace: a row wants more experts than slots hold, or experts that do not exist; "
-                f"{min(self.n_slots)} slots; replay it with more"
+                f"there are {min(self.n_slots)} slots; replay it with more"
             )
         return ffi.unpack(misses, len(ids))
 

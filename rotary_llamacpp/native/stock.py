@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Imports stock llama_cpp, in one place, and raises a LibraryError of one line where that fails.
+"""Imports stock llama_cpp in one place; if that fails, raises a LibraryError with a one-line message.
 
 The import fails in many ways: RuntimeError or OSError for a shared library that is missing or that lacks
 another one, AttributeError for one of another version, ImportError for a package.

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Describes the machine that a plan is for, by options, by what it has, by measuring, or by published
-figures.
+"""Describes the machine that a plan is for, from options, this machine, measurements or published figures.
 
 `describe` measures nothing that takes time. `measure` times ggml's kernels, copies and the disk in a few
 seconds; it uses all cores, so the machine should be idle. Neither loads a model.
@@ -28,14 +27,14 @@ from .roofline import Machine, Request
 
 # Defaults where nothing is given or measured, as published by the makers.
 _VRAM = ("936GB/s", "published, RTX 3090")
-_RAM = ("58GB/s", "published, desktop DDR5")  # what reading experts gets out of it
+_RAM = ("58GB/s", "published, desktop DDR5")  # rate at which experts are read from it
 _LINK = ("pcie4x16", "published, PCIe 4 x16")
 _DISK = ("3.5GB/s", "published, NVMe on PCIe 3 x4")
 _GPU_FLOPS = (35e12, "published, RTX 3090 in F32")
 _CPU_FLOPS = (0.5e12, "assumed, eight cores with AVX2")
 _LAYER = (140e-6, "assumed, 35 kernels")
 _SYNC = 30e-6
-_CELLS = 256  # llama.cpp computes attention over a multiple of so many tokens
+_CELLS = 256  # llama.cpp computes attention over a multiple of this many tokens
 _COPY_BYTES, _COPY_BLOCK = 512 * MIB, 2 * MIB
 _COPY_TRIES = 5
 
@@ -43,13 +42,12 @@ _COPY_TRIES = 5
 def describe(
     *, vram: str | None, ram: str | None, link: str, disk: str, ram_rate: str | None, vram_rate: str | None
 ) -> Machine:
-    """Describe a machine by options of ``rotary plan``; None and "auto" mean this machine, or published
-    figures.
+    """Describe a machine from options of ``rotary plan``; None and "auto" are this one or published rates.
 
     Raises
     ------
     RotaryError
-        An option is not understood, or the kernel does not tell how much memory is available.
+        An option is not understood, or the kernel does not say how much memory is available.
     """
     sources: dict[str, str] = {}
 
@@ -58,7 +56,7 @@ def describe(
         sources[name] = source
         try:
             return parse_rate(str(text)) * 1e6
-        except RotaryError as error:  # which calls every rate a link
+        except RotaryError as error:  # parse_rate calls every rate a link
             raise RotaryError(str(error).replace("link ", f"{name} ", 1)) from None
 
     available = machine.available_memory()
@@ -87,7 +85,7 @@ def describe(
             "cpu compute": _CPU_FLOPS[1],
             "gpu layer": _LAYER[1],
             "cpu layer": _LAYER[1],
-            "sync": "assumed, of the host for the GPU",
+            "sync": "assumed, a wait of the host for the GPU",
         },
     )
 
@@ -104,7 +102,7 @@ def _vram(given: str | None) -> tuple[int, int, str]:
     if not total:
         return 0, 0, "this machine has no GPU that ggml knows"
     if not all(free for free, each in memory if each):
-        return total, total, "all on this machine, because the GPU does not tell what is free"
+        return total, total, "all on this machine, because the GPU does not say what is free"
     return sum(free for free, _ in memory), total, f"free of {size(total)} on this machine"
 
 
@@ -112,7 +110,7 @@ def measure(
     described: Machine, footprint: Footprint, request: Request, model: Path | None, threads: int,
     given: frozenset[str],
 ) -> Machine:  # fmt: skip
-    """Replace published figures by measured rates of this machine, except those that are in `given`.
+    """Replace published figures with measured rates of this machine, except those in `given`.
 
     Parameters
     ----------
@@ -141,7 +139,7 @@ def measure(
 
 
 def _disk(described: Machine, model: Path | None, sources: dict[str, str]) -> Machine:
-    """Replace the rate of the disk by the measured one of the model's disk, if it can be measured."""
+    """Replace the disk's rate with that measured on the model's disk, if it can be measured."""
     try:
         cold, place = disk.measure(model)
     except RotaryError as error:
@@ -177,7 +175,7 @@ def _device(
     described: Machine, footprint: Footprint, request: Request, gpu: str, sources: dict[str, str],
     given: frozenset[str],
 ) -> Machine:  # fmt: skip
-    """Replace rates by those of a GPU of this machine: kernels and link."""
+    """Replace the rates of GPU and link with measured ones."""
     rates = _rates(footprint, 1, gpu)
     token, prompt = _layer(footprint, request, rates.token_rate, 1, gpu)
     found = replace(described, gpu_flops=rates.prompt_flops, gpu_layer_s=token, gpu_prompt_layer_s=prompt)
@@ -192,13 +190,12 @@ def _device(
 
 
 def _rates(footprint: Footprint, threads: int, device: str = "CPU") -> KernelRates:
-    """Measure the model's matrices together: those of an expert, and the largest dense one for all dense
-    ones.
+    """Measure the rates of a model's matrices; the largest dense matrix stands for all dense ones.
 
     Kernels are slower for short rows, and faster for prompts with dense matrices. Matrices are weighted by
     bytes for a decoded token, and by operations for a token of the prompt.
     """
-    parts = []  # bytes, operations, rates; the first ones tell whether experts are repacked
+    parts = []  # bytes, operations, rates; the first entry says whether experts are repacked
     with binding.native_log_muted():
         if footprint.layers:
             layer, matrices = footprint.layers[0], footprint.matrices
@@ -226,8 +223,8 @@ def _rates(footprint: Footprint, threads: int, device: str = "CPU") -> KernelRat
 def _layer(
     footprint: Footprint, request: Request, token_rate: float, threads: int, device: str = "CPU"
 ) -> tuple[float, float]:
-    """Seconds of a layer without reading weights and KV cache: of a decoded token, and of one in a prompt."""
-    # A header may have 0 or inconsistent numbers here, with which ggml would end the process.
+    """Seconds of a layer beside reading weights and KV cache: per decoded token, and per prompt token."""
+    # A header may have 0 or inconsistent numbers here, with which ggml would abort.
     n_head, n_head_kv, n_key, n_value = (max(2, number) for number in astuple(footprint.heads))
     if n_head % n_head_kv:
         n_head_kv = n_head
@@ -250,7 +247,7 @@ def _layer(
 def _cpu(
     described: Machine, footprint: Footprint, request: Request, threads: int, sources: dict[str, str]
 ) -> Machine:
-    """Replace rates by those of this CPU."""
+    """Replace the CPU's rates with measured ones."""
     rates = _rates(footprint, threads)
     token, prompt = _layer(footprint, request, rates.token_rate, threads)
     types = dict.fromkeys([*(matrix.type_name for matrix in footprint.matrices), footprint.dense.type_name])

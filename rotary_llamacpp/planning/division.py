@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Divides a budget into slots of layers as the native library does, so that a plan does not need the library.
 
-tests/model/test_plan.py compares the two.
+tests/unit/test_plan.py compares the two.
 """
 
 from __future__ import annotations

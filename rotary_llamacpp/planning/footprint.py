@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Memory and work that a model takes, from GGUF headers. Pure: reads no file.
+"""Memory and operations that a model needs, from GGUF headers. Pure: reads no file.
 
-Keys are those of llama.cpp's src/llama-arch.cpp; src/llama-kv-cache*.cpp has what they mean for the KV cache.
+Keys are those of llama.cpp's src/llama-arch.cpp; src/llama-kv-cache*.cpp applies them to the KV cache.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ..gguf_files.header import GGUFHeader, TensorInfo
 from ..gguf_files.info import LayerInfo, ModelInfo, loaded
 from ..gguf_files.layout import SECTOR
 
-# MoE architectures whose files say how wide a window is, but not which layers have it: every n-th sees
-# all: the last of n, or the first. load_swa_pattern() of llama.cpp's src/models.
+# MoE architectures whose files give the width of the window, but not the layers that have one. One layer of n
+# has none: the last in _PATTERNS, the first in _FULL_FIRST. Source: load_swa_pattern() of llama.cpp.
 _PATTERNS = {"gpt-oss": 2, "llama4": 4, "afmoe": 4, "exaone-moe": 4, "mellum": 4}
 _FULL_FIRST = {"smallthinker": 4, "laguna": 4, "cohere2moe": 4}
 _VALUE_BYTES = 2  # f16
@@ -26,7 +26,7 @@ _MAX_LAYERS = 4096  # more means a damaged header; checked before anything is si
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """One layer's part of the KV cache: `width` values a token, of at most `window` tokens (0: all)."""
+    """One layer's part of the KV cache: `width` values per token, of at most `window` tokens (0: all)."""
 
     width: int
     window: int
@@ -34,7 +34,7 @@ class CachedLayer:
 
 @dataclass(frozen=True)
 class Heads:
-    """Heads of attention: number of heads, of heads with keys and values, and sizes of a key and a value."""
+    """Attention heads: number of heads, number of key/value heads, and sizes of a key and a value."""
 
     n_head: int = 1
     n_head_kv: int = 1
@@ -54,14 +54,14 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Sizes and work of a model.
+    """Sizes and operations of a model.
 
     Attributes
     ----------
     resident_bytes : int
         Weights that are not experts.
     token_bytes : int
-        Those of them that one token reads: all but the embeddings, unless they are the output matrix too.
+        Part of `resident_bytes` that a token reads: all but embeddings that are not the output matrix too.
     token_flops, expert_flops : float
         Operations of one token in weights that are not experts, and in the experts it chooses.
     output_flops : float
@@ -71,7 +71,7 @@ class Footprint:
     matrices : tuple of Matrix
         Matrices of an expert in the first layer that has experts.
     dense : Matrix
-        Largest matrix that is not an expert's, of the type that most bytes have.
+        Largest matrix that is not an expert's, of the type with the most bytes.
     heads : Heads
         Heads of the first layer with attention.
     """
@@ -126,7 +126,7 @@ class Footprint:
         Parameters
         ----------
         windows : bool
-            Layers that see a window keep only that and a micro-batch, in steps of 256 tokens, as llama.cpp's
+            Layers with a window keep only that and a micro-batch, in steps of 256 tokens, as llama.cpp's
             programs do. The library, and so llama-cpp-python, keeps the whole context by default.
         """
         values = 0
@@ -247,7 +247,7 @@ def _cached(keys: _Keys, n_layer: int) -> tuple[CachedLayer, ...]:
 
 
 class _Keys:
-    """Numbers of the metadata, of the model's architecture."""
+    """Reads numbers of the model's architecture from the metadata."""
 
     def __init__(self, name: str, arch: str, metadata: dict[str, Any]) -> None:
         self.name, self.arch, self.metadata = name, arch, metadata
@@ -268,7 +268,7 @@ class _Keys:
         return [self.number(key)] * n_layer
 
     def windowed(self, n_layer: int) -> list[bool]:
-        """Which layers see a window only; none where the file does not say, which makes the cache larger."""
+        """Which layers have a window; none if the file does not say, which makes the cache look larger."""
         pattern = self.metadata.get(f"{self.arch}.attention.sliding_window_pattern")
         if isinstance(pattern, list) and len(pattern) >= n_layer:
             return [bool(each) for each in pattern[:n_layer]]

@@ -3,8 +3,8 @@
 
 The default curve is what ``rotary simulate --policies recall`` gives for recorded routings of Qwen3-30B-A3B
 and Gemma-4-26B-A4B (6 of 128 experts, 128 tokens decoded, warm from the prompt), the mean of both. It is read
-twice, by slots / experts and by slots / experts used, and the lower rate counts: with few experts the first
-promises too much, with many the second. Routing without any locality, slots / experts, is a lower bound.
+twice, by slots / experts and by slots / experts used, and the lower rate counts: the first overestimates with
+few experts, the second with many. Routing without any locality, slots / experts, is a lower bound.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Hits:
     Attributes
     ----------
     of : callable
-        Hit rate of decode, 0 to 1, of bytes, for slots of each layer.
+        Byte hit rate of decode, 0 to 1, given the slots of each layer.
     source : str
-        Where the expectation comes from, for people.
+        Source of the expectation, in words.
     """
 
     of: Callable[[Sequence[int]], float]
@@ -71,7 +71,7 @@ def uniform(layers: Sequence[LayerInfo], n_slots: Sequence[int]) -> float:
 def of_profile(profile: Profile, layers: Sequence[LayerInfo], path: str) -> Hits:
     """Expect the most popular experts to stay in slots, or the default curve where that is higher.
 
-    A profile knows popularity but no order in time, from which policies gain too.
+    A profile has popularity but no order in time, which policies exploit too.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def of_profile(profile: Profile, layers: Sequence[LayerInfo], path: str) -> Hits
     ):
         raise RotaryError(
             f"{path}: {len(profile.layers)} layers of {profile.n_expert} experts, the model has "
-            f"{len(layers)}; make a profile of this model, or give --profile off"
+            f"{len(layers)} layers; make a profile of this model, or give --profile off"
         )
     ranked = -np.sort(-profile.popularity.astype(float), axis=1)
     found = np.cumsum(ranked, axis=1) / np.maximum(ranked.sum(axis=1, keepdims=True), 1e-12)
@@ -108,7 +108,7 @@ def of_trace(trace: Trace, layers: Sequence[LayerInfo], path: str) -> Hits:
     Raises
     ------
     RotaryError
-        The trace is of another model, or nothing was decoded in it, or the native library is missing.
+        The trace is of another model or has no decoded tokens, or the native library is missing.
     """
     from ..simulation.replays import replay
     from ..traces.archive import DECODE
@@ -117,15 +117,15 @@ def of_trace(trace: Trace, layers: Sequence[LayerInfo], path: str) -> Hits:
         (layer.n_expert for layer in layers), default=0
     ):
         raise RotaryError(
-            f"{path}: {len(trace.layers)} layers of {trace.n_expert} experts, the model has {len(layers)}; "
-            "record a trace of this model with rotary trace"
+            f"{path}: {len(trace.layers)} layers of {trace.n_expert} experts, the model has {len(layers)} "
+            "layers; record a trace of this model with rotary trace"
         )
     if trace.tokens(DECODE) == 0:
-        raise RotaryError(f"{path}: nothing was decoded in it; record one with -n")
+        raise RotaryError(f"{path}: has no decoded tokens; record a trace with -n above 0")
 
     def of(n_slots: Sequence[int]) -> float:
         if all(slots >= layer.n_expert for layer, slots in zip(layers, n_slots, strict=True)):
-            return 1.0  # resident from the start: not even a first use misses
+            return 1.0  # resident from the start, so not even a first use misses
         return replay(trace, "recall", list(n_slots)).byte_hit_rate or 0.0
 
     return Hits(of, f"{path}, replayed with policy recall")

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Options for running a model on a machine, each with memory and a roofline. Pure: reads and measures
-nothing.
+"""Options for running a model on a machine, each with its memory and its roofline. Pure: measures nothing.
 
 Decode is modelled by bytes, a token at a time. A device reads weights that are not experts, the chosen
 experts and the KV cache at the rate of its own memory. The rest of a layer, attention and starting nodes,
 takes time beside that. Missed experts come over the link, by a copy into slots, or from the disk.
 
-- To a GPU they are not overlapped with computation, though prefetch hides a part: a lower estimate.
+- Copies to a GPU count as not overlapped with computation, though prefetch hides a part: a lower estimate.
 - Direct reads on the CPU overlap with computation, but misses come in bunches, so neither hides the other
   completely: the root of the sum of squares counts. Reads also take processor time, for the kernel,
   interrupts and a hypervisor.
-- Page faults (stock, a model larger than memory) wait, and so do copies out of the page cache into slots.
+- Page faults (stock, a model larger than memory) and copies from the page cache into slots do not overlap.
 
-A prompt is computed a micro-batch at a time, at the processor's operations per second, the output matrix
-for one token. Experts that are not where they are computed are moved once per micro-batch; Rotary does that
-while it computes, stock does not.
+A prompt is computed a micro-batch at a time, at the processor's operations per second; the output matrix
+counts for one token. Experts that are not on the computing device are moved once per micro-batch, by Rotary
+while it computes, by stock before it computes.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from .roofline import (
 ROTARY_GAIN = 1.05  # less than this is not worth another backend
 _PERCENT = percent(ROTARY_GAIN - 1, 0)
 _FIT_MARGIN = 1024 * MIB  # what llama.cpp's --fit leaves free of a GPU
-# Rate that stock gets out of page faults, however fast the disk is, from this project's
+# Rate at which stock reads by page faults, however fast the disk is, from this project's
 # benchmarks/beyond_ram.py (Q8_0, loop device over memory, 35 and 60 % of the model's size: 0.8 and 0.9 GB/s).
 _FAULT_RATE = 0.8e9
 _PAGEABLE = 1 / 3  # of the link's rate, where memory is not pinned
@@ -60,7 +59,7 @@ _PAGEABLE = 1 / 3  # of the link's rate, where memory is not pinned
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run the model; `problem` says why it cannot, and costs are None then."""
+    """One way to run the model; if it cannot run, `problem` says why and the costs are None."""
 
     key: str
     name: str
@@ -192,7 +191,7 @@ def _some_layers(case: Case) -> Option:
 
 
 def _experts_on_cpu(case: Case, offload: bool) -> Option:
-    """Experts of as few layers as possible on the CPU, from the first layer on, as --n-cpu-moe does it."""
+    """Experts of as few layers as possible on the CPU, from the first layer on, as --n-cpu-moe does."""
     footprint, machine, layers = case.print, case.machine, case.print.layers
     room = machine.vram_bytes - _FIT_MARGIN - case.fixed(windows=True)
     n_cpu = next((n for n in range(len(layers) + 1) if _bytes(layers[n:]) <= room), len(layers))
@@ -201,7 +200,7 @@ def _experts_on_cpu(case: Case, offload: bool) -> Option:
     name = "experts on the CPU, prompts on the GPU" if offload else "experts on the CPU"
     on_cpu = _bytes(layers[:n_cpu])
     left = case.ram_free - case.embedding_bytes
-    # Experts that are read instead of mapped lie in pinned memory, which crosses the link faster.
+    # Experts that are read instead of mapped are in pinned memory, from which the link copies faster.
     pinned = on_cpu <= left
     flags = f"-ngl 99 {flag}{' -lm none' if pinned else ''}{'' if offload else ' --no-op-offload'}"
     option = Option(
@@ -269,7 +268,7 @@ def _faults(case: Case, layers: Sequence[LayerInfo], left: int) -> float:
 
 
 def _unread(case: Case, touched: float, stored: int, left: int) -> float:
-    """Seconds of reading what a micro-batch wants of experts that do not fit into `left` bytes."""
+    """Seconds of reading the experts a micro-batch wants, as far as they do not fit into `left` bytes."""
     absent = 1 - min(1.0, max(left, 0) / max(stored, 1))
     return touched * absent / min(case.machine.disk_rate, _FAULT_RATE)
 
@@ -282,7 +281,7 @@ def _rotary_gpu(case: Case) -> Option:
     margin = max(512 * MIB, max(machine.vram_bytes, machine.vram_total) // 10)
     fixed = case.fixed(windows=False)
     option = Option("rotary-gpu", "Rotary on the GPU", _rotary_run(case, ""), fixed, case.embedding_bytes)
-    # "auto" takes one token's experts out of the margin, rather than none.
+    # "auto" takes at least one token's experts, if need be out of the margin.
     free = max(machine.vram_bytes - margin - fixed, footprint.chosen_bytes)
     try:
         slots, budget = divide(case.budget, footprint.layers, free, footprint.name)
@@ -307,7 +306,7 @@ def _rotary_gpu(case: Case) -> Option:
     moved = {COMPUTE: gpu_prompt(case), LINK: case.per_token(absent / link)}
     ram_bytes = footprint.expert_bytes
     if not in_ram:
-        # Slots in RAM in front of the disk, only where experts are whole sectors. Prompts bypass them.
+        # The tier of slots in RAM exists only where experts are whole sectors. Prompts bypass it.
         ram_bytes = max(case.ram_free - case.embedding_bytes, 0) if footprint.whole_sectors else 0
         reads = 1 - hit
         if ram_bytes >= footprint.chosen_bytes:
@@ -356,7 +355,7 @@ def _rotary_cpu(case: Case) -> Option:
             {COMPUTE: prompt, RAM: absent / case.fill_rate if machine.repack_rate else 0.0}
         )
     else:
-        # Reading takes processor time too. Experts of a token are read into slots, unless they are repacked.
+        # Reading takes processor time too. Experts are read into slots directly, unless they are repacked.
         rewritten = missed / case.fill_rate if machine.repack_rate else 0.0
         computing[STEPS] += missed * machine.disk_cpu_s + rewritten
         decode = in_bunches(computing, {DISK: missed / machine.disk_rate})
@@ -398,7 +397,7 @@ def _short_of(what: str, needed: float, available: int) -> str:
 def _short_of_vram(case: Case, needed: float) -> str:
     return (
         _short_of("VRAM", needed + _FIT_MARGIN, case.machine.vram_bytes)
-        + ", with the GiB that llama.cpp leaves free"
+        + ", including the GiB that llama.cpp leaves free"
     )
 
 

@@ -41,10 +41,10 @@ def make(
     Parameters
     ----------
     vram, ram, link, disk, ram_rate, vram_rate, budget, store : str
-        Sizes as `rotary_llamacpp.units.parse_size`, rates as `rotary_llamacpp.units.parse_rate`, the
-        budget and the store as of `rotary_llamacpp.RotaryConfig`.
+        Sizes for `rotary_llamacpp.units.parse_size`, rates for `rotary_llamacpp.units.parse_rate`, budget
+        and store as in `rotary_llamacpp.RotaryConfig`.
     trace, profile : str
-        Files to expect hit rates by; ``"auto"`` is the profile beside the model or in it, ``"off"`` is none.
+        Files to expect hit rates from; ``"auto"`` is the profile beside the model or in it, ``"off"`` none.
     measure : bool
         Calibrate on this machine, with `threads`, by default one for each CPU that may be used.
 
@@ -53,7 +53,7 @@ def make(
     RotaryError
         An argument is unknown, not readable or not understood.
     """
-    RotaryConfig(budget, store=store)  # refuses nonsense
+    RotaryConfig(budget, store=store)  # refuses invalid values
     if trace is not None and profile not in ("auto", "off"):
         raise RotaryError(f"{trace}: a trace and a profile, {profile}, are given; leave one out")
     is_file = Path(model).is_file() or model.endswith(".gguf") or os.sep in model

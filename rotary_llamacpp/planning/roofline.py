@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model, a machine and a request, and what a token costs by the bytes and operations it takes. Pure."""
+"""The seconds that a token takes on a machine, by the bytes and operations it needs. Pure."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Machine:
     # Seconds of a layer for a token of a prompt; None estimates attention by operations.
     gpu_prompt_layer_s: float | None = None
     cpu_prompt_layer_s: float | None = None
-    disk_cpu_s: float = 0.0  # time of all processors together for a byte of direct reads
+    disk_cpu_s: float = 0.0  # processor seconds for a byte of direct reads, over the number of CPUs
     # Rate at which all threads repack experts for the CPU's kernels; 0 if these take the file's layout.
     repack_rate: float = 0.0
     vram_total: int = 0  # bytes; `vram_bytes` of them are free
-    sync_s: float = 0.0  # time for which the host waits for a GPU
+    sync_s: float = 0.0  # time of one wait of the host for a GPU
     sources: dict[str, str] | None = None
 
 
@@ -184,7 +184,7 @@ def side_by_side(parts: dict[str, float]) -> Cost:
 
 
 def in_bunches(computing: dict[str, float], reading: dict[str, float]) -> Cost:
-    """Cost of computing and reading that overlap, where now one is longer and now the other.
+    """Cost of computing and reading that overlap in part, because misses come in bunches.
 
     The root of the sum of squares.
     """

@@ -3,9 +3,10 @@
 
 A shape becomes a `GGUFHeader` like a file's, so everything that reads headers reads shapes too. Tensors are
 those that the pinned llama.cpp loads for the architecture (its ``src/models``), dimensions those that its
-converter writes from the models' configurations. Norms and biases are there where they can be felt. Types are
-what ``llama-quantize`` chooses for the name (its ``src/llama-quant.cpp``): one for all matrices, but Q6_K for
-the output, and for ``q4_k_m`` more bits in some layers; ``mxfp4`` is experts alone, the rest Q8_0.
+converter writes from the models' configurations. Norms and biases that are too small to matter are left out.
+Types are what ``llama-quantize`` chooses for the name (its ``src/llama-quant.cpp``): one for all matrices,
+but Q6_K for the output, and for ``q4_k_m`` more bits in some layers; ``mxfp4`` is for experts alone, the
+rest is Q8_0.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def header(name: str, type_name: str | None = None) -> GGUFHeader:
         raise ModelError(f"{name}: neither a file nor a known shape; shapes are {', '.join(SHAPES)}")
     kind = (type_name or shape.type).lower()
     if kind not in TYPES:
-        raise ModelError(f"{name}: type {kind!r} not known; choose one of {', '.join(TYPES)}")
+        raise ModelError(f"{name}: type {kind!r} is not known; choose one of {', '.join(TYPES)}")
     tensors: list[TensorInfo] = []
     at = 0
     for tensor, tensor_type, *dims in _tensors(shape, kind):
@@ -129,7 +130,7 @@ def _metadata(name: str, shape: Shape) -> dict[str, Any]:
 
 
 def _tensors(shape: Shape, kind: str) -> Iterator[tuple[Any, ...]]:
-    """(name, type, dimensions in ggml's order...)."""
+    """Yield (name, type, *dimensions in ggml's order)."""
     matrix = _MATRICES[kind]
     output = matrix if matrix in ("F16", "BF16", "Q8_0") else "Q6_K"
     yield "token_embd.weight", matrix, shape.embd, shape.vocab
@@ -150,7 +151,7 @@ def _tensors(shape: Shape, kind: str) -> Iterator[tuple[Any, ...]]:
 
 def _attention(shape: Shape, blk: str, matrix: str, kind: str, more: bool) -> Iterator[tuple[Any, ...]]:
     embd, wide, narrow = shape.embd, shape.heads * shape.head_dim, shape.heads_kv * shape.head_dim
-    # llama-quantize spends more on keys and values where there are eight experts: they are small beside them.
+    # With eight experts, llama-quantize spends more bits on keys and values, which are small beside them.
     few = shape.experts == 8 and kind.startswith("q4_k")
     value = "Q8_0" if few else "Q6_K" if more else matrix
     yield blk + "attn_q.weight", matrix, embd, wide
@@ -197,5 +198,5 @@ def _gated(embd: int, ff: int) -> tuple[tuple[str, int, int], ...]:
 
 
 def _more_bits(il: int, n_layer: int) -> bool:
-    """Layers that Q4_K_M spends more on: use_more_bits() of llama.cpp's src/llama-quant.cpp."""
+    """Whether Q4_K_M spends more bits on a layer: use_more_bits() of llama.cpp's src/llama-quant.cpp."""
     return il < n_layer // 8 or il >= 7 * n_layer // 8 or (il - n_layer // 8) % 3 == 2

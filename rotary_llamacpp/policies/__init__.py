@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Eviction policies: the native ones by name, and the same in Python, to read and to write your own after.
+"""Eviction policies: the native ones by name, and versions in Python to read and to base your own on.
 
 A policy belongs to one layer. It sees every routing, which experts enter and leave, and picks the victim when
 a slot is needed. `NATIVE` names the policies of the library (native/src/cache/policies); `REFERENCES` has a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ARC.
+"""ARC, which balances recency and frequency.
 
 N. Megiddo and D. Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003.
 """
@@ -14,7 +14,7 @@ from .policy import EvictionPolicy, Routing, Weights
 
 
 class Arc(EvictionPolicy):
-    """Divides slots between experts used once and used again by which of them is missed after eviction."""
+    """Divides slots between experts used once and experts used again, by which are missed after eviction."""
 
     def __init__(self, layer: int, n_expert: int, n_slots: int, shared: dict[str, Any]) -> None:
         super().__init__(layer, n_expert, n_slots, shared)

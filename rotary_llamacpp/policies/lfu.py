@@ -11,7 +11,7 @@ from .policy import LowestValue, Routing, Weights
 
 
 class Lfu(LowestValue):
-    """Evicts the least frequently used expert; each token takes a twentieth off the worth of earlier uses."""
+    """Evicts the least frequently used expert; each token lowers earlier uses by a twentieth."""
 
     clock = 1.0
     growth = 1 / 0.95

@@ -7,7 +7,7 @@ from .policy import LowestValue, Routing, Weights
 
 
 class Lru(LowestValue):
-    """Evicts the least recently used expert, but first one that was prefetched and never used."""
+    """Evicts the least recently used expert, but before it any that were prefetched and never used."""
 
     clock = unused = 0
 

@@ -36,7 +36,7 @@ class EvictionPolicy:
         """Take note that `expert` is no longer resident."""
 
     def resize(self, n_slots: int) -> None:
-        """Take over a new number of slots; experts that have to make room have left already."""
+        """Accept a new number of slots; experts that have to make room have left already."""
         self.n_slots = n_slots
 
     def choose(self, candidates: Sequence[int]) -> int:
@@ -48,7 +48,7 @@ Factory = Callable[[int, int, int, dict[str, Any]], EvictionPolicy]
 
 
 class LowestValue(EvictionPolicy):
-    """Gives each expert a value and evicts the first one with the lowest."""
+    """Gives each expert a value and evicts the first expert with the lowest."""
 
     def __init__(self, layer: int, n_expert: int, n_slots: int, shared: dict[str, Any]) -> None:
         super().__init__(layer, n_expert, n_slots, shared)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Recall: tokens that were routed alike go on alike. This project's own policy.
+"""Recall, this project's own policy: after similar tokens, routing goes on in similar ways.
 
-The last token's routing, in all layers as far as it is known, is compared with those of a window of tokens
-before it; what followed the similar ones is kept. Similarity is the number of experts that two tokens share,
-summed over layers by distance.
+The last token's routing, in all layers where it is known, is compared with those of a window of tokens before
+it; experts that followed similar tokens are kept. Similarity is the number of experts that two tokens share,
+summed over layers for each distance in tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .policy import EvictionPolicy, Routing, Weights
 
 
 class Recall(EvictionPolicy):
-    """Keeps what followed the tokens that were routed most like the last one; without any, as `Lfu`."""
+    """Keeps experts that followed the tokens routed most like the last one; without any, works as `Lfu`."""
 
     window = 192
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""S3-FIFO.
+"""S3-FIFO, which filters newcomers with a small queue.
 
 J. Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.
 """
@@ -14,7 +14,7 @@ from .policy import EvictionPolicy, Routing, Weights
 
 
 class S3Fifo(EvictionPolicy):
-    """Keeps a small queue of newcomers, a main one of experts used again, and ghosts of the small one."""
+    """Keeps a small queue of newcomers, a main queue of experts used again, and ghosts of the small queue."""
 
     def __init__(self, layer: int, n_expert: int, n_slots: int, shared: dict[str, Any]) -> None:
         super().__init__(layer, n_expert, n_slots, shared)

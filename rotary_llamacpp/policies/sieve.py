@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SIEVE.
+"""SIEVE, a FIFO queue with a moving hand.
 
 Y. Zhang et al., "SIEVE is simpler than LRU: an efficient turn-key eviction algorithm for web caches", NSDI
 2024.
@@ -14,7 +14,7 @@ from .policy import EvictionPolicy, Routing, Weights
 
 
 class Sieve(EvictionPolicy):
-    """Keeps a queue by arrival; a hand evicts the first expert that was not used since it last passed."""
+    """Keeps a queue by arrival; a hand evicts the first expert not used since the hand last passed."""
 
     def __init__(self, layer: int, n_expert: int, n_slots: int, shared: dict[str, Any]) -> None:
         super().__init__(layer, n_expert, n_slots, shared)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Least frequently used by router weights.
 
-An expert that was nearly not chosen is less likely to be wanted again.
+An expert that was barely chosen is less likely to be wanted again.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Predictors of what the next layers will want: the native ones by name, and the same in Python.
+"""Predictors of the experts that the next layers will want: native ones by name, and versions in Python.
 
 A predictor that is given as ``prefetch=`` sees every routing and names experts to prefetch. The library
 decides how many layers ahead it asks, and which predictions it follows, by how good they were, by the disk's
@@ -8,8 +8,8 @@ speed and by the time of a layer. `NAMES` are the predictors of the library (nat
 `PrefetchPolicy` can be given instead of a name; it is called from the thread that computes, and Python makes
 it slower.
 
-The routers of the next layers, which the library applies early, need hidden states, and routings have none:
-"router" is a name that only a model can have. In the simulator `Router` stands for it.
+The predictor "router" applies the next layers' routers early. It needs hidden states, which traces do not
+have, so it works only with a model; in the simulator, `Router` stands in for it.
 """
 
 from .mixed import Mixed

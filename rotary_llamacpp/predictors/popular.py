@@ -11,7 +11,7 @@ from .predictor import PrefetchPolicy, best
 
 
 class Popular(PrefetchPolicy):
-    """Predicts what the layer chose most often; each token takes a twentieth off earlier counts."""
+    """Predicts the experts that the layer chose most often; each token lowers old counts by a twentieth."""
 
     def __init__(self, n_layers: int, n_expert: int, n_used: int) -> None:
         super().__init__(n_layers, n_expert, n_used)

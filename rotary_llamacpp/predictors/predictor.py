@@ -29,17 +29,17 @@ class PrefetchPolicy:
     def note(self, layer: int, ids: Routing) -> None:
         """See the routing of a layer, shape (n_tokens, n_used).
 
-        The layers of a batch come in order. One that routes fewer tokens than the layer before routes the
-        last ones.
+        The layers of a batch come in order. A layer that routes fewer tokens than the one before routes the
+        last of them.
         """
 
     def learn(self, profile: Profile) -> None:
-        """Begin with what a profile of the model says, where that is of use."""
+        """Begin with a profile of the model, if the predictor can use one."""
 
     def name(self, layer: int, ahead: int, n: int) -> list[int]:
         """Predict, after the routing of `layer`, what layer `ahead` wants: up to n experts, best first.
 
-        Counts for the last token that was routed.
+        The prediction is for the last token that was routed.
         """
         raise NotImplementedError
 
@@ -48,6 +48,6 @@ Factory = Callable[[int, int, int], PrefetchPolicy]
 
 
 def best(score: NDArray[np.float64], n: int) -> list[int]:
-    """The experts of the n highest scores above 0."""
+    """Return the experts with the n highest scores above 0."""
     order = np.argsort(-score, kind="stable")[:n]
     return [int(expert) for expert in order if score[expert] > 0]

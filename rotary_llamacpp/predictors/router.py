@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Stands for routers that are applied early, which need hidden states: a trace has none."""
+"""Stands in for routers that are applied early, because a trace has no hidden states."""
 
 from __future__ import annotations
 

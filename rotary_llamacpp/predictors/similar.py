@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Predicts by similar tokens, as the eviction policy recall does, within a token."""
+"""Predicts by similar tokens, like the eviction policy recall, but within the current token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .predictor import PrefetchPolicy, best
 
 
 class Similar(PrefetchPolicy):
-    """Predicts what tokens chose that were routed most like this one in the layers so far."""
+    """Predicts what the tokens routed most like this one in the layers so far chose."""
 
     window = 192
 

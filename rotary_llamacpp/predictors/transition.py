@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Predicts by tables of pairs: what a layer chose when an earlier one chose as it does now."""
+"""Predicts by tables of pairs of experts that a layer and an earlier layer chose for the same token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .predictor import PrefetchPolicy, best
 
 
 class Transition(PrefetchPolicy):
-    """Predicts what later layers chose when this one chose as it does now, from tables learnt on the way."""
+    """Predicts what later layers chose together with this layer's experts, from tables learnt on the way."""
 
     max_distance = 2
 
@@ -40,7 +40,7 @@ class Transition(PrefetchPolicy):
         self.pairs[0, 1:] += (profile.pairs.astype(float) * uses[:-1, :, None]).astype(np.float32)
 
     def score(self, layer: int, ahead: int) -> NDArray[np.float64]:
-        """How often each expert of layer `ahead` was chosen with those that `layer` has chosen now."""
+        """Score each expert of layer `ahead` by how often it was chosen with those of `layer` now."""
         score = np.zeros(self.n_expert)
         if layer in self.now and 1 <= ahead - layer <= self.max_distance:
             for expert in self.now[layer][-1]:

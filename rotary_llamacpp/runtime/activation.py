@@ -32,7 +32,7 @@ def activate(rotary: Any = "auto") -> None:
         As in `Llama`; each constructor call may still pass another ``rotary``.
     """
     global _default
-    RotaryConfig.from_any(rotary)  # refuses nonsense now, and not in some later constructor
+    RotaryConfig.from_any(rotary)  # refuses invalid values now, not in a later constructor
     with _lock:
         _default = rotary
         if _stock_methods:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Checks that paging can work on this machine, one verdict and one piece of advice at a time.
 
-Changes nothing.
-
-llama.cpp is imported in a child process first, because a build for another CPU would end this one.
+Changes nothing. llama.cpp is first imported in a child process, because a build for another CPU would kill
+this one.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def _import_llama_cpp() -> Check:
         return Check(
             "llama.cpp",
             FAIL,
-            f"importing it dies of signal {-child.returncode}: built for another CPU",
+            f"the import died of signal {-child.returncode}: built for another CPU",
             build,
         )
     said = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
@@ -117,7 +116,7 @@ def _cuda_link() -> Check:
     lib = binding.loaded()
     on_gpu = lib is not None and any(inner.startswith("CUDA") for inner in lib.default_inner)
     if path.is_file():
-        return Check("cuda paging", OK, "on" if on_gpu else "built; ggml knows no CUDA device here")
+        return Check("cuda paging", OK, "on" if on_gpu else "built; ggml sees no CUDA device")
     detail = f"off: {path.name} was not built, nvcc was not found"
     if on_gpu:
         return Check("cuda paging", WARN, detail, "install the CUDA toolkit, then Rotary again")
@@ -130,7 +129,7 @@ def _processors() -> Check:
     if usable == found:
         return Check("processors", OK, f"{found}")
     by = "a cgroup's quota" if usable < machine.allowed_cpus() else "affinity"
-    return Check("processors", OK, f"{usable} of {found}, by {by}")
+    return Check("processors", OK, f"{usable} of {found}, limited by {by}")
 
 
 def _memory() -> Check:
@@ -140,7 +139,7 @@ def _memory() -> Check:
     detail = f"{mib(available, 0)} available"
     total, installed = machine.total_memory(), machine.installed_memory()
     if total is not None and installed is not None and total < installed:
-        detail += f", by a cgroup's limit of {mib(total, 0)}"
+        detail += f", limited by a cgroup to {mib(total, 0)}"
     if available < 1024 * MIB:
         return Check("memory", WARN, detail, "close other programs or give a small budget")
     return Check("memory", OK, detail)
@@ -156,7 +155,7 @@ def _memlock() -> Check:
         return Check("page-lock limit", OK, f"{detail}; the CPU inner device locks nothing")
     if limit < 256 * MIB:
         return Check(
-            "page-lock limit", WARN, detail, "raise it with `ulimit -l unlimited`: page-ins are staged in it"
+            "page-lock limit", WARN, detail, "raise it with `ulimit -l unlimited`: staging is page-locked"
         )
     return Check("page-lock limit", OK, detail)
 

@@ -18,7 +18,7 @@ from .llama import Llama
 
 @dataclass(frozen=True)
 class Interval:
-    """The time between two polls, without a reset of counters. A rate of nothing is None.
+    """The time between two polls, without a reset of counters. A rate over nothing is None.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Interval:
     def share_of_time(self, counter: str) -> float:
         """Share of the wall time that a counter of microseconds accounts for.
 
-        It is counted once it is over, so what began before the interval may make this more than 1.
+        Time is counted once a wait or copy ends; one that began before the interval may make this exceed 1.
         """
         return (self.per_second(counter) or 0.0) / 1e6
 
@@ -60,7 +60,7 @@ class Figures:
     Parameters
     ----------
     n_polls : int
-        How many later ones are kept.
+        Number of later polls that are kept.
     """
 
     def __init__(self, llama: Llama, n_polls: int = 1) -> None:
@@ -94,8 +94,8 @@ class Figures:
 
 
 def prompt_share(llama: Llama, n_tokens: int, stats: dict[str, Any]) -> float | None:
-    """Share of the prompt that is computed, 0 to 1; None where lookups do not tell."""
-    if stats["path"] != "slots":  # lookups are counted before they are computed
+    """Share of the prompt that is computed, 0 to 1; None where lookups do not show it."""
+    if stats["path"] != "slots":  # on other paths, lookups are counted before they are computed
         return None
     return min(1.0, stats["lookups"] / (stats["n_layers"] * n_ubatches(llama, n_tokens)))
 

@@ -23,13 +23,12 @@ from ..units import decimal, mib, percent, span
 from .llama import Llama
 from .paging import default_model_params
 
-_DEFAULT_CTX = (
-    4096  # the default of llama.cpp's own tools, capped by the context that the model was trained for
-)
+# The default of llama.cpp's own tools, capped by the context that the model was trained for.
+_DEFAULT_CTX = 4096
 
 
 class Watcher:
-    """Is told about progress by the thread that runs `load` or `generate`. This base class does nothing."""
+    """Gets progress from the thread that runs `load` or `generate`; this base class ignores it."""
 
     def loading(self, fraction: float) -> None:
         """A fraction of the weights is loaded."""
@@ -47,7 +46,7 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Generation:
-    """Text and figures of one run. A rate of nothing is None."""
+    """Text and figures of one run. A rate over nothing is None."""
 
     text: str
     prompt_tokens: int
@@ -101,9 +100,9 @@ def load(
     watcher: Watcher | None = None,
     **kwargs: Any,
 ) -> Llama:
-    """Load a model for `generate`. llama.cpp's log does not show its line of dots.
+    """Load a model for `generate`, without llama.cpp's line of dots for progress.
 
-    The default is half of the CPUs that this process may use as threads, and all of them for the prompt.
+    By default, half of the CPUs that this process may use get a thread, and all of them for the prompt.
 
     Raises
     ------
@@ -165,8 +164,8 @@ def generate(
 ) -> Generation:
     """Generate up to `n_predict` tokens after `prompt`, and pass on text as it is made.
 
-    Ctrl-C ends the generation early; what was made is returned. The time to the first token counts as the
-    prompt's. One token is decoded before, as llama.cpp's own tools do, so that no figure counts the start of
+    Ctrl-C ends the generation early; the text so far is returned. The time to the first token counts as the
+    prompt's. One token is decoded before, as in llama.cpp's own tools, so that no figure counts the start of
     threads.
 
     Raises

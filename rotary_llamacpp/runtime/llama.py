@@ -31,13 +31,13 @@ class Llama(llama_cpp.Llama):
     Parameters
     ----------
     model_path : str
-        A GGUF model, the first shard of a split one. A dense model runs as stock.
+        A GGUF file, or the first shard of a split model. A dense model runs as stock.
     rotary : "auto", RotaryConfig, dict, str, int, float or None
         ``"auto"`` sizes the budget from free memory, and runs unpaged with a warning if the native library
         cannot be used. Text, an int of bytes or a float share is a budget; a dict has the fields of
         `RotaryConfig`. None, False or 0 is off. Anything but ``"auto"`` raises instead of falling back.
     **kwargs
-        As in llama_cpp.Llama. ``n_gpu_layers`` left out puts all layers on the paging device; 0 computes on
+        As in llama_cpp.Llama. Without ``n_gpu_layers``, all layers are on the paging device; 0 computes on
         the CPU.
 
     Raises
@@ -46,7 +46,7 @@ class Llama(llama_cpp.Llama):
         `BudgetError` before anything is loaded if the budget is below one token's experts, `ModelError` for a
         damaged file, `DeviceError` for an unknown inner device, `LibraryError` or `VersionError` if the
         native library cannot be used. Later, where stock raises RuntimeError because decoding failed,
-        `ReadError` if the file could not be read, or what else the native library says.
+        `ReadError` if the file could not be read, or another error of the native library.
     """
 
     _rotary: Paging
@@ -66,7 +66,7 @@ class Llama(llama_cpp.Llama):
         return self._rotary.state(super().__getstate__())
 
     def rotary_stats(self) -> dict[str, Any]:
-        """Return what was chosen, and the counters since load or the last reset; after close() the last ones.
+        """Return what was chosen, and the counters since load or the last reset; after close(), the last.
 
         Returns
         -------
@@ -90,7 +90,7 @@ class Llama(llama_cpp.Llama):
         Raises
         ------
         BudgetError
-            The budget makes no sense or is below one token's experts; the old one stays.
+            The budget is not understood or is below one token's experts; the old one stays.
         LibraryError
             The slots cannot be allocated; the model does not run until a smaller budget is set.
         RotaryError

@@ -71,20 +71,17 @@ class Paging:
         self.reason: str | None = None  # why nothing is paged
         self.pools: Pools | None = None
         self.info: ModelInfo | None = None  # None unless the model is paged
-        self.devices: ctypes.Array[ctypes.c_void_p] | None = (
-            None  # kept alive, because model_params points at it
-        )
+        # Kept alive, because model_params points at it.
+        self.devices: ctypes.Array[ctypes.c_void_p] | None = None
         self.no_repack = False
         self.level = logging.INFO  # for messages that are not warnings
         self.profile: str | None = None  # path, if slots began with the experts of one
         self.notices: list[str] = []
         self._closing = False
-        # Another thread than the one that closes may read figures. Never held while waiting for a graph,
-        # because a policy in Python may read figures within one.
+        # Guards figures, which one thread may read while another closes. Never held while waiting for a
+        # graph, because a policy in Python may read figures during one.
         self._lock = threading.RLock()
-        self._changing = (
-            threading.RLock()
-        )  # one change at a time, and none during closing; taken before `_lock`
+        self._changing = threading.RLock()  # one change at a time, none during closing; taken before `_lock`
         self._last: dict[str, Any] = {**_NOT_PAGED, "layers": []}
 
     @property
@@ -117,7 +114,7 @@ class Paging:
         return {**kwargs, "n_gpu_layers": self.given_n_gpu_layers or -1}
 
     def step_aside(self, reason: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Run as stock does; with our library loaded by another model, as if it were not."""
+        """Run as stock does; if our library is loaded, on the devices that stock would choose without it."""
         self.reason = reason
         lib = binding.loaded()
         if lib is not None:

@@ -18,7 +18,7 @@ from .llama import Llama
 
 
 def read_prompts(path: str) -> list[str]:
-    """Read prompts, one a line; empty lines are skipped.
+    """Read prompts, one per line; empty lines are skipped.
 
     Raises
     ------
@@ -29,10 +29,10 @@ def read_prompts(path: str) -> list[str]:
         prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RotaryError(
-            f"{path}: cannot be read, {error}; give a text file with one prompt a line"
+            f"{path}: cannot be read, {error}; give a text file with one prompt per line"
         ) from error
     if not prompts:
-        raise RotaryError(f"{path}: no prompt in it; write at least one, one a line")
+        raise RotaryError(f"{path}: has no prompt; write at least one, one per line")
     return prompts
 
 
@@ -58,20 +58,20 @@ def record(
     n_predict : int
         Maximum number of tokens to generate for each prompt.
     on_prompt : function
-        Called when a prompt begins, with the prompt's number, from 0, and number of tokens.
+        Called when a prompt begins, with its number, from 0, and its number of tokens.
 
     Raises
     ------
     RotaryError
         The model has no experts, paging is off, or a prompt does not fit into the context.
     Exception
-        What failed, or KeyboardInterrupt, before anything was recorded.
+        The failure itself, or KeyboardInterrupt, if nothing was recorded before it.
     """
     info = ModelInfo.read(model)
     if not info.is_moe:
         raise RotaryError(f"{info.path.name}: dense model, nothing is routed; choose a MoE model")
     if config is None:
-        raise RotaryError(f"{info.path.name}: paging is off, so nothing is routed by it; give a budget")
+        raise RotaryError(f"{info.path.name}: paging is off, so no routing is recorded; give a budget")
     llama = load(model, config, n_ctx=n_ctx, n_threads=n_threads, seed=seed)
     interrupted = threading.Event()
     failed: Exception | None = None
@@ -147,6 +147,6 @@ def _numbers(pools: Pools) -> list[int]:
     numbers, n_dropped = pools.read_trace()
     if n_dropped:
         raise RotaryError(
-            f"trace: {n_dropped} lookups were dropped; 64 MiB are kept at once; shorten the prompt"
+            f"trace: {n_dropped} lookups were dropped; at most 64 MiB are kept at once; shorten the prompt"
         )
     return numbers

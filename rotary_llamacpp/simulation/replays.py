@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Replays routing traces on the library's own slot tables: hit rates, the optimum, and a model of time.
 
-Time is modelled by events. A lookup waits for missing experts, which come over a link of one bandwidth; then
-the layer computes. Meanwhile the link prefetches what a predictor names for the next layers, piece by piece,
-until a lookup demands something. Demands go first; an expert that was partly prefetched goes on from the
-piece that was reached.
+Time is modelled by events. A lookup waits for missing experts, which come over a link of fixed bandwidth;
+then the layer computes. Meanwhile the link prefetches the experts that a predictor names for the next layers,
+until a lookup misses. Misses go first; of a partly prefetched expert only the rest is moved.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def slots_for(trace: Trace, share: float) -> list[int]:
 
 @dataclass(frozen=True)
 class Link:
-    """The link that absent experts come over, and the cost of a token without any.
+    """The link that absent experts come over, and the time of a token without any.
 
     Attributes
     ----------
@@ -52,7 +51,7 @@ class Link:
 
 @dataclass
 class Outcome:
-    """Counters of a replay, of decode alone. Rates of nothing are None."""
+    """Counters of a replay, of decode alone. Rates over nothing are None."""
 
     requests: int = 0
     misses: int = 0  # experts demanded that were absent or incomplete
@@ -115,7 +114,7 @@ def replay(
 
 
 def predictor(trace: Trace, kind: PredictorFactory | str) -> PrefetchPolicy:
-    """Make a predictor for the model of a trace: one of the library by name, or of a class."""
+    """Make a predictor for the model of a trace: a native one by name, or one of a class."""
     shape = (len(trace.layers), trace.n_expert, trace.experts.shape[1])
     if kind == ROUTER:
         return Router(trace)
@@ -238,7 +237,7 @@ class _Replay:
 def belady(trace: Trace, n_slots: Sequence[int]) -> Outcome:
     """Count the fewest misses that any eviction policy could have with `n_slots` of each layer.
 
-    The victim is the expert that is needed last, which may not be kept at all. L. A. Belady, "A study of
+    The victim is the expert needed last, even if it has just been paged in. L. A. Belady, "A study of
     replacement algorithms for a virtual-storage computer", IBM Systems Journal 5, 1966.
     """
     out = Outcome(tokens=trace.tokens(DECODE))

@@ -29,7 +29,7 @@ from ..host.files import check_regular, writing
 PREFILL, DECODE = 0, 1
 FORMAT = 1
 _CSV_COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
-_MAX_ROWS = 1 << 28  # of one archive, whatever a header asks for
+_MAX_ROWS = 1 << 28  # of one archive, whatever its header says
 MAX_PAIRS = 1 << 27  # pairs of experts in all layers, because predictors have tables of them
 
 
@@ -40,20 +40,20 @@ class Trace:
     Attributes
     ----------
     sequence, phase, step, layer : int array [n]
-        Prompt with its answer, from 0; `PREFILL` or `DECODE`; token of the sequence, from 0; the model's
-        layer.
+        Number of the prompt, from 0; `PREFILL` or `DECODE`; number of the token in the sequence, from 0; the
+        model's layer.
     experts : int array [n, n_used]
-        What the layer chose, the router's first choice first; -1 where it chose fewer.
+        Experts that the layer chose, the router's first choice first; -1 where it chose fewer.
     weights : float32 array [n, n_used]
         The router's weights; NaN where not recorded.
     resident : bool array [n, n_used]
         Whether the expert was resident when it was asked for.
     n_expert : int
-        Of the largest layer.
+        Number of experts of the largest layer.
     expert_bytes : dict
         Bytes of one expert by layer.
     about : dict
-        Where it comes from: model, prompts and the like.
+        Where the trace comes from: model, prompts and the like.
     """
 
     sequence: NDArray[Any]
@@ -140,12 +140,12 @@ _ARRAYS = ("sequence", "phase", "step", "layer", "experts", "weights", "resident
 
 
 def load(path: str | os.PathLike[str]) -> Trace:
-    """Read a trace of either kind.
+    """Read a trace, an archive or CSV.
 
     Raises
     ------
     RotaryError
-        There is no such file, or it is of neither kind, or it is damaged.
+        The file does not exist, is neither an archive nor CSV, or is damaged.
     """
     path = Path(path)
     try:
@@ -191,7 +191,7 @@ def _read_archive(path: Path) -> Trace:
 
 
 def _whole(array: NDArray[Any]) -> NDArray[np.int32]:
-    """Take integers, which CSV writes as floats."""
+    """Convert to integers, which are floats when read from CSV."""
     if array.dtype.kind not in "iuf" or not (np.abs(array.astype(np.float64)) < 1 << 31).all():
         raise ValueError(f"{array.dtype}, or numbers of over 32 bits")
     whole = array.astype(np.int32)
@@ -221,7 +221,7 @@ def _read_csv(path: Path) -> Trace:
         raise ValueError("no rows")
     keys = _whole(table[:, :4])
     if not (np.abs(table[:, 8]) < 1 << 63).all():
-        raise ValueError("a size that is none")
+        raise ValueError("a size out of range")
     new = np.ones(len(keys), bool)
     new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
     row, slot = np.cumsum(new) - 1, _whole(table[:, 4])
@@ -258,7 +258,7 @@ def _checked(trace: Trace) -> Trace:
     if len(trace.expert_bytes) * trace.n_expert**2 > MAX_PAIRS:
         raise ValueError(f"{len(trace.expert_bytes)} layers of {trace.n_expert} experts")
     if not all(0 <= layer < 1 << 31 and 0 <= size < 1 << 63 for layer, size in trace.expert_bytes.items()):
-        raise ValueError("sizes that are none")
+        raise ValueError("sizes out of range")
     if not set(np.unique(trace.layer).tolist()) <= trace.expert_bytes.keys():
         raise ValueError("a layer without its size")
     if not np.isin(trace.phase, (PREFILL, DECODE)).all():

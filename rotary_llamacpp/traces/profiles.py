@@ -3,7 +3,7 @@
 
 ``model.gguf`` has its profile in ``model.gguf.profile``: a NumPy archive of ``popularity`` float32 [n_layers,
 n_expert], the share of tokens that chose each expert; ``pairs`` float16 [n_layers - 1, n_expert, n_expert],
-how often an expert followed one of the layer before, of the latter's uses; ``meta``, JSON with the layer
+the share of an expert's uses after which the next layer chose each expert; ``meta``, JSON with the layer
 numbers, tokens and where they come from. ``rotary convert`` stores the same archive in the model itself.
 """
 
@@ -46,7 +46,7 @@ class Profile:
         return int(self.popularity.shape[1])
 
     def ranked(self, layer: int) -> list[int]:
-        """The experts that a layer has chosen, most often first."""
+        """Return the experts that a layer has chosen, most often chosen first."""
         share = self.popularity[self.layers.index(layer)]
         order = np.argsort(-share, kind="stable")
         return [int(expert) for expert in order if share[expert] > 0]
@@ -87,7 +87,7 @@ def learn(traces: Sequence[Trace]) -> Profile:
         if (trace.layers, trace.n_expert) != (layers, n_expert):
             raise RotaryError(
                 f"traces: {len(trace.layers)} layers of {trace.n_expert} experts, {len(layers)} of "
-                f"{n_expert} before; a profile is of one model; leave the others out"
+                f"{n_expert} before; a profile is for one model; leave the others out"
             )
         index = {layer: i for i, layer in enumerate(layers)}
         before: tuple[tuple[int, int, int], list[int]] | None = None
@@ -113,7 +113,7 @@ def load(path: str | os.PathLike[str]) -> Profile:
     Raises
     ------
     RotaryError
-        There is no such file, or it is not a profile, or it is damaged.
+        The file does not exist, is not a profile, or is damaged.
     """
     return _read(path, path)
 
@@ -147,7 +147,7 @@ def _read(file: str | os.PathLike[str] | io.BytesIO, name: object) -> Profile:
         if pairs.shape != (n_layers - 1, n_expert, n_expert):
             raise ValueError("arrays of different shapes")
         if not (_are_shares(popularity) and _are_shares(pairs)):
-            raise ValueError("shares that are none")
+            raise ValueError("shares out of range")
         popularity = np.ascontiguousarray(popularity, np.float32)  # the library reads contiguous float32
         layers = [int(layer) for layer in meta["layers"]]
         if len({*layers}) < n_layers or not all(0 <= layer < 1 << 31 for layer in layers):
@@ -158,9 +158,11 @@ def _read(file: str | os.PathLike[str] | io.BytesIO, name: object) -> Profile:
     except OSError as error:
         raise RotaryError(f"{name}: cannot be read, {error.strerror or error}; check the name") from error
     except DAMAGED as error:
-        raise RotaryError(f"{name}: not a profile, or damaged; make it anew with `rotary profile`") from error
+        raise RotaryError(
+            f"{name}: not a profile, or damaged; make it again with `rotary profile`"
+        ) from error
 
 
 def _are_shares(array: NDArray[Any]) -> bool:
-    """Allow for shares above 1: by rounding, and of a router that names an expert twice."""
+    """Check shares; some exceed 1, by rounding or because a router named an expert twice."""
     return array.dtype.kind == "f" and bool(((array >= 0) & (array <= 1024)).all())

@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: MIT
 //
-// LD_PRELOAD library for test-llama-archs, in three parts.
+// LD_PRELOAD library for test-llama-archs. It does three things:
 //
-// It loads the backend named by GGML_BACKEND_PATH at start, since that program does not call ggml_backend_load_all().
-// (Not for one that does: it would register the devices twice.)
+// At start it loads the backend named by GGML_BACKEND_PATH, since that program does not call ggml_backend_load_all().
+// (Do not use it with a program that does: the devices would be registered twice.)
 //
-// And it gives the test's models N_EXPERT experts instead of two. Upstream's use two of two, so that each is needed
-// for each token and none can be paged: whatever the budget, the test would not test us. The models the test compares
-// with and its round trip through a file see the same number.
+// It gives the test's models N_EXPERT experts instead of two. Upstream's models use two of two, so every token needs
+// both and none can be paged. The models that the test compares with, and those it reads back from a file, get as many.
 //
-// At the end it flushes llama.cpp's log, which is written by a thread that the process does not wait for: the last rows
-// of the table could be lost (llama.cpp issue 22142).
+// At exit it flushes llama.cpp's log: the thread that writes it is not joined, so the table's last rows could be lost
+// (llama.cpp issue 22142).
 #include "ggml-backend.h"
 #include "gguf.h"
 

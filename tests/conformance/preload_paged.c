@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// LD_PRELOAD library: makes test-backend-ops page. It allocates everything in the backend's default buffer, where no
-// expert is ever paged; here the expert matrices of MUL_MAT_ID go to the ROTARY_PAGED buffer type instead, which is
-// what llama.cpp's model loader does. Everything else stays with the function this one stands in front of.
+// LD_PRELOAD library that makes test-backend-ops page. That program allocates everything in the backend's default
+// buffer, where no expert is paged. Here the expert matrices of MUL_MAT_ID go to the ROTARY_PAGED buffer type instead,
+// as with llama.cpp's model loader; the original ggml_backend_alloc_ctx_tensors() allocates everything else.
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -14,8 +14,8 @@
 
 typedef ggml_backend_buffer_t (*alloc_ctx_tensors_t)(struct ggml_context * ctx, ggml_backend_t backend);
 
-// A test frees the buffer it got before it asks for the next one, and does not know of this one: it lives until then.
-// The tests run one at a time on a device.
+// Freed at the next allocation, since the test does not know of it: by then the test has freed its own buffer. Tests
+// run one at a time on a device.
 static ggml_backend_buffer_t paged_buffer = NULL;
 
 static ggml_backend_buffer_type_t paged_buft(ggml_backend_dev_t dev) {
@@ -32,7 +32,7 @@ static ggml_backend_buffer_type_t paged_buft(ggml_backend_dev_t dev) {
     exit(2);
 }
 
-// The expert matrix that is to be paged for `node`, or NULL. A single expert, or one of a single row, is not paged.
+// The expert matrix of `node` that is to be paged, or NULL. A single expert, or experts of one row, are not paged.
 static struct ggml_tensor * expert_matrix(const struct ggml_tensor * node) {
     struct ggml_tensor * weight = node->op == GGML_OP_MUL_MAT_ID ? node->src[0] : NULL;
     if (weight == NULL || weight->view_src != NULL || weight->data != NULL) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Conversions that fail: nothing is left, and what is said."""
+"""Conversions that fail: they leave no file, and their messages."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_no_failure_leaves_a_file(tiny_model, tmp_path, monkeypatch, call, numbe
 
 def test_a_full_disk_is_seen_before(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 20 * MIB}))
-    with pytest.raises(RotaryError, match="22 MiB wanted, 20 MiB free"):
+    with pytest.raises(RotaryError, match="22 MiB needed, 20 MiB free"):
         convert(tiny_model, tmp_path / "out.gguf")
-    with pytest.raises(RotaryError, match=r"2\d MiB wanted, 20 MiB free"):
+    with pytest.raises(RotaryError, match=r"2\d MiB needed, 20 MiB free"):
         convert(tiny_model, tmp_path / "out.gguf", Options(wish=quantising.Wish("Q4_0")))
     assert_nothing_else(tmp_path)
 
@@ -106,7 +106,7 @@ def test_damaged_legacy_layouts_are_refused(synthetic, tmp_path):
     whole = legacy.read_bytes()
     for before, after, text in (
         (b"blk.1.ffn_up.7.weight", b"blk.1.ffn_no.7.weight", "lacks expert 7, has 11 others"),
-        (b"blk.1.ffn_up.7.weight", b"blk.1.ffn_up.6.weight", "a second time"),
+        (b"blk.1.ffn_up.7.weight", b"blk.1.ffn_up.6.weight", "appears twice"),
         (b"blk.1.ffn_up.10.weight", b"blk.1.ffn_up.07.weight", "appears twice"),
     ):
         legacy.write_bytes(whole.replace(before, after))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What conversions may write: nobody else's files, and all names of the result or none."""
+"""Where conversions write: they leave files of others alone, and the result gets all its names or none."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_somebody_elses_temporary_files_are_left(tiny_model, tmp_path, name, lin
     else:
         (tmp_path / name).write_text("theirs")
     wish = Wish("Q4_0") if "quantised" in name else Wish()
-    with pytest.raises(RotaryError, match=r"exists and is|symbolic links"):
+    with pytest.raises(RotaryError, match=r"exists, and no|exists and is not|symbolic links"):
         convert(tiny_model, tmp_path / "out.gguf", Options(wish=wish))
     assert (tmp_path / name).read_text() == theirs.read_text() == "theirs"
     assert_nothing_else(tmp_path, tmp_path / name, theirs)
@@ -57,9 +57,9 @@ def test_somebody_elses_temporary_files_are_left(tiny_model, tmp_path, name, lin
         ("", "is a folder"),
         ("folder", "is a folder"),
         ("none/out.gguf", "no such folder"),
-        ("model.gguf.part", "not converted in place"),
-        ("model.gguf", "not converted in place"),  # by its temporary name
-        ("a.profile", "not converted in place"),
+        ("model.gguf.part", "cannot be converted in place"),
+        ("model.gguf", "cannot be converted in place"),  # by its temporary name
+        ("a.profile", "cannot be converted in place"),
         ("dangling", "exists; give --force"),
         ("loop", "exists; give --force"),
     ],
@@ -91,7 +91,7 @@ def test_one_conversion_at_a_time(tmp_path, monkeypatch):
     held.close(remove=True)
 
     def late(fd: int, how: int) -> None:
-        """Between opening and locking, who held it is done."""
+        """Between opening and locking, the previous holder finishes."""
         monkeypatch.setattr(fcntl, "flock", real)
         note_path(out).unlink()
         real(fd, how)
@@ -111,7 +111,7 @@ def test_a_file_system_without_locks(tiny_model, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("small_steps")
 def test_a_journal_means_files_beside_it(tiny_model, tmp_path, monkeypatch):
-    """Begun from one folder, gone on with from another, where a file has the same name."""
+    """A conversion is begun in one folder and resumed from another that has files of the same names."""
     real = os.copy_file_range
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -126,7 +126,7 @@ def test_a_journal_means_files_beside_it(tiny_model, tmp_path, monkeypatch):
         path.write_text("theirs")
     said: list[str] = []
     paths = convert(tiny_model, tmp_path / "a" / "out.gguf", SPLIT, say=said.append)
-    assert any(line.startswith("going on after") for line in said)
+    assert any(line.startswith("resuming after") for line in said)
     assert_nothing_else(tmp_path / "a", *paths)
     assert [path.read_text() for path in theirs] == ["theirs"] * 2
 
@@ -147,7 +147,7 @@ def test_what_another_conversion_left_goes_at_once(tiny_model, tmp_path, monkeyp
 
 @pytest.fixture
 def another_thread() -> Iterator[None]:
-    """Takes what signals the main thread does not."""
+    """Run a thread that receives the signals that the main thread blocks."""
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
     thread.start()
@@ -180,7 +180,7 @@ def test_what_cannot_be_replaced_is_left(tiny_model, tmp_path, monkeypatch):
     for path in paths:
         path.write_text("old")
     monkeypatch.setattr(os, "replace", at_call(2, os.replace, OSError(errno.EIO, "Input/output error")))
-    with pytest.raises(RotaryError, match="Input/output error; 1 of 2 files were, and the old model is lost"):
+    with pytest.raises(RotaryError, match="Input/output error; 1 of 2 files were, so the old model is lost"):
         convert(tiny_model, tmp_path / "out.gguf", Options(split_bytes=12 * MIB, force=True))
     assert paths[0].read_text() == "old" and len(read_header(paths[1]).tensors) > 0
     assert_nothing_else(tmp_path, *paths)
@@ -202,7 +202,7 @@ def test_a_file_made_meanwhile_is_left(tiny_model, tmp_path, monkeypatch):
 
 
 def test_what_does_not_matter_fails_nothing(tiny_model, tmp_path, monkeypatch):
-    """A folder that cannot be synced, nobody to hear what is said, and few files that may be open."""
+    """The folder cannot be synced, output is a broken pipe, and few files may be open."""
     real = os.fsync
 
     def fsync(fd: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Conversions that are interrupted, at every kind of moment, and go on."""
+"""Conversions that are interrupted at various moments and resumed."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_an_interrupted_copy_goes_on(tiny_model, tmp_path, monkeypatch, options,
     with pytest.raises(KeyboardInterrupt):
         convert(tiny_model, folder / "out.gguf", options, say=said.append)
     assert not [path for path in folder.iterdir() if ".part" not in path.name], "nothing has its final name"
-    resumable = "the same command goes on" in said[-1]
-    assert resumable or (number == 1 and said[-1] == "interrupted; nothing is left")
+    resumable = "the same command resumes" in said[-1]
+    assert resumable or (number == 1 and said[-1] == "interrupted; no files are left")
     assert bool(list(folder.iterdir())) == resumable
 
     def counted(*args: Any) -> int:
@@ -54,7 +54,7 @@ def test_an_interrupted_copy_goes_on(tiny_model, tmp_path, monkeypatch, options,
     assert_nothing_else(folder, *paths)
     total = sum(tensor.n_bytes for tensor in read_header(tiny_model).tensors)
     if number >= 60:
-        assert "going on after" in "\n".join(said) and 0 < sum(copied) < total - 3 * MIB
+        assert "resuming after" in "\n".join(said) and 0 < sum(copied) < total - 3 * MIB
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_an_interrupted_end_goes_on(tiny_model, tmp_path, monkeypatch, where, na
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         convert(tiny_model, tmp_path / "out.gguf", options, say=said.append)
-    assert "the same command goes on" in said[-1]
+    assert "the same command resumes" in said[-1]
     assert all(".part" in path.name for path in tmp_path.iterdir()), "nothing has its final name"
     monkeypatch.setattr(where, name, real)
     if name == "_read_into":
@@ -89,7 +89,7 @@ def test_another_conversion_begins_anew(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", real)
     said: list[str] = []
     paths = convert(tiny_model, out, Options(alignment=512), say=said.append)
-    assert "another conversion was begun here; this one starts over" in said
+    assert "another conversion was interrupted here; this one starts over" in said
     assert_nothing_else(tmp_path, *paths)
     assert tensor_bytes(read_shards(paths[0])) == tensor_bytes([read_header(tiny_model)])
 
@@ -122,8 +122,8 @@ def test_what_is_left_is_not_trusted_blindly(tiny_model, tmp_path, monkeypatch, 
         {"done": [2**63, 1]},
     ],
 )  # fmt: skip
-def test_a_journal_of_other_values(tiny_model, tmp_path, changes):
-    # As of one that was cut off, only that it was a journal is believed.
+def test_a_journal_of_other_values(tmp_path, changes):
+    # As with a truncated journal, nothing is taken from it, but it is recognised as a journal.
     out = tmp_path / "out.gguf"
     journal = Journal(out, {"a": 1})
     journal.note(0, 4096)
@@ -149,11 +149,11 @@ def test_what_is_quantised_is_kept_when_the_copy_is_interrupted(tiny_model, tmp_
     monkeypatch.setattr(quantising, "quantise", lambda *_: pytest.fail("it was quantised again"))
     said: list[str] = []
     convert(tiny_model, out, options, say=said.append)
-    assert "going on with out.gguf.quantised.part, which is complete" in said
+    assert "reusing out.gguf.quantised.part, which is complete" in said
     assert_nothing_else(tmp_path, out)
 
 
-# Copies until more than what is noted already is noted to be durable, says so, and then no further.
+# Copies until the journal notes more progress than at the start, prints "noted", and then stops copying.
 UNTIL_NOTED = """
 import os, sys, threading, time
 from rotary_llamacpp import cli
@@ -197,7 +197,7 @@ def test_signals(tiny_model, tmp_path, how):
         assert said.startswith("noted\n") and _noted(out) > before and not out.exists(), said
         if how == signal.SIGINT:
             assert (
-                process.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
+                process.returncode == 130 and "the same command resumes" in said and "Traceback" not in said
             )
         else:
             assert process.returncode == -how
@@ -205,14 +205,14 @@ def test_signals(tiny_model, tmp_path, how):
         [sys.executable, "-m", "rotary_llamacpp", "convert", tiny_model, out, "--verify"],
         env=env, capture_output=True, text=True, timeout=HANG_S, check=True,
     )  # fmt: skip
-    going_on = re.search(r"going on after ([\d.]+) MiB", ran.stderr)
+    going_on = re.search(r"resuming after ([\d.]+) MiB", ran.stderr)
     assert going_on and float(going_on[1]) > 3
     assert tensor_bytes([read_header(out)]) == tensor_bytes([read_header(tiny_model)])
     assert_nothing_else(tmp_path, out)
 
 
 def _noted(out: Path) -> int:
-    """Bytes that are noted to be durable."""
+    """Bytes that the journal notes as durable; 0 without a readable journal."""
     try:
         return json.loads(note_path(out).read_text())["done"][1]
     except (OSError, ValueError):
@@ -236,7 +236,7 @@ def test_ctrl_c_ends_the_quantiser(synthetic, tmp_path, monkeypatch):
     def interrupt() -> None:
         while not target.exists() and not over.wait(0.001):
             pass
-        started[-1].send_signal(signal.SIGSTOP)  # else it might be done meanwhile
+        started[-1].send_signal(signal.SIGSTOP)  # else it might finish meanwhile
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Memory, address space and file descriptors that run out under the library, at every place where it asks.
+"""Memory, address space and file descriptors that run out at every place where the library asks for them.
 
-exhaustion.c fails one of its calls. Each shortage ends in an error that says what happened, or in a fallback
-that is announced; the process lives, and what runs next is exact. Each test runs in a process of its own.
+exhaustion.c fails one of the library's calls. Each shortage ends in an error that says what happened, or in
+an announced fallback; the process survives, and the next run is exact. Each test has a process of its own.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ DIRECT = {"budget": "50%", "store": "direct"}
 
 
 def open_with_failures(model, rotary, n):
-    """Opens the model again and again, with the 1st, 2nd, ... call failing, and the `n` from there on.
+    """Open the model again and again, failing `n` calls from the 1st, 2nd, ... on, until no call failed.
 
-    Each time: what came of it, the figures, and how many calls failed; to the first time that none did.
+    Returns for each time the result, the statistics, and how many calls failed.
     """
     shortage = Shortage()
-    make(model, rotary, **PLAIN).close()  # what is done once is done
+    make(model, rotary, **PLAIN).close()  # initialisation that happens once per process
     found = []
     while not found or found[-1][2] > 0:
         shortage.begin(at=len(found) + 1, n=n)
@@ -54,7 +54,7 @@ def open_with_failures(model, rotary, n):
 
 
 def check_all(found, stock, least):
-    """That every shortage was survived, exactly or with an error of one line; what was said in each."""
+    """Check that each shortage ended in exact logits or in an error of one line; returns what was said."""
     assert len(found) > least, "there were calls to fail"
     texts = []
     for result, stats, _ in found:
@@ -97,9 +97,9 @@ def test_files(native, synthetic, stock_trace, short_of):
 
 
 def fail_each_place(shortage, run, known=0):
-    """Runs with the first allocation of each place in the library failing, and the run after each.
+    """Run with the first allocation of each place in the library failing; returns that run and the next.
 
-    Of the places met so far, the first `known` are left out. The last line on stderr names the place.
+    The first `known` places are left out. The last line on stderr names the place.
     """
     found = []
     site = known + 1
@@ -135,7 +135,7 @@ def open_and_run(model, rotary, threads_left=-1, enter_error=0, n_prompt=PROMPT)
 
 
 def open_from_every_place(model, rotary, ways):
-    """Opens the model in each of these ways of reading; each place fails that is not met before the last."""
+    """Open the model in each of these ways of reading, then fail each place that only the last reaches."""
     shortage = Shortage()
     for io, threads_left in ways:
         os.environ["ROTARY_IO"] = io
@@ -148,9 +148,9 @@ def open_from_every_place(model, rotary, ways):
 
 
 def open_with_a_ring_that_stops(model, rotary, n_calls):
-    """Opens the model with a ring that fails at the first read, as does one of the first calls from there on.
+    """Open the model with a ring that fails at the first read, and then fail one allocation after that.
 
-    One token's experts are read in place: a read that got lost would be waited for.
+    A single token's experts are read in place, so that a lost read would be waited for.
     """
     os.environ["ROTARY_IO"] = "uring"
     shortage = Shortage()
@@ -168,7 +168,7 @@ def check_error(result):
     kind, text = result
     assert kind in ("LibraryError", "ReadError", "RotaryError", "ValueError"), result
     assert "\n" not in text, result
-    assert "memory" in text or text.startswith("Failed to "), result  # that is what llama-cpp-python says
+    assert "memory" in text or text.startswith("Failed to "), result  # llama-cpp-python's message
 
 
 @pytest.mark.slow
@@ -226,8 +226,8 @@ def test_memory_while_a_model_opens(native, synthetic, stock_trace, short_of, di
 # ---- the end of a process
 
 
-def exit_with_a_model(path, store):
-    """A model that is freed by a handler older than the library: after the library's own statics are gone."""
+def exit_with_models(path):
+    """Free models in an exit handler that runs after the library's own static objects are destroyed."""
     libc = ctypes.CDLL(None)
     kept = []
 
@@ -241,10 +241,10 @@ def exit_with_a_model(path, store):
     libc.__cxa_atexit(free, None, None)
     library = _native.load()
     devices = library.device_list([0])
-    for name in (path, path):
+    for _ in range(2):
         params = api.llama_model_default_params()
         params.devices, params.n_gpu_layers = ctypes.cast(devices, ctypes.c_void_p), -1
-        model = api.llama_model_load_from_file(os.fsencode(name), params)
+        model = api.llama_model_load_from_file(os.fsencode(path), params)
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_threads, settings.n_threads_batch = OPTIONS["n_ctx"], 1, 1
         context = api.llama_init_from_model(model, settings)
@@ -256,13 +256,13 @@ def exit_with_a_model(path, store):
 
 @pytest.mark.parametrize("store", ["direct", "mmap"])
 def test_models_freed_at_the_end(native, synthetic, store):
-    # What is freed is overwritten at once, so that its use shows.
+    # glibc overwrites freed memory at once, so that use after free shows.
     environment = {
         "ROTARY_BUDGET": "min",
         "ROTARY_STORE": store,
         "MALLOC_PERTURB_": "165",
         "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
     }
-    with Apart(exit_with_a_model, synthetic(type="q8_0"), store, environment=environment) as run:
+    with Apart(exit_with_models, synthetic(type="q8_0"), environment=environment) as run:
         said, errors = run.process.communicate(timeout=120)
         assert (run.process.returncode, said) == (0, "freed\n"), errors[-2000:]

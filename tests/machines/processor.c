@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// What llama.cpp sees of the processor it runs on: one line with the features of the CPU backend it chose, and the
-// system's page size. The backend's own file is in ggml's log on stderr.
+// Prints what llama.cpp detects on this processor: one line with the features of the CPU backend that it chose, then
+// the system's page size. ggml's log on stderr names the backend's file.
 #include "ggml-backend.h"
 
 #include <stdio.h>

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Profiles: learnt by hand, written and read, and what a run that begins with one has."""
+"""Profiles: learning solved by hand, writing and reading, and runs that begin with a profile."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def first_tokens(model, path):
 
 @pytest.mark.model
 def test_the_first_token_hits(native, tiny_model, tmp_path):
-    # What the first token wants, as the profile of a run with it says.
+    # The profile comes from a run of the same model, so that it knows the first token's experts.
     from rotary_llamacpp import RotaryConfig
     from rotary_llamacpp.runtime.recording import record
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// page_table.h for a test: a table in host memory, resolved by a team of one, or by a team of threads as a GPU's are.
+// C functions over native/src/cache/page_table.h: a table in host memory, resolved by one thread or a team of threads.
 
 #include "cache/page_table.h"
 
@@ -12,7 +12,7 @@
 
 namespace {
 
-// What a team shares: a barrier, and a vote at it.
+// The barrier of a team, at which its members also vote.
 struct meeting {
     std::mutex              mutex;
     std::condition_variable changed;
@@ -23,7 +23,7 @@ struct meeting {
     int64_t                 key   = INT64_MAX;
     int32_t                 index = -1, least = -1;
 
-    // Returns when all have come; what they brought together is in `result` and `least` until the next meeting.
+    // Wait for all members. Until the next meeting, `result` is the OR of `mine`, `least` the index of the lowest key.
     void meet(bool mine, int64_t my_key, int32_t my_index) {
         std::unique_lock<std::mutex> lock(mutex);
         any = any || mine;
@@ -69,7 +69,7 @@ struct threads_team {
     bool any(bool mine) const {
         at.meet(mine, 0, -1);
         const bool result = at.result;
-        sync(); // before the next vote changes it
+        sync(); // all have read the result before the next vote changes it
         return result;
     }
     int32_t min(int64_t key, int32_t index) const {
@@ -90,7 +90,7 @@ struct table {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Have each member of a team of n_threads do its part.
+// Call `what` as each member of a team of n_threads.
 template <typename What> static void as_team(int32_t n_threads, const What & what) {
     if (n_threads == 1) {
         what(rotary_page_alone{});
@@ -124,7 +124,7 @@ EXPORT void table_free(table * made) {
     delete made;
 }
 
-// ids[n_tokens, n_used] with `stride` elements from one token to the next. pages: expert, slot and first piece of each.
+// ids[n_tokens][n_used], `stride` elements from one token to the next. pages: expert, slot and first piece of each.
 // Returns the number of pages, -1 if the lookup was refused.
 EXPORT int32_t table_resolve(table * made, const int32_t * ids, int32_t n_used, int32_t n_tokens, int32_t stride,
                              int32_t n_threads, int32_t * slot_ids, int32_t * pages) {
@@ -136,7 +136,7 @@ EXPORT int32_t table_resolve(table * made, const int32_t * ids, int32_t n_used, 
     return made->state.refused != refused ? -1 : made->state.n_pages;
 }
 
-// scores[n_tokens, n_expert] of the next lookup. ahead: as pages. Returns how many are to be copied ahead.
+// scores[n_tokens][n_expert] of the next lookup. ahead: pages to prefetch, laid out like pages. Returns their number.
 EXPORT int32_t table_foretell(table * made, const float * scores, int32_t n_tokens, int32_t n_used, int32_t n_threads,
                               int32_t * ahead) {
     as_team(n_threads, [&](const auto & team) { rotary_page_predict(team, made->its, scores, n_tokens, n_used); });
@@ -144,7 +144,7 @@ EXPORT int32_t table_foretell(table * made, const float * scores, int32_t n_toke
     return made->state.n_prefetches;
 }
 
-// So many pieces have been taken, and copied if there were so many.
+// Set the number of prefetched pieces that have been copied; it may exceed those there are.
 EXPORT void table_land(table * made, uint32_t n_pieces) {
     made->state.taken = n_pieces;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// What foretelling is worth (native/src/prefetch/gain.hpp), for test_experience.py.
+// C functions over native/src/prefetch/gain.hpp.
 
 #include "prefetch/gain.hpp"
 

@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: MIT
 //
-// LD_PRELOAD library: resources that run out. One function of the system, named by the variable EXHAUST, fails when
-// libggml-rotary.so asks for it, itself or through the standard library; what llama.cpp or Python ask for they get.
+// LD_PRELOAD library that makes resources run out. The kind of call named by the environment variable EXHAUST fails
+// when libggml-rotary.so makes it, itself or through the standard library; calls of llama.cpp and Python succeed.
 //
-//   EXHAUST=malloc          memory: malloc and its like, operator new
+//   EXHAUST=malloc          memory: malloc, calloc, realloc, aligned_alloc, posix_memalign, operator new
 //   EXHAUST=mmap            address space: mmap and mremap
 //   EXHAUST=open            files: open, fopen
 //   EXHAUST=pread           reads
-//   EXHAUST=io_uring_setup  a ring, EXHAUST=io_uring_enter its calls
+//   EXHAUST=io_uring_setup  making a ring
+//   EXHAUST=io_uring_enter  using it
 //   EXHAUST=pthread_create  threads
-//   EXHAUST_AT=n            the n-th of these calls fails, from the start of the process on; 0: none
-//   EXHAUST_N=m             and so do those after it, m in all; 1 by default
-//   EXHAUST_LIBRARY=name    part of the asking library's path, instead of libggml-rotary
+//   EXHAUST_AT=n            the n-th of these calls since the start of the process fails; 0: none
+//   EXHAUST_N=m             number of calls that fail from there on; 1 by default
+//   EXHAUST_LIBRARY=name    part of the calling library's path, instead of libggml-rotary
 //
-// A test turns the same knobs through ctypes: exhaust_at, exhaust_n; or exhaust_site, which fails the first call from one
-// place in the library. Places are numbered from 1 as they are met. Nothing is counted while exhaust_on is 0; with
-// exhaust_ring that becomes 1 when io_uring_enter() fails to wait.
+// A test sets the same knobs through ctypes, exhaust_at and exhaust_n, or exhaust_site, which fails the first call from
+// one call site in the library. Sites are numbered from 1 as they are met. Nothing is counted while exhaust_on is 0;
+// with exhaust_ring, it becomes 1 when an io_uring_enter() that waits fails.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -43,15 +44,15 @@ atomic_long exhaust_site = 0;
 atomic_long exhaust_ring = 0;
 
 // what happened
-atomic_long exhaust_calls  = 0; // while on
+atomic_long exhaust_calls  = 0; // while exhaust_on
 atomic_long exhaust_failed = 0;
 atomic_long exhaust_sites  = 0;
-long        exhaust_offset[MAX_SITES + 1]; // of the place in the library, by its number
+long        exhaust_offset[MAX_SITES + 1]; // of a call site in the library, by its number
 
 static char         wanted[32];
 static char         library[64] = "libggml-rotary";
 static uintptr_t    begin, end; // of the library's code
-static __thread int inside;     // one of our own calls
+static __thread int inside;     // this thread is in a call of this file's own
 
 static int is_library(struct dl_phdr_info * info, size_t size, void * data) {
     (void) size, (void) data;
@@ -68,7 +69,7 @@ static int is_library(struct dl_phdr_info * info, size_t size, void * data) {
     return 1;
 }
 
-// The standard library asks on behalf of whoever called it.
+// Whether the standard library made a call, which then counts as its caller's.
 static int is_standard(uintptr_t at) {
     static uintptr_t known[8][2];
     static int       n_known = 0;
@@ -247,18 +248,7 @@ int open(const char * path, int flags, ...) {
     return next(path, flags, mode);
 }
 
-int open64(const char * path, int flags, ...) {
-    va_list args;
-    va_start(args, flags);
-    const int mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(args, int) : 0;
-    va_end(args);
-    if (fails("open")) {
-        errno = EMFILE;
-        return -1;
-    }
-    NEXT(open64)
-    return next(path, flags, mode);
-}
+int open64(const char * path, int flags, ...) __attribute__((alias("open")));
 
 FILE * fopen(const char * path, const char * how) {
     if (fails("open")) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 //
-// LD_PRELOAD library: a disk that is slow, stingy or broken. It stands in front of pread(), which the reader's threads
-// use, of the system calls of io_uring, of what decides how files are read, and of the start of threads. The variables
-// below are its knobs, all off at first; a test turns them through ctypes while the model runs. io_uring can be made to
-// give less, to fail and to hold reads back, not to be slow; one ring is known, the last one made.
+// LD_PRELOAD library that simulates a disk which is slow, gives short reads or fails. It wraps pread(), which the
+// reader's threads use, io_uring's system calls, the calls that decide how files are read, and pthread_create(). The
+// variables below are its knobs, all off at first; a test sets them through ctypes while the model runs. Reads of
+// io_uring can come short, fail and be held back, but not be slowed down; only the last ring made is known.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -22,38 +22,38 @@
 #include <time.h>
 #include <unistd.h>
 
-// Reads of at most this many bytes come whole: where a read that came short goes on, at least so much is asked for.
+// Reads of at most this many bytes are never short: a short read is continued with at least as many.
 enum { MIN_BYTES = 4096 };
 
 // knobs
-long disk_delay_us  = 0;   // that each read takes longer
-long disk_hold_at   = 0;   // number of the first pread() that waits, as do all after it, until this is 0 again; 0: none
-long disk_withheld  = 0;   // bytes that a read comes short of what was asked
-long disk_max       = 0;   // bytes that a read gives at most; 0: no limit
-long disk_fail_at   = 0;   // number of the first read that fails; 0: none
-long disk_n_fail    = 0;   // and how many do
-long disk_error     = EIO; // with this; 0: end of file. io_uring always says EBADF
-long disk_no_direct = 0;   // open() refuses O_DIRECT
-long disk_no_reads  = 0;   // a file that it opened for direct reads refuses them
-long disk_no_statx  = 0;   // statx() does not tell how direct reads must be aligned
-long disk_no_uring  = 0;   // the kernel refuses io_uring, with this
-long disk_old_uring = 0;   // it is that of Linux 5.5: without plain reads
-long disk_bad_from  = 0;   // where reads fail: from this offset
-long disk_bad_to    = 0;   // up to this one
-long disk_cancel    = 0;   // the kernel cancels reads of io_uring; from Linux 6.10 on
-long disk_hold      = 0;   // reads of io_uring that the kernel accepts and does not end until disk_let_go()
+long disk_delay_us  = 0;    // added to each pread()
+long disk_hold_at   = 0;    // number of the first pread() that waits, like all after it, until this is 0 again; 0: none
+long disk_withheld  = 0;    // bytes by which each read is short
+long disk_max       = 0;    // most bytes that a read gives; 0: no limit
+long disk_fail_at   = 0;    // number of the first read that fails; 0: none
+long disk_n_fail    = 0;    // how many reads fail from there on
+long disk_error     = EIO;  // errno of pread(), 0: end of file; io_uring always fails with EBADF
+long disk_no_direct = 0;    // open() refuses O_DIRECT
+long disk_no_reads  = 0;    // a file that was opened with O_DIRECT refuses to be read
+long disk_no_statx  = 0;    // statx(), which tells the alignment of direct reads, fails
+long disk_no_uring  = 0;    // errno with which the kernel refuses io_uring
+long disk_old_uring = 0;    // io_uring is that of Linux 5.5, without IORING_OP_READ
+long disk_bad_from  = 0;    // reads that touch offsets [disk_bad_from, disk_bad_to) fail
+long disk_bad_to    = 0;
+long disk_cancel    = 0;    // the kernel cancels reads of io_uring; needs Linux 6.10
+long disk_hold      = 0;    // how many reads of io_uring are accepted but not completed until disk_let_go()
 
-long disk_enter_error  = 0;  // what io_uring_enter() fails with
-long disk_enter_waits  = 0;  // only where it is to wait; else it takes no reads either
-long disk_n_enter_fail = -1; // how often; negative: without end
-long disk_threads_left = -1; // threads of C++ that can be started; negative: any number
+long disk_enter_error  = 0; // errno with which io_uring_enter() fails; 0: it does not
+long disk_enter_waits  = 0; // 1: only calls that wait fail, after submitting; 0: all fail and submit nothing
+long disk_n_enter_fail = -1; // how many calls fail; negative: all
+long disk_threads_left = -1; // threads that our C++ code can still start; negative: any number
 
-// what happened
+// counters
 atomic_long disk_reads          = 0;
-atomic_long disk_short          = 0; // reads that gave less
-atomic_long disk_odd            = 0; // of these, those that ended where no direct read may begin
+atomic_long disk_short          = 0; // short reads
+atomic_long disk_odd            = 0; // of these, those that end within a 512-byte block, where no direct read may begin
 atomic_long disk_failed         = 0;
-atomic_long disk_held           = 0; // reads that have begun to wait
+atomic_long disk_held           = 0; // reads held so far
 atomic_long disk_enter_failed   = 0;
 atomic_long disk_threads_failed = 0;
 
@@ -73,7 +73,7 @@ static int fails(long number, off_t from, size_t size) {
     return is_one;
 }
 
-// What is given of `size` bytes: less than that, in multiples of `unit`, or all.
+// How many of `size` bytes a read gives: all, or fewer in multiples of `unit`.
 static size_t given(size_t size, size_t unit) {
     size_t less = disk_withheld > 0 && size > MIN_BYTES ? size - (size_t) disk_withheld : size;
     less        = disk_max > 0 && less > (size_t) disk_max ? (size_t) disk_max : less;
@@ -105,7 +105,7 @@ ssize_t pread(int fd, void * memory, size_t size, off_t offset) {
         return n;
     }
     const size_t less = given(size, 1);
-    memset((char *) memory + less, 0xA5, size - less); // what was not given must not be used
+    memset((char *) memory + less, 0xA5, size - less); // shows if bytes that were not given are used
     return (ssize_t) less;
 }
 
@@ -126,7 +126,7 @@ static unsigned * in_ring(unsigned offset) {
     return (unsigned *) (void *) (ring.memory + offset);
 }
 
-// A read that is held is one of a pipe, into which its bytes come when it is let go. They are few: the rest is asked for.
+// A held read reads from a pipe, into which disk_let_go() writes at most HELD bytes: a short read, which is continued.
 enum { HELD = 65536 };
 
 static struct {
@@ -147,7 +147,7 @@ static void hold(struct io_uring_sqe * sqe) {
     atomic_fetch_add(&disk_held, 1);
 }
 
-// Ends the reads held so far; io_uring goes on by itself.
+// Complete the reads held so far.
 void disk_let_go(void) {
     void * memory = NULL;
     if (posix_memalign(&memory, MIN_BYTES, HELD) != 0) {
@@ -158,19 +158,19 @@ void disk_let_go(void) {
         if (n < 0 || write(held[i].pipe[1], memory, (size_t) n) != n) {
             abort();
         }
-        close(held[i].pipe[1]); // the other end is the read's
+        close(held[i].pipe[1]); // the read end stays open for the read
     }
     free(memory);
 }
 
-// Change the reads that are about to be handed over. A direct read must be of whole blocks, so that less is, too.
+// Change the next n reads of the submission queue. Short ones stay whole blocks, as direct reads must.
 static void spoil(unsigned n) {
     const unsigned head = *in_ring(ring.params.sq_off.head);
     const unsigned mask = *in_ring(ring.params.sq_off.ring_mask);
     for (unsigned i = 0; i < n; i++) {
         struct io_uring_sqe * sqe = &ring.sqes[in_ring(ring.params.sq_off.array)[(head + i) & mask]];
         if (disk_old_uring) {
-            sqe->opcode = 0xFF; // not known there
+            sqe->opcode = 0xFF; // an unknown operation
             continue;
         }
         if (fails(next_number(), (off_t) sqe->off, sqe->len)) {
@@ -212,7 +212,7 @@ long syscall(long number, ...) {
     }
     if (breaks) {
         if (disk_enter_waits) {
-            next(number, a, b, 0, 0, e, f); // what it is given, it takes
+            next(number, a, b, 0, 0, e, f); // submit the reads without waiting
         }
         disk_n_enter_fail -= disk_n_enter_fail > 0;
         atomic_fetch_add(&disk_enter_failed, 1);
@@ -245,7 +245,7 @@ void * mmap(void * address, size_t size, int protection, int flags, int fd, off_
     return memory;
 }
 
-// ---- how a file is read
+// ---- direct reads
 
 int open(const char * path, int flags, ...) {
     va_list args;
@@ -259,7 +259,7 @@ int open(const char * path, int flags, ...) {
     return (int) syscall(SYS_openat, AT_FDCWD, path, flags, mode);
 }
 
-// With which the first direct read of a file is tried.
+// The library tests with preadv() whether a file can be read directly.
 ssize_t preadv(int fd, const struct iovec * parts, int n, off_t offset) {
     if (disk_no_reads && (fcntl(fd, F_GETFL) & O_DIRECT) != 0) {
         errno = EINVAL;
@@ -278,7 +278,7 @@ int statx(int fd, const char * path, int flags, unsigned mask, struct statx * ab
 
 // ---- threads
 
-// A limit on processes would stop others' threads as well, some of which give up the process.
+// Whether our code starts the thread. RLIMIT_NPROC would hit the threads of others too, which abort the process.
 static int is_ours(const void * caller) {
     Dl_info about;
     return dladdr(caller, &about) != 0 && about.dli_fname != NULL &&

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: MIT
 //
-// A GPU for machines without one: a ggml device whose stream is a thread that computes with the CPU backend, late and
-// by chance later, and the link to it (native/src/link/link_api.h), whose stream is another such thread. Its memory is ordinary
-// memory that it does not admit to be. Nothing waits for anything unless it is told to, so a missing event shows as a
-// wrong logit.
+// A GPU for machines without one: a ggml device whose stream is a thread that computes with the CPU backend after
+// random delays, and a link to it (native/src/link/link_api.h), whose streams are such threads too. Its memory is
+// ordinary memory that is not declared as host memory. Nothing waits for anything unless it is told to, so a missing
+// event shows as a wrong logit.
 //
-//   LATE_DEVICES=2 so many devices, LATE0 and LATE1; one by default
-//   LATE_MEMORY=n  all devices together have so many bytes instead of 4 GiB
-//   LATE_LOST=n    so many of them are free, but in pieces too small for anything
-//   LATE_US=300    the longest delay before each thing a stream does, in microseconds
-//   LATE_PIECES=4  so many pieces are copied ahead of a lookup before it has come, and no more; all by default
-//   LATE_LOCK      none: no host memory can be page-locked; new: not where it is; default: not read-only
-//   LATE_FAIL=n    the n-th thing asked of the link since this was set fails
+//   LATE_DEVICES=2 number of devices, LATE0 and LATE1; one by default
+//   LATE_MEMORY=n  bytes of memory of all devices together; 4 GiB by default
+//   LATE_LOST=n    bytes that are reported as free but cannot be allocated, as with fragmentation
+//   LATE_US=300    longest delay before each operation of a stream, in microseconds
+//   LATE_PIECES=4  number of pieces that are prefetched before their lookup comes; all by default
+//   LATE_LOCK      none: no host memory can be page-locked; new: only new memory; default: not as read-only
+//   LATE_FAIL=n    the n-th copy or lookup on the link since this was set fails
 //   LATE_WILD      every routing that the link sees names an expert that no layer has
-//   LATE_EVENTS    none: there are no events, as in a CUDA backend that was built without peer copies; n: the n-th
-//                  that is made since this was set is refused
-//   LATE_OPEN      none: the link has no stream
-//   LATE_NEW=n     the n-th piece of page-locked memory that is asked for since this was set is refused
+//   LATE_EVENTS    none: there are no events, as in a CUDA backend that was built without peer copies; n: creating the
+//                  n-th event since this was set fails
+//   LATE_OPEN      none: the link cannot be opened
+//   LATE_NEW=n     the n-th allocation of page-locked memory since this was set fails
 //
-// It copies to and from page-locked memory only, and locks none twice.
+// The link copies only between device and page-locked memory, and refuses to page-lock memory twice.
 
 #include "link/link_api.h"
 
@@ -51,7 +51,7 @@ long knob(const char * name) {
     return text != nullptr ? atol(text) : 0;
 }
 
-// The nth time since the knob was set to n.
+// Whether this is the n-th call since the knob was set to n.
 class nth {
   public:
     explicit nth(const char * name) : name_(name) {}
@@ -131,7 +131,7 @@ class stream {
                 what();
             }
             lock.lock();
-            queue_.pop_front(); // not before it is done: synchronize() looks here
+            queue_.pop_front(); // only when it is done: synchronize() waits for an empty queue
             changed_.notify_all();
         }
     }
@@ -143,11 +143,11 @@ class stream {
     std::thread                       thread_;
 };
 
-// ---- memory that the link may copy from and to: the devices', and what is page-locked
+// ---- memory that the link may copy from and to: the devices' memory and page-locked memory
 
 class ranges {
   public:
-    bool add(const void * begin, size_t size) { // false: some of it is there
+    bool add(const void * begin, size_t size) { // false: it overlaps a known range
         const std::lock_guard<std::mutex> lock(mutex_);
         const auto                        after = sizes_.upper_bound((const char *) begin);
         const bool there = (after != sizes_.end() && after->first < (const char *) begin + size) ||
@@ -179,7 +179,7 @@ ranges known;
 
 // ---- buffers
 
-// One device, and the type of its buffers; their contexts are it.
+// One device and its buffer type; it is the context of both.
 struct late {
     const char *             name;
     const char *             id;
@@ -195,7 +195,7 @@ ggml_backend_dev_t cpu() {
     return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
-std::atomic<size_t> taken{ 0 }; // of that memory
+std::atomic<size_t> taken{ 0 }; // bytes, of all devices
 
 size_t memory_of_all() {
     const long given = knob("LATE_MEMORY");
@@ -240,7 +240,7 @@ const ggml_backend_buffer_type_i buft_i = {
         }
         taken += size;
         void * memory = aligned_alloc(128, (size + 127) / 128 * 128 + 128);
-        memset(memory, 0xff, size); // NaN: what is read before it is written shows
+        memset(memory, 0xff, size); // NaN, so that a read before the first write shows
         known.add(memory, size);
         return ggml_backend_buffer_init(its, buffer_i, memory, size);
     },
@@ -261,7 +261,7 @@ late_backend & self(ggml_backend_t backend) {
     return *(late_backend *) backend->context;
 }
 
-// The nodes as they are now, with everything they name: the caller may change them once compute() has returned.
+// A copy of the nodes and their sources: the caller may change them once graph_compute() has returned.
 struct frozen_graph {
     ggml_context_ptr                                                      context;
     std::unordered_map<const ggml_tensor *, std::unique_ptr<ggml_tensor>> copies;
@@ -432,7 +432,7 @@ ggml_backend_dev_t device_at(size_t index) {
 
 // ---- link
 
-static thread_local std::string last_error; // one link serves several threads
+static thread_local std::string last_error; // several threads use one link
 
 struct rotary_link {
     stream           queue{ 2 };
@@ -504,7 +504,7 @@ static void score(const rotary_link_prediction & its) {
     }
 }
 
-// A piece at a time, until the lookup they are for has come.
+// Copy pieces one by one until the predicted lookup comes.
 static void copy_ahead(const rotary_link_layer & layer, uint64_t number) {
     rotary_page_state & state  = *layer.table.state;
     const uint32_t      all    = layer.table.n_pieces * state.n_prefetches;

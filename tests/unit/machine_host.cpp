@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// What this machine lets a process have (native/src/base/memory.hpp, cpus.hpp), for test_machine.py.
+// C functions over native/src/base/memory.hpp and cpus.hpp: the memory and CPUs that a process may use.
 
 #include "base/cpus.hpp"
 #include "base/memory.hpp"

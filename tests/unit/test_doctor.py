@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The doctor's verdicts: fine on this machine, and each failure it exists for."""
+"""The doctor's verdicts: this machine passes, and each kind of failure is found."""
 
 from __future__ import annotations
 
@@ -97,6 +97,6 @@ def test_memory_within_a_limit(monkeypatch):
     monkeypatch.setattr(machine, "available_memory", lambda: 3 << 30)
     monkeypatch.setattr(machine, "installed_memory", lambda: 64 << 30)
     monkeypatch.setattr(machine, "total_memory", lambda: 4 << 30)
-    assert "limit of 4096 MiB" in doctor._memory().detail
+    assert "limited by a cgroup to 4096 MiB" in doctor._memory().detail
     monkeypatch.setattr(machine, "total_memory", lambda: 64 << 30)
     assert doctor._memory().detail == "3072 MiB available"

@@ -17,7 +17,7 @@ static std::vector<std::string> split(const std::string & text, char by) {
     std::vector<std::string> parts;
     std::istringstream       stream(text);
     std::string              part;
-    part.reserve(text.size()); // here: in getline(), a shortage of memory passes for the end of the text
+    part.reserve(text.size()); // getline() hides a failed allocation as the end of the text: allocate here
     while (std::getline(stream, part, by)) {
         if (!part.empty()) {
             parts.push_back(part);
@@ -33,11 +33,11 @@ static bool has(const std::string & list, const std::string & name) {
 
 struct cgroup_mount {
     bool        is_v2;
-    std::string top; // what of the hierarchy is mounted there
+    std::string top; // directory of the hierarchy that is mounted at `point`
     std::string point;
 };
 
-// mountinfo has blanks and the like as "\040".
+// mountinfo writes blanks and other special characters in octal: "\040".
 static std::string unescaped(const std::string & text) {
     std::string plain;
     for (size_t i = 0; i < text.size(); i++) {
@@ -52,16 +52,16 @@ static std::string unescaped(const std::string & text) {
     return plain;
 }
 
-// Mounts that may have the controller; the usual places where the kernel does not say.
+// Mounts of hierarchies that may have the controller; the usual places if mountinfo cannot be read.
 static std::vector<cgroup_mount> read_mounts(const std::string & controller, const std::string & root) {
     std::vector<cgroup_mount> found;
     std::ifstream             file(root + "/proc/self/mountinfo");
     std::string               line;
     bool                      said = false;
-    line.reserve(4096); // as in split()
+    line.reserve(4096); // see split()
     while (std::getline(file, line)) {
         said              = true;
-        const size_t left = line.find(" - "); // before it, fields that vary in number
+        const size_t left = line.find(" - "); // the number of fields before it varies
         if (left == std::string::npos || line.compare(left + 3, 6, "cgroup") != 0) {
             continue;
         }
@@ -78,7 +78,7 @@ static std::vector<cgroup_mount> read_mounts(const std::string & controller, con
     return found;
 }
 
-// Names that lead from `top` to `path`; false if they do not, as when the path leaves the namespace.
+// Sets `names` to the directories from `top` to `path`; false if `path` is elsewhere, or outside the namespace ("..").
 static bool below(const std::string & path, const std::string & top, std::vector<std::string> & names) {
     names                              = split(path, '/');
     const std::vector<std::string> way = split(top, '/');
@@ -95,7 +95,7 @@ std::vector<cgroup> own_cgroups(const std::string & controller, const std::strin
 
     std::ifstream groups(root + "/proc/self/cgroup"); // lines "id:controllers:path"; v2 has id 0 and no controllers
     std::string   line;
-    line.reserve(4096);                               // as in split()
+    line.reserve(4096);                               // see split()
     while (std::getline(groups, line)) {
         const size_t a = line.find(':');
         const size_t b = a == std::string::npos ? a : line.find(':', a + 1); // the path may have colons
@@ -108,7 +108,7 @@ std::vector<cgroup> own_cgroups(const std::string & controller, const std::strin
         if (!is_v2 && !has(controllers, controller)) {
             continue;
         }
-        // In a container the path need not fit what is mounted; then all that is mounted counts.
+        // In a container, the path may be below no mount; then each mount point counts as the process's group.
         std::vector<std::string> names;
         const bool               fits = std::any_of(mounts.begin(), mounts.end(), [&](const auto & mount) {
             return mount.is_v2 == is_v2 && below(path, mount.top, names);
@@ -141,7 +141,7 @@ uint64_t number(const std::string & word, uint64_t otherwise) {
 uint64_t read_number(const std::string & path, uint64_t otherwise) {
     std::ifstream file(path);
     std::string   word;
-    word.reserve(64); // as in split()
+    word.reserve(64); // see split()
     return file >> word ? number(word, otherwise) : otherwise;
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Linux control groups that this process is in, of either version: where they are mounted. As
-// rotary_llamacpp/cgroups.py, which plans by the same groups; tests/test_machine.py holds both to the same trees.
-// Threading: none of its own; each call reads /proc anew, for a process may be moved to another group.
+// Finds the Linux control groups of this process, version 1 and 2. rotary_llamacpp/host/cgroups.py does the same for
+// planning; tests/unit/test_machine.py checks both against the same trees.
+// Threading: any thread. Each call reads /proc anew, because the process may be moved to another group.
 
 #pragma once
 
@@ -14,13 +14,13 @@ namespace rotary {
 
 struct cgroup {
     bool                     is_v2;
-    std::vector<std::string> dirs; // of the process's own group, then of those around it, up to the mount point
+    std::vector<std::string> dirs; // the process's own group first, then its ancestors up to the mount point
 };
 
-// Groups that may have a controller, "memory" or "cpu". /proc and the mount points are below `root`.
+// The process's groups that may have `controller`, "memory" or "cpu". /proc and the mount points are below `root`.
 std::vector<cgroup> own_cgroups(const std::string & controller, const std::string & root);
 
-// A whole number that is not negative, else `otherwise`: "max", -1, what is not there.
+// A whole number that is not negative; `otherwise` for anything else, such as "max", "-1" or a file that is missing.
 uint64_t number(const std::string & word, uint64_t otherwise);
 uint64_t read_number(const std::string & path, uint64_t otherwise);
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// The clock all figures are taken with.
+// The clock for all figures: microseconds, monotonic.
 
 #pragma once
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// Trial: does the llama.cpp in this process run on this processor? One small graph of ggml's CPU backend is computed in
-// a forked child. What a build was compiled for and what a processor has go by different names in compilers, kernels and
-// ggml, so neither is asked: the processor answers. Only a child that dies of an illegal instruction counts as a no.
+// Trial: does the llama.cpp in this process run on this processor? A forked child computes one small graph on ggml's
+// CPU backend. No feature lists are compared, because compilers, kernels and ggml name processor features differently.
+// Only a child that dies of an illegal instruction means no.
 //
-// Already the first look at ggml's devices runs the CPU backend's code, so the parent takes none: the child does it all.
+// Even listing ggml's devices runs code of the CPU backend, so the child does that too, never the parent.
 //
 // Threading: any thread. The child calls nothing but ggml and ends by _exit().
 
@@ -26,14 +26,14 @@
 
 namespace rotary {
 
-// The CPU backend's device. Where llama.cpp is linked with it, without the registry, which would open the GPUs too.
+// The CPU backend's device: that of a linked backend if there is one, because the registry would open the GPUs too.
 static ggml_backend_dev_t cpu_device() {
     const auto         linked = (ggml_backend_reg_t (*)()) dlsym(RTLD_DEFAULT, "ggml_backend_cpu_reg");
     ggml_backend_reg_t reg    = linked != nullptr ? linked() : ggml_backend_reg_by_name("CPU");
     return reg != nullptr && ggml_backend_reg_dev_count(reg) > 0 ? ggml_backend_reg_dev_get(reg, 0) : nullptr;
 }
 
-// Kernels of the common types, one row at a time and several, and what stands between them in a layer.
+// Kernels of the common types, for one token and for several, and the operations between them in a layer.
 static void compute_a_little(ggml_backend_dev_t cpu) {
     static constexpr ggml_type types[] = { GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q4_0,
                                            GGML_TYPE_Q8_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL };
@@ -57,13 +57,13 @@ static void compute_a_little(ggml_backend_dev_t cpu) {
     const auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
         ggml_backend_dev_backend_reg(cpu), "ggml_backend_set_n_threads");
     if (set_n_threads != nullptr) {
-        set_n_threads(backend.get(), 1); // fork() has left this thread alone
+        set_n_threads(backend.get(), 1); // a forked child has no other thread
     }
     ggml_backend_graph_compute(backend.get(), graph);
 }
 
 [[noreturn]] static void be_the_child() {
-    // An application may have handlers that print, and core dumps on.
+    // The application may have a handler for SIGILL that prints, and core dumps enabled.
     signal(SIGILL, SIG_DFL);
     const rlimit none = { 0, 0 };
     setrlimit(RLIMIT_CORE, &none);
@@ -74,8 +74,8 @@ static void compute_a_little(ggml_backend_dev_t cpu) {
 }
 
 bool cpu_runs() {
-    // The child's end of the pipe closes when it ends. One that hangs, on a lock that another thread held at the fork,
-    // proves nothing.
+    // The child's end of the pipe closes when the child ends. A child that hangs, on a lock that another thread held at
+    // the fork, proves nothing.
     static constexpr int patience_ms = 30000;
 
     int ends[2];
@@ -101,7 +101,7 @@ bool cpu_runs() {
         do {
             found = waitpid(child, &status, 0);
         } while (found < 0 && errno == EINTR);
-        status = found == child ? status : 0; // somebody else has waited for it
+        status = found == child ? status : 0; // else the application has reaped the child, and its status is lost
     }
     close(ends[0]);
     return !WIFSIGNALED(status) || WTERMSIG(status) != SIGILL;

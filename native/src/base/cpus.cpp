@@ -27,7 +27,7 @@ uint32_t cpu_quota(const std::string & root) {
                 quota  = number(first, UINT64_MAX);
                 period = number(second, 0);
             } else {
-                quota  = read_number(dir + "/cpu.cfs_quota_us", UINT64_MAX); // -1 is none
+                quota  = read_number(dir + "/cpu.cfs_quota_us", UINT64_MAX); // -1: no quota
                 period = read_number(dir + "/cpu.cfs_period_us", 0);
             }
             if (quota != UINT64_MAX && period != 0) {
@@ -40,7 +40,7 @@ uint32_t cpu_quota(const std::string & root) {
 
 uint32_t cpu_count(const std::string & root) {
     cpu_set_t      allowed;
-    const bool     known = sched_getaffinity(0, sizeof(allowed), &allowed) == 0; // not with more CPUs than it holds
+    const bool     known = sched_getaffinity(0, sizeof(allowed), &allowed) == 0; // fails beyond 1024 CPUs
     const uint32_t n     = known ? (uint32_t) CPU_COUNT(&allowed) : std::thread::hardware_concurrency();
     return std::max<uint32_t>(1, std::min(n, cpu_quota(root)));
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// CPUs that this process may keep busy. rotary_llamacpp/machine.py counts them in the same way.
+// Counts the CPUs that this process may keep busy, in the same way as rotary_llamacpp/host/machine.py.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace rotary {
 
-// CPUs that the process may run on, limited by the quotas of its cgroups; at least 1. /proc is below `root`.
+// CPUs that the process may run on, within its cgroups' quotas; at least 1. /proc and cgroup mounts are below `root`.
 uint32_t cpu_count(const std::string & root = "");
 
 // Whole CPUs of the tightest quota, UINT32_MAX without one.

@@ -15,7 +15,7 @@ namespace rotary {
 
 static thread_local rotary_status last_error_status = ROTARY_OK;
 static thread_local std::string   last_error_text;
-static thread_local const char *  last_error_static = nullptr; // instead of it, where there was no memory for a text
+static thread_local const char *  last_error_static = nullptr; // replaces the text where memory is short
 
 std::string format(const char * fmt, ...) {
     va_list args;
@@ -30,7 +30,7 @@ std::string format(const char * fmt, ...) {
     return out;
 }
 
-// Names, environment values and words of users may have line breaks and escape sequences in them.
+// Texts from users, such as names and environment values, may contain line breaks and escape sequences.
 static std::string one_line(std::string text) {
     for (char & c : text) {
         c = (unsigned char) c < ' ' || c == 0x7f ? '?' : c;
@@ -44,7 +44,7 @@ void set_error(rotary_status status, const std::string & text) {
     last_error_static = nullptr;
 }
 
-// Logged first: who listens to the log may ask for something that fails.
+// Logs before storing the error: a log callback may call a function that fails and stores its own.
 int32_t fail(rotary_status status, const std::string & text) {
     const std::string kept = one_line(text);
     GGML_LOG_ERROR("rotary: %s\n", kept.c_str());
@@ -74,7 +74,7 @@ int32_t fail_by_exception() noexcept {
     }
     try {
         GGML_LOG_ERROR("rotary: %s\n", last_error_static);
-    } catch (...) { // the error is noted
+    } catch (...) { // the error is stored already
     }
     return last_error_status;
 }

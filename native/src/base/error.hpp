@@ -2,9 +2,9 @@
 //
 // Errors: one line of text per thread for rotary_last_error(), the same line in ggml's log.
 //
-// base/ is what every room stands on and nothing of paging: errors (here), the clock, forks (fork.hpp, forked_compute.hpp),
-// what the machine and its cgroups give this process (memory.hpp, cpus.hpp, cgroup.hpp, cpu_trial.hpp), and what an inner
-// device answers (inner_device.hpp). Called by all rooms; it includes none of them.
+// base/ is what every room builds on and knows nothing of paging: errors (here), the clock (clock.hpp), forks
+// (fork.hpp, forked_compute.hpp), what the machine and its cgroups give this process (memory.hpp, cpus.hpp, cgroup.hpp,
+// cpu_trial.hpp), and questions to an inner device (inner_device.hpp). Called by all rooms; it includes none of them.
 // Threading: any thread.
 
 #pragma once
@@ -15,19 +15,19 @@
 
 namespace rotary {
 
-// printf into a string.
+// printf to a string.
 __attribute__((format(printf, 1, 2))) std::string format(const char * fmt, ...);
 
-// Remember `text` as this thread's last error, log it, and hand `status` back.
+// Store `text` as this thread's last error, log it, and return `status`.
 int32_t fail(rotary_status status, const std::string & text);
 
-// Remember another thread's error as this thread's; that thread has logged it.
+// Store another thread's error, which that thread has logged, as this thread's.
 void set_error(rotary_status status, const std::string & text);
 
-// Remember the exception that is being handled, at a place where none may pass, as this thread's error. Needs no memory.
-int32_t fail_by_exception() noexcept; // call it in a handler
+// Store the exception being handled as this thread's error. Call it in a handler; it needs no memory.
+int32_t fail_by_exception() noexcept;
 
-// Call `run` where no exception may pass: returns `otherwise`, with this thread's error, if one is thrown.
+// Call `run` where no exception may escape: if one is thrown, store it as this thread's error and return `otherwise`.
 template <typename result, typename function> result guarded(result otherwise, const function & run) noexcept {
     try {
         return run();

@@ -74,7 +74,7 @@ fork_guard::~fork_guard() {
     fork_list::get().remove(this);
 }
 
-// A holder may wait for another mutex that is already held here, so no mutex is waited for without end.
+// Gives up after 100 ms, because the holder may wait for another mutex that this fork already holds.
 static bool lock_soon(std::mutex & mutex) {
     for (int ms = 0; ms < 100; ms++) {
         if (mutex.try_lock()) {
@@ -91,7 +91,7 @@ fork_mutex::fork_mutex() :
                if (held_) {
                    unlock();
                } else if (in_child) {
-                   new (static_cast<std::mutex *>(this)) std::mutex; // the holder does not exist here
+                   new (static_cast<std::mutex *>(this)) std::mutex; // the holder is a thread of the parent
                }
            }) {}
 

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Fork: what a child of this process lacks. fork() copies memory and one thread: locks of other threads stay locked, and
-// waiting for these threads never ends. Objects with threads, locks, or reads in flight are told before and after.
-// Threading: before() and after() run in the thread that forks. vfork() and posix_spawn(), with which programs start
-// other programs, call neither.
+// Fork guards. fork() copies memory but only one thread: in the child, locks of other threads stay locked, and waiting
+// for these threads never ends. Objects with threads, locks or reads in flight have a guard, called before and after.
+// Threading: guards run in the forking thread. vfork() and posix_spawn(), which start other programs, call none.
 
 #pragma once
 
@@ -13,11 +12,11 @@
 
 namespace rotary {
 
-// Number of forks between the first process and this one: differs between a child and its parent.
+// Number of forks from the first process to this one; differs between a child and its parent.
 uint32_t fork_generation();
 
-// Have `before` called before every fork() and `after` after it, in the parent and in the child. Make it the last member
-// of a class, so that it exists only while the others do.
+// Calls `before` before every fork(), and `after` after it in the parent and in the child. Make it the last member of a
+// class, so that it exists only while the other members do.
 class fork_guard {
   public:
     fork_guard(std::function<void()> before, std::function<void(bool in_child)> after);
@@ -32,7 +31,7 @@ class fork_guard {
     std::function<void(bool)> after_;
 };
 
-// A mutex that is held for moments only, and that is free in a forked child.
+// A mutex that is held only briefly, and that is free in a forked child.
 class fork_mutex : public std::mutex {
   public:
     fork_mutex();

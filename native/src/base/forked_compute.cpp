@@ -14,7 +14,7 @@
 namespace rotary {
 
 bool lost_threads(ggml_backend_t inner) {
-    static thread_local uint32_t computed_in = 0; // generation + 1
+    static thread_local uint32_t computed_in = 0; // fork_generation() + 1 when this thread first computed; 0 before
 
     const uint32_t now = fork_generation() + 1;
     if (computed_in == 0) {

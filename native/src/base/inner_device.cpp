@@ -41,7 +41,7 @@ static ggml_context_ptr small_context() {
     return ggml_context_ptr(ggml_init({ ggml_tensor_overhead() * 8, nullptr, true }));
 }
 
-// Devices look at the weight's buffer type, so give it an empty buffer of that type while they are asked.
+// Devices look at the type of the weight's buffer, so the weight gets an empty buffer of that type for the question.
 static bool supports_with(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, ggml_tensor * op) {
     const ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(buft, 0));
     op->src[0]->buffer = buffer.get();
@@ -51,7 +51,7 @@ static bool supports_with(ggml_backend_dev_t inner, ggml_backend_buffer_type_t b
 bool inner_supports_expert_matrix(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, ggml_type type,
                                   const int64_t * ne) {
     const ggml_context_ptr ctx = small_context();
-    // The token and id counts do not matter to any backend's answer; llama.cpp asks with 512 tokens.
+    // No backend's answer depends on the numbers of tokens and ids; llama.cpp asks with 512 tokens.
     ggml_tensor * weight = ggml_new_tensor_3d(ctx.get(), type, ne[0], ne[1], ne[2]);
     ggml_tensor * input  = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, ne[0], 1, 512);
     ggml_tensor * ids    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 1, 512);

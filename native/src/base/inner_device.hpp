@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// What is asked of an inner device: its extra buffer types, whether it can multiply by an expert matrix, how it computes.
+// Questions to an inner device: its extra buffer types, which operations it supports, whether it starts threads.
 // Threading: any thread.
 
 #pragma once
@@ -15,7 +15,7 @@ namespace rotary {
 // The device's extra buffer types (CPU_REPACK, ...), in the device's order of preference.
 std::vector<ggml_backend_buffer_type_t> inner_extra_bufts(ggml_backend_dev_t inner);
 
-// Whether it supports MUL_MAT_ID with a weight of this type and shape [ne0, ne1, n_expert] in a buffer of type `buft`.
+// Whether the device supports MUL_MAT_ID with a weight of this type and shape [ne0, ne1, n_expert] in a `buft` buffer.
 bool inner_supports_expert_matrix(ggml_backend_dev_t inner, ggml_backend_buffer_type_t buft, ggml_type type,
                                   const int64_t * ne);
 

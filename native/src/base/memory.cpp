@@ -19,12 +19,12 @@
 
 namespace rotary {
 
-// Numbers by name, of a file of lines "name number".
+// Reads a file of lines "name number".
 static std::map<std::string, uint64_t> read_fields(const std::string & path) {
     std::map<std::string, uint64_t> found;
     std::ifstream                   file(path);
     std::string                     line;
-    line.reserve(4096); // here: in getline(), a shortage of memory passes for the end of the file
+    line.reserve(4096); // getline() hides a failed allocation as the end of the file: allocate here
     while (std::getline(file, line)) {
         const size_t name  = line.find_first_of(" \t");
         const size_t first = line.find_first_not_of(" \t", name);
@@ -43,8 +43,8 @@ static uint64_t value_of(const std::map<std::string, uint64_t> & fields, const c
     return found == fields.end() ? otherwise : found->second;
 }
 
-// Tighten `memory` to what one group allows; the first is the process's own. As _memory() of
-// rotary_llamacpp/machine.py. The kernel adds memory.stat up when it is read, so it is read only where it matters.
+// Tighten `memory` to what one group allows, as _memory() of rotary_llamacpp/host/machine.py does. Reading memory.stat
+// makes the kernel sum it up, so it is read only where needed.
 static void tighten(host_memory & memory, uint64_t installed, const std::string & dir, bool is_v2, bool is_own) {
     std::map<std::string, uint64_t> stat;
     uint64_t                        max = UINT64_MAX;
@@ -53,18 +53,18 @@ static void tighten(host_memory & memory, uint64_t installed, const std::string 
         max = std::min(read_number(dir + "/memory.max", UINT64_MAX), read_number(dir + "/memory.high", UINT64_MAX));
     } else {
         max = read_number(dir + "/memory.limit_in_bytes", UINT64_MAX);
-        if (is_own) { // knows of the limits around it that a container does not see
+        if (is_own) { // includes limits of ancestors that a container does not see
             stat = read_fields(dir + "/memory.stat");
             max  = std::min(max, value_of(stat, "hierarchical_memory_limit", UINT64_MAX));
         }
     }
     if (max >= installed) {
-        return; // no limit, for which version 1 has a huge number
+        return; // no limit; version 1 then shows a huge number
     }
     if (stat.empty()) {
         stat = read_fields(dir + "/memory.stat");
     }
-    // File pages are reclaimed before the limit bites.
+    // File pages do not count as taken: they are reclaimed before the limit takes effect.
     const std::string prefix = is_v2 ? "" : "total_";
     const uint64_t    used   = read_number(dir + (is_v2 ? "/memory.current" : "/memory.usage_in_bytes"), 0);
     const uint64_t    cache =
@@ -82,7 +82,7 @@ host_memory host_memory_now(const std::string & root) {
         for (const std::string & dir : group.dirs) {
             const bool is_own = dir == group.dirs[0];
             if (!is_own && read_number(dir + "/memory.use_hierarchy", 1) == 0) {
-                break; // in version 1 this one, and those around it, are not charged for what is inside
+                break; // version 1: this group and its ancestors are not charged for the groups inside
             }
             tighten(memory, installed, dir, group.is_v2, is_own);
         }
@@ -90,11 +90,11 @@ host_memory host_memory_now(const std::string & root) {
     return memory;
 }
 
-static auto & slots_mutex = *new fork_mutex; // never destroyed, nor are they: models may outlive our statics
+static auto & slots_mutex = *new fork_mutex; // neither is destroyed: models may outlive our statics
 static auto & slots       = *new std::map<const void *, const void *>; // begin, end
 
 std::shared_ptr<void> host_memory_of_slots(const memory_range & range) {
-    // Before the mutex is held: where there is no memory for it, the range is forgotten at once, which takes the mutex.
+    // Before the mutex is taken: if there is no memory for the pointer, its deleter runs at once, and takes the mutex.
     const std::shared_ptr<void>       known(range.begin, [](void * begin) {
         const std::lock_guard<std::mutex> lock(slots_mutex);
         slots.erase(begin);
@@ -105,13 +105,13 @@ std::shared_ptr<void> host_memory_of_slots(const memory_range & range) {
 }
 
 uint64_t host_memory_promised() {
-    static constexpr uint64_t stack_kib = 8 << 10; // and its guard page
+    static constexpr uint64_t stack_kib = 8 << 10; // a thread's usual stack; its guard page is added below
 
     std::ifstream smaps("/proc/self/smaps");
     std::string   line;
     uint64_t      begin = 0, end = 0, kib = 0, untouched = 0, promised = 0;
     bool          counts = false;
-    line.reserve(4096); // as above
+    line.reserve(4096); // see read_fields()
 
     const std::lock_guard<std::mutex> lock(slots_mutex);
     while (std::getline(smaps, line)) {
@@ -127,7 +127,7 @@ uint64_t host_memory_promised() {
             untouched = end - begin > kib * 1024 ? end - begin - kib * 1024 : 0;
             promised += untouched;
         } else if (counts && line.compare(0, 8, "VmFlags:") == 0 && line.find(" nr") != std::string::npos) {
-            promised -= untouched; // reserved addresses, of sanitizers and JITs: terabytes that are never taken
+            promised -= untouched; // MAP_NORESERVE: terabytes of addresses that sanitizers and JITs never use
         }
     }
     return promised;
@@ -137,7 +137,7 @@ uint64_t host_memory_promised() {
 static double some_avg10(const std::string & path) {
     std::ifstream file(path);
     std::string   word;
-    word.reserve(4096); // as above
+    word.reserve(4096); // see read_fields()
     while (file >> word) {
         if (word.compare(0, 6, "avg10=") == 0) {
             return strtod(word.c_str() + 6, nullptr);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Host memory as this process may use it: the machine's, within the limits of its cgroups.
+// Host memory that this process may use: the machine's, within the limits of its cgroups.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace rotary {
 
-// A stretch of memory.
+// Addresses [begin, end).
 struct memory_range {
     char * begin;
     char * end;
@@ -21,18 +21,18 @@ struct host_memory {
     uint64_t available; // bytes that can be allocated without swapping, page cache counted as free
 };
 
-// /proc and the mounts of cgroups are below `root`. The same figures as rotary_llamacpp/machine.py's.
+// The same figures as rotary_llamacpp/host/machine.py. /proc and the mounts of cgroups are below `root`.
 host_memory host_memory_now(const std::string & root = "");
 
-// Bytes of this process's own memory that it has asked for and not touched yet, such as the buffers of the first graph.
-// Large pieces only: threads' stacks are never touched whole. Our own slots are left out.
+// Bytes that this process has allocated and not touched yet, such as the buffers of the first graph. Slots do not
+// count, nor do mappings up to a thread stack's size: stacks are never touched whole.
 uint64_t host_memory_promised();
 
-// Slots, of any pool, are touched on purpose or not at all: known as such while the result lives.
+// Exclude slots of any pool from host_memory_promised() while the result lives: they are touched on purpose or never.
 std::shared_ptr<void> host_memory_of_slots(const memory_range & range);
 
-// Share of the last ten seconds, in percent, in which something waited for memory: the kernel's pressure stall
-// information of this process's cgroup if it has one, else of the machine. 0 where the kernel keeps none.
+// Percent of the last ten seconds in which some task waited for memory: the kernel's pressure stall information for
+// this process's cgroup if it has any, else for the machine; 0 without it.
 double host_memory_pressure(const std::string & root = "");
 
 } // namespace rotary

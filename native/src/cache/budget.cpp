@@ -13,8 +13,7 @@
 
 namespace rotary {
 
-// Numbers and small letters as C has them: a program with windows sets the user's language, whose numbers may have a
-// comma and whose letters may be others.
+// Spaces, letters and numbers as in the C locale: an application may set the user's, where a number may have a comma.
 static bool is_space(char c) {
     return c == ' ' || (c >= '\t' && c <= '\r');
 }
@@ -35,18 +34,18 @@ static std::string trimmed(const std::string & text) {
     return out;
 }
 
-// Digits with at most one point among them. False for none, and for more than a double holds.
+// Digits with at most one point. False if there are no digits, or the number does not fit into a double.
 static bool parse_number(const std::string & digits, double & out) {
     if (digits.find_first_of("0123456789") == std::string::npos || digits.find('.') != digits.rfind('.')) {
         return false;
     }
     std::istringstream in(digits);
-    in.exceptions(std::ios::badbit); // a shortage of memory is no mistake in the text
+    in.exceptions(std::ios::badbit); // a failed allocation is not a mistake in the text
     in.imbue(std::locale::classic());
     return static_cast<bool>(in >> out) && std::isfinite(out);
 }
 
-// Binary multiples for KiB.. and for the bare letters people type (8G), decimal ones for KB.. as on disks.
+// Binary multiples for KiB and for the bare letters people type (8G), decimal ones for KB, as on disks; 0 if not known.
 static double unit_bytes(const std::string & unit) {
     static const char letters[] = "kmgt";
     if (unit.empty() || unit == "b") {

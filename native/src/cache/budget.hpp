@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Budget: what a text such as "25%" or "8GiB" asks for. Pure logic, no ggml. How it becomes slots is division.hpp.
+// Budget: what a text such as "25%" or "8GiB" asks for. Pure logic, no ggml. division.hpp turns a budget into slots.
 
 #pragma once
 
@@ -16,10 +16,10 @@ struct budget {
 };
 
 // Parse "auto", "min", "off", "0", "25%", "0.25" (a share: it has a point and no unit), "8GiB", "1000000", "16 slots".
-// False if the text is none of these. config.py reads the same, which a test holds it to.
+// False if the text is none of these. rotary_llamacpp/config.py reads the same texts, which a test checks.
 bool budget_parse(const std::string & text, budget & out);
 
-// Why a text is refused, as an error message says it.
+// The error message for a text that is refused.
 std::string budget_not_understood(const std::string & text);
 
 } // namespace rotary

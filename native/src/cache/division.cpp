@@ -54,8 +54,8 @@ std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> 
     if (used > bytes) {
         return {};
     }
-    // Raise the lowest layers first, one slot a round, until a round adds none: equal shares, and the remainder spread.
-    // There are at most n_expert rounds, so this costs nothing beside the allocation that follows.
+    // Raise the lowest layers by one slot a round, until a round adds none: equal shares, and the remainder spread. At
+    // most n_expert rounds, so this costs nothing beside the allocation that follows.
     for (bool added = true; added;) {
         added          = false;
         int32_t lowest = INT32_MAX;

@@ -21,12 +21,11 @@ uint64_t budget_min_bytes(const std::vector<layer_size> & layers); // one token'
 // Bytes that `b` stands for; `free_bytes` is what "auto" may take.
 uint64_t budget_bytes(const budget & b, const std::vector<layer_size> & layers, uint64_t free_bytes);
 
-// Slots for each layer within `bytes`: the same number everywhere, and what is left over one more for as many layers
-// as it reaches, the first ones first. Never more than a layer has experts. Empty if even budget_min_bytes() does not
-// fit.
+// Slots for each layer within `bytes`: equal shares, at least n_expert_used and at most n_expert, and the remainder one
+// slot a layer, first layers first. Empty if budget_min_bytes() does not fit.
 std::vector<int32_t> budget_slots(uint64_t bytes, const std::vector<layer_size> & layers);
 
-// Why a budget is refused, as an error message says it.
+// The error message for a budget that is refused.
 std::string budget_too_small(const std::string & model, const std::string & text, uint64_t bytes,
                              const std::vector<layer_size> & layers);
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// Page table of one layer as plain arrays, so that a GPU can hold it and resolve a lookup without asking the host.
-// Same contract as rotary_slots_resolve() in rotary.h, request by request: free slots first, then the victim is the expert
-// of the lowest value (policies lru and lfu); a lookup never evicts what it wants. Between two lookups, slots can be
-// reserved for experts that the next one will probably want, as rotary_slots_reserve() does; these are prefetched piece by
-// piece until that lookup comes. One team of threads works on a table at a time; on the host a team is one.
+// Page table of one layer as plain arrays, so that a GPU can hold it and resolve lookups without the host. Contract:
+// rotary_slots_resolve() in rotary.h, request by request: free slots first, then the victim is the expert of the lowest
+// value (policies lru and lfu); a lookup never evicts an expert that it wants. Between two lookups, slots can be
+// reserved for experts that the next one will probably want, as by rotary_slots_reserve(), and prefetched piece by
+// piece until it comes. One team of threads works on a table at a time; on the host, a team is one thread.
 
 #pragma once
 
@@ -18,50 +18,51 @@
 #define ROTARY_BOTH inline
 #endif
 
-#define ROTARY_PAGE_MAX_TOKENS 4                   // of a lookup that is predicted
-#define ROTARY_PAGE_MAX_GAIN 1.2676506002282294e30 // 2^100: then all values are made smaller
+#define ROTARY_PAGE_MAX_TOKENS 4                   // of a predicted lookup
+#define ROTARY_PAGE_MAX_GAIN 1.2676506002282294e30 // 2^100: beyond it, all values are scaled down
 
 struct rotary_page {
     int32_t expert; // to be paged in
     int32_t slot;   // into this slot
-    int32_t first;  // the first piece to copy: those before it have arrived
+    int32_t first;  // the first piece to copy: earlier ones have arrived
 };
 
 // State that changes with every lookup, besides the arrays.
 struct rotary_page_state {
-    double   clock;        // policies/policy.hpp: those of a valued_policy
-    double   growth;       // likewise
-    double   unused;       // likewise
-    int64_t  call;
+    // clock, growth and unused: as in valued_policy (policies/policy.hpp).
+    double   clock;
+    double   growth;
+    double   unused;
+    int64_t  call;         // counts lookups and predictions
     int32_t  n_pages;      // pages[] of the last lookup
     int32_t  n_resident;
     int32_t  n_predicted;  // predicted[] for the next lookup
-    int32_t  n_prefetches; // prefetches[]: slots reserved for some of them, in the order in which they are copied
-    uint32_t taken;        // pieces of prefetches[] that are copied, or would be if there were more
-    uint64_t demanded;     // number of the lookup that has come: its prefetches stop
+    int32_t  n_prefetches; // prefetches[]: slots reserved for some of these, in the order of their copies
+    uint32_t taken;        // pieces of prefetches[] whose copies have begun; may exceed their number
+    uint64_t demanded;     // number of the last lookup that has come: its prefetches stop
     // counters since they were last cleared
     uint64_t lookups, requests, misses, evictions;
     uint64_t refused;                    // lookups that named an expert out of range, or more experts than slots
     uint64_t predicted, predicted_right; // as in rotary_stats
     uint64_t prefetched, prefetch_used, late_hits;
-    uint64_t pieces_unused;              // prefetched for nothing
+    uint64_t pieces_unused;              // pieces that were prefetched and not used
 };
 
 struct rotary_page_table {
     int32_t             n_expert;
     int32_t             n_slots;
-    int32_t             n_pieces;   // of an expert
+    int32_t             n_pieces;   // per expert
     rotary_page_state * state;
     double *            value;      // [n_expert] the lowest is the victim
     int64_t *           wanted_by;  // [n_expert] the last call that wanted this expert
-    int32_t *           slot_of;    // [n_expert] -1 absent, or not yet there
-    int32_t *           expert_of;  // [n_slots] -1 free
+    int32_t *           slot_of;    // [n_expert] -1: absent, or its slot is reserved
+    int32_t *           expert_of;  // [n_slots] -1: free
     rotary_page *       pages;      // [n_slots]
     rotary_page *       prefetches; // [n_slots]
     int32_t *           predicted;  // [n_expert]
 };
 
-// Bytes that a table's arrays take in one piece, and a table over such a piece. The state is elsewhere.
+// Bytes of a table's arrays in one block, and a table over such a block. The state is elsewhere.
 ROTARY_BOTH size_t rotary_page_table_bytes(int32_t n_expert, int32_t n_slots) {
     return (sizeof(double) + sizeof(int64_t) + 2 * sizeof(int32_t)) * n_expert +
            (sizeof(int32_t) + 2 * sizeof(rotary_page)) * n_slots;
@@ -97,7 +98,7 @@ ROTARY_BOTH int32_t rotary_page_id(const rotary_page_ids & ids, int32_t i) {
     return *(const int32_t *) (ids.data + i / ids.n_used * ids.nb1 + i % ids.n_used * ids.nb0);
 }
 
-// For what several members of a team write alike at the same time.
+// Store a value that several members of a team may write to one place at the same time.
 ROTARY_BOTH void rotary_page_put(int64_t * place, int64_t value) {
 #ifdef __CUDA_ARCH__
     *(volatile int64_t *) place = value;
@@ -117,13 +118,13 @@ struct rotary_page_alone {
     int32_t min(int64_t key, int32_t index) const { return key == INT64_MAX ? -1 : index; }
 };
 
-// Pieces of prefetches[index] that have arrived, once nobody copies any more.
+// Pieces of prefetches[index] that have arrived. Only valid while no prefetch runs.
 ROTARY_BOTH int32_t rotary_page_arrived(const rotary_page_table & table, int32_t index) {
     const int64_t arrived = (int64_t) table.state->taken - (int64_t) index * table.n_pieces;
     return arrived < 0 ? 0 : arrived < table.n_pieces ? (int32_t) arrived : table.n_pieces;
 }
 
-// Numbers in the order of doubles.
+// An integer that orders like `value`.
 ROTARY_BOTH int64_t rotary_page_order(double value) {
     int64_t bits = 0;
     memcpy(&bits, &value, sizeof(bits));
@@ -158,8 +159,8 @@ ROTARY_BOTH void rotary_page_note(const Team & team, const rotary_page_table & t
     }
 }
 
-// The slot that an expert is paged into: a free one, else that of the expert of the lowest value which is neither wanted by
-// `call` nor being prefetched; -1 if there is none. All members of the team get the same answer.
+// The slot to page an expert into: a free one, else that of the resident expert of the lowest value that `call` does
+// not want; -1 if there is none. All members of the team get the same answer.
 template <class Team>
 ROTARY_BOTH int32_t rotary_page_victim(const Team & team, const rotary_page_table & table, int64_t call) {
     int64_t best_key  = INT64_MAX;
@@ -190,8 +191,8 @@ ROTARY_BOTH void rotary_page_take(const rotary_page_table & table, int32_t slot,
     table.expert_of[slot] = expert;
 }
 
-// End the reservations of experts that `call` does not want, or all of them if it is -1. What has arrived whole becomes
-// resident, as the next victim; the slot of what has not is free again.
+// End the reservations of experts that `call` does not want, or all if it is -1. An expert that has arrived whole
+// becomes resident, with lru as the next victim; the slots of the others are free again.
 template <class Team>
 ROTARY_BOTH void rotary_page_commit(const Team & team, const rotary_page_table & table, int64_t call) {
     rotary_page_state & state = *table.state;
@@ -214,9 +215,9 @@ ROTARY_BOTH void rotary_page_commit(const Team & team, const rotary_page_table &
     }
 }
 
-// Make every expert of `ids` resident: slot_ids[n_used * n_tokens] receives their slots, table.pages what has to be
-// paged in. Called by every member of the team, once no prefetch runs any more. A refused lookup pages nothing in and
-// sends every row to slot 0: the host finds it counted, and its output is thrown away.
+// Make every expert of `ids` resident: slot_ids[n_used * n_tokens] receives the slots, table.pages the experts to page
+// in. Called by every member of the team, once no prefetch runs. A refused lookup pages nothing in and maps every row
+// to slot 0; the host sees state.refused and discards the output.
 template <class Team>
 ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table & table, const rotary_page_ids & ids,
                                      int32_t * slot_ids) {
@@ -258,7 +259,7 @@ ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table 
     for (int32_t i = 0; i < n && !bad; i++) {
         const int32_t expert = rotary_page_id(ids, i);
         if (table.slot_of[expert] >= 0) {
-            continue; // the same for the whole team: everything is written before a sync
+            continue; // the whole team sees the same: writes are followed by a sync
         }
         int32_t prefetch = 0;
         while (prefetch < state.n_prefetches && table.prefetches[prefetch].expert != expert) {
@@ -266,7 +267,7 @@ ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table 
         }
         const bool    prefetched = prefetch < state.n_prefetches;
         const int32_t slot       = prefetched ? table.prefetches[prefetch].slot : rotary_page_victim(team, table, call);
-        team.sync(); // all have seen that it is absent
+        team.sync(); // all members have seen that it is absent
         if (team.rank() == 0) {
             const int32_t first = prefetched ? rotary_page_arrived(table, prefetch) : 0;
             if (prefetched) {
@@ -294,15 +295,15 @@ ROTARY_BOTH void rotary_page_resolve(const Team & team, const rotary_page_table 
     }
 }
 
-// Higher is better; any bits have an order.
+// An integer that orders like `score`, where even NaNs have a place.
 ROTARY_BOTH int64_t rotary_page_rank(float score) {
     int32_t bits = 0;
     memcpy(&bits, &score, sizeof(bits));
     return bits < 0 ? -(int64_t) (bits & 0x7fffffff) : bits;
 }
 
-// Reserve slots for the experts that the next lookup will probably want: the n_used with the highest of
-// scores[n_expert, n_tokens] for each token, the likeliest of all tokens first. Those that are there stay.
+// Predict the next lookup: for each token, the n_used experts with the highest of scores[n_expert, n_tokens], every
+// token's likeliest first. Absent ones get reserved slots; resident ones are not evicted.
 template <class Team>
 ROTARY_BOTH void rotary_page_predict(const Team & team, const rotary_page_table & table, const float * scores,
                                      int32_t n_tokens, int32_t n_used) {
@@ -330,7 +331,7 @@ ROTARY_BOTH void rotary_page_predict(const Team & team, const rotary_page_table 
             }
             best = team.min(best_key, best);
             if (best < 0) {
-                continue; // fewer experts than are used
+                continue; // there are fewer than n_used experts
             }
             last[t]     = best;
             last_key[t] = -rotary_page_rank(scores[t * table.n_expert + best]);

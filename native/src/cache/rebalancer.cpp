@@ -14,7 +14,7 @@ rebalancer::rebalancer(const std::vector<layer_slots> & layers) {
         use.now           = each;
         use.n_expert_used = each.min_slots;
         if (each.n_slots < each.n_expert) {
-            // Never less than half of an equal share: a layer that serves little now may serve much in another text.
+            // Never below half of an equal share: in another text, a layer that gains little now may gain much.
             use.now.min_slots = std::max(each.min_slots, each.n_slots / 2);
             for (std::unique_ptr<slot_table> * table : { &use.fewer, &use.more }) {
                 *table = std::make_unique<slot_table>(each.n_expert, each.n_slots,
@@ -26,7 +26,7 @@ rebalancer::rebalancer(const std::vector<layer_slots> & layers) {
     }
 }
 
-// As many fewer and more as make a difference.
+// A quarter fewer and a quarter more slots, so that the difference in misses shows.
 void rebalancer::layer_use::resize() {
     const int32_t few = std::max(1, now.n_slots / 4);
     fewer->resize(std::max(n_expert_used, now.n_slots - few));
@@ -34,16 +34,16 @@ void rebalancer::layer_use::resize() {
 }
 
 void rebalancer::note(int32_t layer, const int32_t * ids, int32_t n_used, int32_t n_tokens) {
-    static constexpr double  keep       = 0.99; // of what was, with each token
-    static constexpr int32_t max_tokens = 16;   // of a prompt: the last
-    static constexpr double  decay      = 0.02; // of the demand, in slots, with each lookup
+    static constexpr double  keep       = 0.99; // of `saved`, with each token
+    static constexpr int32_t max_tokens = 16;   // the last ones of a prompt count
+    static constexpr double  decay      = 0.02; // slots by which the demand falls with each lookup
 
-    // A routing to all experts, as llama.cpp's warming up makes, says nothing about the model's use.
+    // llama.cpp's warm-up routes to all experts, which says nothing about use.
     if (layers_.empty() || !layers_[layer].fewer || n_used > layers_[layer].n_expert_used) {
         return;
     }
     layer_use & use = layers_[layer];
-    if (n_tokens <= max_tokens) { // several sequences at once: what they want must fit, or it is paged in waves
+    if (n_tokens <= max_tokens) { // several sequences at once: if their experts do not fit, they are paged in waves
         seen_.assign(use.now.n_expert, false);
         int32_t n_distinct = 0;
         for (int32_t i = 0; i < n_used * n_tokens; i++) {
@@ -68,7 +68,7 @@ double rebalancer::layer_use::unit() const {
 }
 
 bool rebalancer::propose(step & proposed) const {
-    static constexpr double sure = 2; // standard deviations of counts, by which the gain must exceed the loss
+    static constexpr double sure = 2; // the gain must exceed the loss by so many standard deviations
 
     const layer_use *to = nullptr, *from = nullptr;
     for (const layer_use & each : layers_) {
@@ -101,7 +101,7 @@ void rebalancer::commit(const step & done) {
     to.now.n_slots++;
     from.resize();
     to.resize();
-    // Until it shows what the next one is worth: less than this one was.
+    // Until new routings show the worth of another slot, assume that it is less than this one's.
     to.saved *= 0.8;
     from.saved *= 1.1;
 }

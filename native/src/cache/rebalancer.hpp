@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
 //
-// Rebalancer: how many of a model's slots each layer has. Layers begin with equal shares, as the budget divides them; then
-// slots go one at a time from where they serve least to where they would serve most. Pure logic: it proposes steps,
-// and its owner takes them.
+// Rebalancer: how many of a model's slots each layer has. Layers begin with equal shares, as the budget is divided;
+// then slots move one at a time from the layer that loses least to the layer that gains most. Pure logic: it proposes
+// steps, and its owner takes them.
 //
-// What a slot is worth to a layer is seen from two tables without bytes, one of fewer slots and one of more, that serve
-// the same routings by lfu: the difference of their misses.
+// A slot's worth to a layer is measured by two tables without bytes, one with fewer and one with more slots than the
+// layer has, that serve the same routings by lfu: the difference of their misses.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -29,23 +29,23 @@ class rebalancer {
         uint64_t expert_bytes;
     };
 
-    // Slots that a layer may have: beyond, others would have to give half of theirs.
+    // The most slots of a layer that begins with n_slots: for more, too many others would have to give half of theirs.
     static int32_t max_slots(int32_t n_slots, int32_t n_expert) { return std::min(2 * n_slots, n_expert - 1); }
 
-    rebalancer() = default; // of no layers: proposes nothing
+    rebalancer() = default; // without layers: proposes nothing
     explicit rebalancer(const std::vector<layer_slots> & layers);
 
-    // A routing of a layer, ids[n_tokens][n_used].
+    // Note a routing of a layer, ids[n_tokens][n_used].
     void note(int32_t layer, const int32_t * ids, int32_t n_used, int32_t n_tokens);
 
-    // `n` slots of layer `from` for one of layer `to`: as many as have its bytes.
+    // Takes `n` slots from layer `from`, whose bytes with spare() make one slot for layer `to`.
     struct step {
         int32_t from;
         int32_t to;
         int32_t n;
     };
 
-    bool propose(step & proposed) const; // the one that gains most; false if none is worth it
+    bool propose(step & proposed) const; // the step that gains most; false if none is worth it
     void commit(const step & done);
 
     uint64_t spare() const { return spare_; } // bytes that steps have left over
@@ -55,10 +55,10 @@ class rebalancer {
         layer_slots                 now;
         int32_t                     n_expert_used = 0; // one token's experts
         std::unique_ptr<slot_table> fewer, more;
-        double                      saved  = 0;        // misses that more slots save; those of older tokens count less
-        double                      demand = 0;        // slots that lookups of few tokens want, lately
+        double                      saved  = 0;        // misses that `more` saves over `fewer`; older tokens count less
+        double                      demand = 0;        // distinct experts that recent lookups of few tokens wanted
 
-        double unit() const;                           // worth of a saved miss, by the byte of a slot
+        double unit() const;                           // worth of one saved miss, per slot and byte
         double worth() const { return saved * unit(); }
         double variance() const { return saved * unit() * unit(); }
         void   resize();

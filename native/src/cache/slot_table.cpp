@@ -50,7 +50,7 @@ int32_t slot_table::place(const int32_t * ids, int32_t n_ids, int32_t * slot_ids
         const int32_t expert = ids[i];
         if (slot_of_[expert] < 0) {
             int32_t slot    = reserved_for(expert);
-            int32_t evicted = -1; // if ever, when the slot was reserved
+            int32_t evicted = -1; // for a reserved slot, reserve() has evicted already
             if (slot >= 0) {
                 reserved_.erase(std::find(reserved_.begin(), reserved_.end(), expert));
             } else {
@@ -68,7 +68,7 @@ int32_t slot_table::place(const int32_t * ids, int32_t n_ids, int32_t * slot_ids
     return n_loads;
 }
 
-// A slot that is free, by eviction if need be; -1 if all are reserved or hold what this call wants.
+// A free slot, made by eviction if need be; -1 if all are reserved or hold experts that this call wants.
 int32_t slot_table::take_slot() {
     std::vector<int32_t> candidates;
     for (int32_t slot = 0; slot < n_slots(); slot++) {
@@ -89,7 +89,7 @@ int32_t slot_table::take_slot() {
     return slot;
 }
 
-// The slot still names the expert: the caller gives it to another one.
+// expert_of_ still names the expert: the caller overwrites it.
 void slot_table::evict(int32_t expert) {
     slot_of_[expert] = -1;
     n_resident_--;
@@ -142,7 +142,7 @@ void slot_table::resize(int32_t n) {
     resize(n, n);
 }
 
-// Free all slots from `first` on, of which there are to be n.
+// Free all slots from `first` on, and change their number to n.
 void slot_table::resize(int32_t first, int32_t n) {
     for (int32_t slot = first; slot < n_slots(); slot++) {
         const int32_t expert = expert_of_[slot];
@@ -172,7 +172,7 @@ rotary_load slot_table::shrink() {
     return { expert, hole, -1 };
 }
 
-// ---- the same on a device
+// ---- on a device
 
 void slot_table::save(const rotary_page_table & to) const {
     const valued_policy & values = *policy_->on_device();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// C API: slot tables, caches of all layers and budgets by themselves, for tests and simulators. See rotary.h.
+// C API: slot tables, caches of all layers and budgets without a pool, for tests and simulators. See rotary.h.
 
 #include "rotary.h"
 
@@ -23,9 +23,9 @@ struct rotary_slots : rotary::slot_table {
 struct rotary_cache {
     std::vector<std::unique_ptr<rotary_slots>> layers;
     rotary::rebalancer                         balance;
-    int32_t                                    last = -1; // layer that was resolved
+    int32_t                                    last = -1; // the layer resolved last
 
-    // Between one token and the next.
+    // Call between two tokens.
     void rebalance() {
         rotary::rebalancer::step step;
         if (!balance.propose(step) || !layers[step.from]->reserved().empty()) {

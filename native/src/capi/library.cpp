@@ -2,8 +2,9 @@
 //
 // C API: the library and its devices. See rotary.h.
 //
-// capi/ defines the functions of rotary.h and nothing else: each checks what it is given, calls the room that does the
-// work, and turns exceptions into a status. Every function may be called from any thread; locks are the callee's.
+// capi/ defines the functions of rotary.h and nothing else: each checks its arguments, calls the room that does the
+// work, and turns exceptions into a status (except for slot tables, caches and predictors without a pool).
+// Threading: any thread, since the rooms lock; a slot table, cache or predictor without a pool has no lock.
 
 #include "rotary.h"
 

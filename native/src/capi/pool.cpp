@@ -73,7 +73,7 @@ void rotary_pool_close(rotary_pool * handle) {
     }
 }
 
-// Changing a pool waits for the graph that runs over it, so it cannot be done from within that graph.
+// A change waits for the graph that runs over the pool, so that graph's callbacks cannot make one.
 static bool is_amid(rotary_pool * handle) {
     if (handle->shared->lock.held_here()) {
         fail(ROTARY_ERR_STATE,
@@ -170,7 +170,7 @@ int32_t rotary_pool_trace(rotary_pool * handle, int32_t on) try {
     if (is_amid(handle)) {
         return ROTARY_ERR_STATE;
     }
-    const pool_lock::hold held(handle->shared->lock); // a graph is recorded as a whole
+    const pool_lock::hold held(handle->shared->lock); // a graph is recorded whole or not at all
     handle->shared->trace(on != 0);
     return ROTARY_OK;
 } catch (...) {

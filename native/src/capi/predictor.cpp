@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// C API: a predictor by itself, for replaying traces. See rotary.h.
+// C API: a predictor without a pool, for replaying traces. See rotary.h.
 
 #include "rotary.h"
 

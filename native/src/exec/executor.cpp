@@ -22,7 +22,7 @@ executor::~executor() {
     }
 }
 
-// A forked child has its parent's handles of a GPU, and no way to it.
+// A forked child inherits GPU handles that it cannot use.
 bool executor::can_compute_here() const {
     return made_in_ == fork_generation() ||
            ggml_backend_dev_type(ggml_backend_get_device(inner_)) == GGML_BACKEND_DEVICE_TYPE_CPU;
@@ -45,7 +45,7 @@ ggml_status executor::compute(ggml_cgraph * graph) {
 }
 
 ggml_status executor::compute_paged(ggml_cgraph * graph) {
-    // One pool a graph: a second one is an adapter that was loaded while another model's pool was collecting.
+    // A graph uses one pool; a second one belongs to an adapter loaded while another model's pool was collecting.
     std::shared_ptr<rotary::pool> pool;
     for (int i = 0; i < graph->n_nodes; i++) {
         if (graph->nodes[i]->op != GGML_OP_MUL_MAT_ID) {
@@ -100,13 +100,13 @@ ggml_status executor::run_over(pool & pool, ggml_cgraph * graph) {
         status = lookup_.finish(pool);
     }
     if (status == GGML_STATUS_SUCCESS && (!lookup_.end_graph(pool) || !pool.model.store.files_unchanged())) {
-        status = GGML_STATUS_FAILED; // what has been read may belong to another model
+        status = GGML_STATUS_FAILED; // a lookup was refused, or a file has been replaced during the graph
     }
     return status;
 }
 
 ggml_status executor::run_nodes(rotary::pool & pool, ggml_cgraph * graph) {
-    int i0 = 0; // the first node that has not run
+    int i0 = 0;
     for (int i = 0; i < graph->n_nodes; i++) {
         const ggml_tensor * node = graph->nodes[i];
         if (node->op == GGML_OP_MUL_MAT_ID && find_(node->src[0]).get() == &pool && !ggml_is_empty(node)) {
@@ -119,7 +119,7 @@ ggml_status executor::run_nodes(rotary::pool & pool, ggml_cgraph * graph) {
     return segments_.run(graph, i0, graph->n_nodes);
 }
 
-// Look node i up, unless the current lookup is its own; then point it at the slots, or compute it in passes, which moves i0.
+// Resolve node i's lookup unless it is current, then point it at slots or run it in passes. Nodes before i0 have run.
 ggml_status executor::run_paged_node(rotary::pool & pool, ggml_cgraph * graph, int i, int & i0) {
     ggml_tensor * node         = graph->nodes[i];
     const auto [layer, tensor] = pool.model.experts.find(node->src[0]);
@@ -130,13 +130,13 @@ ggml_status executor::run_paged_node(rotary::pool & pool, ggml_cgraph * graph, i
                                       (long long) node->src[0]->ne[1], (long long) node->src[0]->ne[2]));
         return GGML_STATUS_FAILED;
     }
-    const auto run_before = [&, i] { // what precedes this node
+    const auto run_before = [&, i] { // nodes [i0, i)
         const ggml_status status = segments_.run(graph, i0, i);
         i0                       = i;
         return status;
     };
     ggml_status status = GGML_STATUS_SUCCESS;
-    // A tensor that has been through this lookup's waves and is wanted again has to begin anew.
+    // Waves overwrite slots, so a tensor that is used again after its waves needs a new lookup.
     if (!lookup_.is_of(*layer, node->src[2]) || (lookup_.how() == lookup::mode::waves && lookup_.is_done(*tensor))) {
         if (layer->path == ROTARY_PATH_SLOTS || pool.model.trace.on()) {
             status = run_before();
@@ -158,7 +158,7 @@ ggml_status executor::run_paged_node(rotary::pool & pool, ggml_cgraph * graph, i
             segments_.patch(node, tensor->slots, pool.model.memory.slot_ids(layer->index));
             break;
         case lookup::mode::slots:
-            if (!lookup_.is_done(*tensor)) { // still being read: compute what comes before it
+            if (!lookup_.is_done(*tensor)) { // still being read: compute the nodes before it meanwhile
                 status = run_before();
                 if (status == GGML_STATUS_SUCCESS && lookup_.worth_splitting(pool.model, node)) {
                     i0 = i + 1;

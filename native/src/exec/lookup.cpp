@@ -36,9 +36,9 @@ void lookup::forget() {
     waves_.forget_plan();
 }
 
-// ---- what a graph says
+// ---- reading the graph
 
-// ids may be a view with strides: the first n_expert_used columns of a sorted [n_expert, n_tokens].
+// Waits for the inner backend. The ids may be a strided view: the first n_expert_used of a sorted [n_expert, n_tokens].
 void lookup::read_ids(paged_model & model) {
     const ggml_tensor * ids   = now_.ids;
     const uint64_t      start = now_us();
@@ -59,8 +59,8 @@ void lookup::read_ids(paged_model & model) {
     }
 }
 
-// The router's weights of the ids of node i, as ids_; empty where they are not to be had: a GPU may compute them together
-// with something else, and not keep them; some models choose by what becomes a weight later.
+// The router's weights for the ids of node i, in the order of ids_. Empty where they are unknown: a GPU may fuse their
+// computation and not keep them, and some models gather logits here, which become weights only later.
 std::vector<float> lookup::read_weights(const paged_model & model, const ggml_cgraph * graph, int i) const {
     const ggml_tensor * ids = graph->nodes[i]->src[2];
     for (int j = i - 1; model.inner_is_host() && j >= 0; j--) {
@@ -77,7 +77,7 @@ std::vector<float> lookup::read_weights(const paged_model & model, const ggml_cg
     return {};
 }
 
-// The tensors that share a lookup, in the order in which the graph from node i on uses them, then those it does not use.
+// The layer's tensors in the order in which the graph uses them from node i on, those it does not use last.
 static std::vector<paged_tensor *> order_of_use(const catalogue & experts, const paged_layer & layer,
                                                 const ggml_cgraph * graph, int i) {
     std::vector<paged_tensor *> order;
@@ -116,7 +116,7 @@ ggml_status lookup::resolve(pool & pool, paged_layer & layer, const ggml_cgraph 
     forget();
     now_.layer = &layer;
     now_.ids   = node->src[2];
-    if (layer.path != ROTARY_PATH_SLOTS) { // every expert is there: nobody needs to know which ones are wanted
+    if (layer.path != ROTARY_PATH_SLOTS) { // all experts are resident or mapped: only a trace needs the routing
         if (model.trace.on()) {
             read_ids(model);
             record(model, read_weights(model, graph, i));
@@ -138,7 +138,7 @@ ggml_status lookup::resolve(pool & pool, paged_layer & layer, const ggml_cgraph 
     return resolve_on_host(pool, graph, i);
 }
 
-// Each expert once, in the order of the ids. False, with this thread's error, if the layer does not have one of them.
+// Each expert once, in the order of the ids. False with this thread's error if an id is out of range.
 bool lookup::distinct_experts(const paged_model & model, std::vector<int32_t> & experts) const {
     std::vector<bool> seen(now_.layer->n_expert, false);
     for (const int32_t expert : ids_) {
@@ -179,10 +179,10 @@ ggml_status lookup::resolve_on_host(pool & pool, const ggml_cgraph * graph, int 
         direct->cancel_queued();
         direct->notice();
         if (experts.size() + table.reserved().size() > (size_t) table.n_slots()) {
-            model.targets.commit(layer, true); // what was prefetched must not be in the way
+            model.targets.commit(layer, true); // slots reserved for prefetches are needed
         }
     }
-    // Resident experts first: a wave then begins with what needs no copy. The others as they lie in the file.
+    // Resident experts first, so that the first wave copies as little as it can; then absent ones in the file's order.
     const auto absent = std::stable_partition(experts.begin(), experts.end(),
                                               [&](int32_t expert) { return table.slot_of(expert) >= 0; });
     std::sort(absent, experts.end());
@@ -224,7 +224,7 @@ ggml_status lookup::resolve_on_host(pool & pool, const ggml_cgraph * graph, int 
     return status;
 }
 
-// Give each expert its slot, and the inner device the ids rewritten to slots. False with this thread's error.
+// Give each expert a slot and send the slot ids to the inner device. False with this thread's error.
 bool lookup::place_in_slots(paged_model & model, rotary_layer_stats & delta) {
     const paged_layer & layer    = *now_.layer;
     ggml_tensor *       slot_ids = model.memory.slot_ids(layer.index, now_.ids->ne[0], now_.ids->ne[1]);
@@ -249,7 +249,7 @@ bool lookup::place_in_slots(paged_model & model, rotary_layer_stats & delta) {
 
 // ---- reading
 
-// Ask the direct store for what this lookup wants, then for what the next layers will probably want.
+// Start this lookup's reads in the direct store, then prefetches for the next layers.
 void lookup::read_ahead(pool & pool, const std::vector<int32_t> & experts, const ggml_tensor * node) {
     paged_model &            model  = pool.model;
     direct_store &           direct = *model.store.direct();
@@ -257,7 +257,7 @@ void lookup::read_ahead(pool & pool, const std::vector<int32_t> & experts, const
     prefetcher_.learn(model, pool.predicted, seen);
     demand(model);
     for (const paged_tensor * tensor : now_.layer->tensors) {
-        direct.cancel(*tensor); // predicted, and not wanted
+        direct.cancel(*tensor); // prefetches that this lookup does not want
     }
     model.targets.commit(*now_.layer, false);
     direct.pump();
@@ -268,7 +268,8 @@ void lookup::read_ahead(pool & pool, const std::vector<int32_t> & experts, const
     model.store.count_reads();
 }
 
-// Reads of the experts that are absent, straight into their slots where these are read targets.
+// Request the absent experts, straight into their slots where these are read targets. Statistics count an expert once,
+// at the layer's first tensor with direct I/O (`leader`).
 void lookup::demand(paged_model & model) {
     direct_store & direct = *model.store.direct();
     const auto leader = std::find_if(now_.order.begin(), now_.order.end(), [](auto * each) { return each->direct_io; });
@@ -340,7 +341,7 @@ ggml_status lookup::fill(paged_model & model, const paged_tensor & tensor) {
     return fill(model, jobs);
 }
 
-// The slot table already tells the state after the lookup; a tensor that this graph did not touch must get there too.
+// The slot table already describes the state after this lookup, so tensors that the graph did not use are filled too.
 ggml_status lookup::finish(pool & pool) {
     std::vector<fill_job> jobs;
     if (now_.layer != nullptr && (now_.how == mode::waves || now_.how == mode::slots)) {
@@ -367,7 +368,7 @@ ggml_status lookup::run_waves(paged_model & model, ggml_tensor * node, const pag
     return waves_.run(model, node, tensor);
 }
 
-// Two passes cost two small graphs; that pays only if the wait is longer.
+// Two passes cost two small graphs, so they pay only if the expected wait is longer.
 bool lookup::worth_splitting(const paged_model & model, const ggml_tensor * node) const {
     static constexpr double min_us = 400;
 

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// Lookup: the routing of one layer in a graph, resolved once for all tensors that share it: which experts are wanted, which
-// slots they get, what has to be read for that and what may be read for the layers after it.
+// Lookup: one layer's routing in a graph, resolved once for all tensors that share it: which experts it wants, which
+// slots they get, which bytes must be read now, and what to prefetch for the layers after it.
 //
-// With the direct store, the reads of all absent experts start when the routing is resolved, then those that the next
-// layers will probably want; each tensor's slots are filled just before its own node, so what precedes it is computed
-// meanwhile.
+// With the direct store, reads of absent experts start as soon as the routing is known, prefetches after them. A
+// tensor's slots are filled just before its own node runs, so the nodes before it are computed meanwhile.
 // Threading: one user thread at a time, under the lock of the pool that the graph runs over.
 
 #pragma once
@@ -26,36 +25,37 @@ namespace rotary {
 
 class lookup {
   public:
-    // How a lookup's nodes compute: from the mapping as it is; with every expert in its slot; with ids rewritten to slots; in
-    // several passes; with ids that the inner device has rewritten itself.
+    // How the layer's nodes compute: straight from the mapping; with all experts resident, expert e in slot e; with ids
+    // rewritten to slots; in several passes; with ids that the inner device rewrites.
     enum class mode { mapped, resident, slots, waves, on_device };
 
     explicit lookup(ggml_backend_t inner) :
         inner_(inner), filler_(inner), prefetcher_(inner), waves_(inner, filler_), device_(inner) {}
 
-    bool
-    make_events(); // all that work with a link needs; false with this thread's error, and tried again the next time
+    // Create the events that copies by a link need, unless they exist. False with this thread's error; may be retried.
+    bool make_events();
     void begin_graph();
     bool end_graph(pool & pool) { return device_.end_graph(pool); } // false with this thread's error
     void forget();
 
-    // Whether the current lookup is that of this layer and routing.
+    // Whether the current lookup is the one of this layer and ids tensor.
     bool is_of(const paged_layer & layer, const ggml_tensor * ids) const {
         return now_.layer == &layer && now_.ids == ids;
     }
     mode how() const { return now_.how; }
 
-    // Begin the lookup of a layer at node i, whose routing has been computed. Then the one before must be finished.
+    // Begin the lookup for node i; the previous one must be finished. For a layer with slots, and for a trace, the
+    // nodes before i must have been submitted.
     ggml_status resolve(pool & pool, paged_layer & layer, const ggml_cgraph * graph, int i);
-    ggml_status finish(pool & pool); // fill what the graph did not use of the current lookup
+    ggml_status finish(pool & pool); // fill the slots of tensors that the graph did not use
 
-    // Whether a tensor's slots are filled, or it has been through the waves.
+    // Whether a tensor's slots have been filled, or its waves have run.
     bool is_done(const paged_tensor & tensor) const;
 
     ggml_status fill(paged_model & model, const paged_tensor & tensor);
     ggml_status run_waves(paged_model & model, ggml_tensor * node, const paged_tensor & tensor);
 
-    // Whether a node is worth computing in two passes while reads go on: the rows of resident experts first.
+    // Whether reads will take long enough to compute a node in two passes, the rows of resident experts first.
     bool        worth_splitting(const paged_model & model, const ggml_tensor * node) const;
     ggml_status run_hits_first(paged_model & model, ggml_tensor * node, const paged_tensor & tensor);
 
@@ -64,9 +64,9 @@ class lookup {
         paged_layer *                     layer = nullptr;
         const ggml_tensor *               ids   = nullptr;
         mode                              how   = mode::mapped;
-        std::vector<paged_tensor *>       order;      // the layer's tensors as the graph uses them
-        std::vector<rotary_load>          loads;      // mode slots: what is absent
-        size_t                            n_hits = 0; // mode slots: experts that are there
+        std::vector<paged_tensor *>       order;      // the layer's tensors, in the order in which the graph uses them
+        std::vector<rotary_load>          loads;      // mode slots: the absent experts
+        size_t                            n_hits = 0; // distinct experts that are resident
         std::vector<const paged_tensor *> done;
     };
 
@@ -89,7 +89,7 @@ class lookup {
     wave_runner          waves_;
     device_lookups       device_;
     state                now_;
-    std::vector<int32_t> ids_; // [n_expert_used * n_tokens] of the current lookup, k fastest
+    std::vector<int32_t> ids_; // [n_tokens][n_expert_used] of the current lookup
     std::vector<char>    raw_ids_;
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Segments: parts of a graph that run on the inner backend in one piece, in which it can fuse and capture. A part keeps its
-// uid while llama.cpp runs the same graph again, so that captured graphs stay valid.
+// Segments: parts of a graph that each run on the inner backend as one graph, within which it can fuse and capture
+// nodes. A segment keeps its uid when llama.cpp runs the same graph again, so that captured graphs stay valid.
 // Threading: one user thread at a time.
 
 #pragma once
@@ -18,14 +18,14 @@ class graph_segments {
   public:
     explicit graph_segments(ggml_backend_t inner) : inner_(inner) {}
 
-    void begin_graph(uint64_t generation); // uids of another generation are forgotten
+    void begin_graph(uint64_t generation); // another generation: slots or ids have moved, so uids change
 
-    // Point a node that is yet to run at other tensors, until it has run or restore() is called.
+    // Point a node at other tensors until the next run() or restore().
     void patch(ggml_tensor * node, ggml_tensor * weight, ggml_tensor * ids);
 
     ggml_status run(ggml_cgraph * graph, int i0, int i1); // nodes [i0, i1)
 
-    // The graph belongs to llama.cpp, which may build on it; the inner backend has taken what it needs.
+    // Undo all patches: llama.cpp owns the graph and may reuse it. The inner backend has read the nodes by then.
     void restore();
 
   private:
@@ -35,7 +35,7 @@ class graph_segments {
         ggml_tensor * ids;
     };
     struct segment {
-        uint64_t graph; // uid
+        uint64_t graph; // llama.cpp's uid
         int      i0;
         int      i1;
         uint64_t uid;

@@ -38,7 +38,7 @@ void wave_runner::plan(paged_model & model, const paged_layer & layer, const std
     for (const int32_t expert : ids) {
         n_rows[expert]++;
     }
-    // Reads go on while a wave is computed: half of the staging area for each of the two. Copies do: half of the slots.
+    // The next wave is read or copied while one is computed, so each gets half of the staging area or of the slots.
     const direct_store * direct      = model.store.direct();
     const bool           at_once     = direct == nullptr && !model.way.is_used();
     size_t               max_experts = model.way.is_used() ? std::max<size_t>(n_slots / 2, 1) : n_slots;
@@ -49,8 +49,8 @@ void wave_runner::plan(paged_model & model, const paged_layer & layer, const std
         }
         max_experts = std::clamp<size_t>(direct->staging_bytes() / 2 / largest, 1, max_experts);
     }
-    std::vector<int32_t> before; // experts of the wave before, which may still be computed
-    size_t               n = 0;  // experts of this wave
+    std::vector<int32_t> before; // experts of the previous wave, which may still be in use
+    size_t               n = 0;  // number of experts in this wave
     for (size_t first = 0; first < order.size(); first += n) {
         const size_t end  = at_once          ? std::min(first + n_slots, order.size())
                             : first < n_hits ? n_hits
@@ -127,18 +127,18 @@ ggml_status wave_runner::run(paged_model & model, ggml_tensor * node, const page
     return GGML_STATUS_SUCCESS;
 }
 
-// Have the link wait for the computation that reads the slots wave `index` will overwrite. Those are the ones used longest
-// ago, so not the wave's before if there is room for both.
+// Make the link wait for the last wave that reads the slots which wave `index` overwrites. plan() held the slots of the
+// previous wave if there was room for both, so then it is the wave before that one.
 bool wave_runner::wait_for_slots(paged_model & model, const paged_layer & layer, size_t index) {
     if (!model.way.is_used() || index == 0) {
-        return true; // the routing was waited for, and so was everything before it
+        return true; // the host has waited for the routing, so for everything before it too
     }
     const size_t n_experts = waves_[index - 1].n_experts + waves_[index].n_experts;
-    const size_t reader    = n_experts <= (size_t) layer.table->n_slots() ? 2 : 1; // so many waves ago
+    const size_t reader    = n_experts <= (size_t) layer.table->n_slots() ? 2 : 1; // how many waves ago
     return index < reader || model.way.over()->wait(computed_[(index - reader) % 2].get());
 }
 
-// A leaf that stands for `tensor`'s memory as rows of ne0: without it, building a graph would pull in its history.
+// A leaf over `tensor`'s memory as rows of ne0; the tensor itself would pull the nodes that compute it into the graph.
 static ggml_tensor * rows_of(ggml_context * ctx, const ggml_tensor * tensor) {
     ggml_tensor * leaf = ggml_new_tensor_2d(ctx, tensor->type, tensor->ne[0], ggml_nrows(tensor));
     leaf->data         = tensor->data;
@@ -158,11 +158,11 @@ ggml_status wave_runner::run_wave(paged_model & model, ggml_tensor * node, const
         return GGML_STATUS_FAILED;
     }
 
-    // Copied, as the wave may outlive its lookup.
+    // Copies, since the inner backend may read them after the lookup has ended.
     in_flight_.push_back({ std::vector<int32_t>(n_rows), now.slots, now.rows });
     wave_rows & sources = in_flight_.back();
     for (int64_t i = 0; i < n_rows; i++) {
-        // One input row a token, shared by its experts, or one for each expert.
+        // A token has one input row for all its experts, or one for each.
         sources.from[i] = (int32_t) (now.rows[i] / n_used * input->ne[1] + now.rows[i] % n_used % input->ne[1]);
     }
 
@@ -204,7 +204,7 @@ ggml_status wave_runner::run_wave(paged_model & model, ggml_tensor * node, const
     if (model.way.is_used()) {
         return ggml_backend_graph_compute_async(inner_, graph);
     }
-    // The next wave's experts are copied into slots that this one reads, and nobody else waits for it.
+    // Wait: the next wave's experts are copied into slots that this wave reads.
     const ggml_status status = ggml_backend_graph_compute(inner_, graph);
     in_flight_.clear();
     return status;

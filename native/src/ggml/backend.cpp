@@ -58,7 +58,7 @@ static void backend_get_tensor_2d_async(ggml_backend_t handle, const ggml_tensor
     ggml_backend_tensor_get_2d_async(unwrap(handle), tensor, data, offset, size, n_copies, stride_tensor, stride_data);
 }
 
-// The inner backend checks that both ends are its own kind, so it must not see ours.
+// The inner backend checks that both backends are of its kind, so ours are unwrapped.
 static bool backend_cpy_tensor_async(ggml_backend_t src, ggml_backend_t dst, const ggml_tensor * from,
                                      ggml_tensor * to) {
     ggml_backend_t inner = unwrap(dst);

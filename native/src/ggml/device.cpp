@@ -56,7 +56,7 @@ static bool env_on(const char * name) {
     return text == nullptr || std::string(text) != "0";
 }
 
-// The texts were checked when the library was registered.
+// environment_is_valid() in registry.cpp has checked the texts.
 static pool_config config_from_environment() {
     pool_config    config;
     model_config & model = config.model;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 //
-// ROTARY devices: one over each inner device, all for this process's ggml registry.
+// ROTARY devices: one over each inner device, registered in this process's ggml.
 //
-// ggml/ is what llama.cpp sees: the entry point (registry.cpp), devices (here and device_iface.cpp), the buffer type of expert
-// weights (paged_buffer.cpp) and the backend that computes (backend.cpp). Everything but expert lookup is handed to the inner
-// device. Called by ggml and llama.cpp, and by capi/, which opens and closes pools.
-// Threading: as ggml's own: devices from any thread, a backend from one at a time. A device's mutex guards which pool collects
-// and what the loader was told; no pool's lock is taken while it is held.
+// ggml/ is what llama.cpp sees: the entry point (registry.cpp), devices (here and device_iface.cpp), the buffer type of
+// expert weights (paged_buffer.cpp) and the backend that computes (backend.cpp). Everything but expert lookup is handed
+// to the inner device. Called by ggml and llama.cpp, and by capi/, which opens and closes pools.
+// Threading: as in ggml: devices from any thread, a backend from one at a time. A device's mutex guards which pool
+// collects and what the loader was told; no pool's lock is taken while it is held.
 
 #pragma once
 
@@ -34,24 +34,24 @@ class device {
     const std::string &        inner_name() const { return inner_name_; }
     const std::string &        description() const { return description_; }
 
-    // The same buffer types that llama.cpp shall try after the default one; NULL-terminated.
+    // The buffer types that llama.cpp tries after the default one, the paged one first; NULL-terminated.
     ggml_backend_buffer_type_t * extra_bufts() { return extra_bufts_.data(); }
 
     bool set_inner(ggml_backend_dev_t inner, const std::string & name); // false while in use
 
-    // The pool that takes the weights loaded now: the one opened through the API, else one from the environment.
+    // The pool that collects the weights loaded now: the last one opened by the C API, else one from the environment.
     std::shared_ptr<pool> open_pool(const pool_config & config);
     std::shared_ptr<pool> collecting_pool();
     void                  stop_collecting(const pool * pool);
-    uint64_t              slot_bytes() const; // of the pools known here
+    uint64_t              slot_bytes() const; // of the opened pool and the environment's
 
-    // What the loader is told about weights, before any pool has them.
+    // For answering the loader's questions about weights that no pool has yet.
     bool    paging() const;                                              // false: budget "off"
     bool    repack() const;
     void    remember_n_expert_used(const std::string & name, int32_t n); // from the loader's question
     int32_t n_expert_used(const std::string & name) const;
 
-    // That memory ran out when the loader asked, for the pool that was opened for this model.
+    // Memory ran out while the loader asked, so the pool opened for this model may miss experts and must refuse to run.
     void lose() {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (opened_) {
@@ -59,7 +59,7 @@ class device {
         }
     }
 
-    // Backends and paged buffers alive on this device.
+    // Count the backends and paged buffers alive on this device.
     void add_user(int n) {
         const std::lock_guard<std::mutex> lock(mutex_);
         n_users_ += n;
@@ -69,7 +69,7 @@ class device {
     void wrap(ggml_backend_dev_t inner, const std::string & name);
 
     ggml_backend_device      handle_;
-    ggml_backend_device      paged_device_; // private: never registered, makes llama.cpp map instead of copy
+    ggml_backend_device      paged_device_; // never registered; makes llama.cpp map weights instead of copying them
     ggml_backend_buffer_type paged_buft_;
     std::string              name_;
     std::string              paged_name_;
@@ -90,13 +90,13 @@ class device {
 // Every ROTARY device of this process; empty until the library is registered.
 std::vector<std::unique_ptr<device>> & devices();
 
-// Device number `index`: whether there is one, and the device; NULL with this thread's error if there is none.
+// device_at() is NULL with this thread's error if there is no such device.
 bool     is_device(int32_t index);
 device * device_at(int32_t index);
 
 bool is_rotary(ggml_backend_dev_t dev);
 
-// Vtables, each in the file of what they do.
+// Vtables, each in the file that implements it.
 extern const ggml_backend_device_i      device_i;       // device_iface.cpp
 extern const ggml_backend_device_i      paged_device_i; // paged_buffer.cpp
 extern const ggml_backend_buffer_type_i paged_buft_i;   // paged_buffer.cpp
@@ -104,7 +104,7 @@ extern const ggml_backend_buffer_type_i paged_buft_i;   // paged_buffer.cpp
 ggml_backend_t backend_new(device & dev);               // backend.cpp
 ggml_backend_t backend_inner(ggml_backend_t handle);    // backend.cpp
 
-// An expert matrix of a graph whose bytes lie in a ROTARY_PAGED buffer: its pool, else NULL.
+// The pool of a weight that lies in a ROTARY_PAGED buffer, else NULL.
 std::shared_ptr<pool> paged_pool_of(const ggml_tensor * weight); // paged_buffer.cpp
 
 } // namespace rotary

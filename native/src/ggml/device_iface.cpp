@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// ROTARY device: the vtable that ggml and llama.cpp call. Everything but where expert matrices go is the inner
-// device's own answer.
+// ROTARY device: the vtable that ggml and llama.cpp call. It answers as the inner device does, except about its
+// identity, free memory and where expert matrices go.
 
 #include "ggml/device.hpp"
 
@@ -30,7 +30,7 @@ static const char * device_get_description(ggml_backend_dev_t dev) {
 
 static void device_get_memory(ggml_backend_dev_t dev, size_t * free, size_t * total) {
     ggml_backend_dev_memory(self(dev).inner(), free, total);
-    // Slots on a GPU reduce the memory it reports as free; the CPU backend reports all memory as free, so they are subtracted.
+    // A GPU counts slots as used; the CPU backend reports all memory as free, so they are subtracted.
     if (ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(self(dev).inner()))) {
         *free -= std::min<size_t>(*free, self(dev).slot_bytes());
     }
@@ -41,12 +41,12 @@ static enum ggml_backend_dev_type device_get_type(ggml_backend_dev_t) {
 }
 
 static void device_get_props(ggml_backend_dev_t dev, struct ggml_backend_dev_props * props) {
-    // With the inner device's id: llama.cpp then takes one of the two, not both.
+    // Keeps the inner device's id, so that llama.cpp uses one of the two devices, not both.
     ggml_backend_dev_get_props(self(dev).inner(), props);
     props->name        = device_get_name(dev);
     props->description = device_get_description(dev);
     props->type        = device_get_type(dev);
-    // Without this, llama.cpp would read all experts into memory where the inner device gains nothing from mapping.
+    // Otherwise llama.cpp would read all experts into memory over an inner device that gains nothing from mapping.
     props->caps.mmap_support = true;
     device_get_memory(dev, &props->memory_free, &props->memory_total);
 }
@@ -73,7 +73,7 @@ static bool is_view_op(ggml_op op) {
            op == GGML_OP_TRANSPOSE;
 }
 
-// A weight worth paging: matrices of several experts. The loader also asks about 1-D scales with this op.
+// Whether a weight is worth paging: matrices of several experts. The loader also asks about 1-D scales with this op.
 static bool is_expert_matrix(const ggml_tensor * weight) {
     return weight->ne[1] > 1 && weight->ne[2] > 1 && weight->ne[3] == 1 && ggml_is_contiguous(weight);
 }
@@ -84,8 +84,8 @@ static bool supports_paged(device & dev, const ggml_tensor * op) {
                                         op->src[0]->ne);
 }
 
-// The loader's question "may this weight lie in this buffer type" comes with an empty buffer of that type. It takes
-// the first yes, the default buffer type being asked first, so a no is how a weight is sent on to a better place.
+// The loader asks whether a weight may lie in a buffer type by giving it an empty buffer of that type. It tries the
+// default type first and takes the first that is accepted, so refusing one sends the weight on to a better one.
 static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backend_buffer_type_t buft) {
     ggml_tensor * weight = op->src[0];
     if (op->op == GGML_OP_MUL_MAT_ID && dev.paging() && supports_paged(dev, op)) {
@@ -114,7 +114,7 @@ static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backen
     }
     const bool accepted = ggml_backend_dev_supports_op(dev.inner(), op);
     if (accepted) {
-        // Embeddings are also read, row by row, where they are mapped.
+        // Embeddings are also read row by row from the mapping, so they do not count as copied out of it.
         note_weight(weight->name,
                     (is_extra || !ggml_backend_buft_is_host(buft)) && strstr(weight->name, "token_embd") == nullptr);
     }
@@ -131,7 +131,7 @@ static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor 
             }
             try {
                 return loader_supports_op(self(dev), op, buft);
-            } catch (...) { // the loader takes a no, and the weight would not be paged
+            } catch (...) { // a refusal alone would leave the weight unpaged, silently
                 fail_by_exception();
                 self(dev).lose();
                 return false;
@@ -152,7 +152,7 @@ static bool device_offload_op(ggml_backend_dev_t dev, const struct ggml_tensor *
     return ggml_backend_dev_offload_op(self(dev).inner(), op);
 }
 
-// Events are the inner device's own, and say so in their device field: ggml calls it directly to wait for them.
+// Events are the inner device's, and name it in their device field: ggml calls it directly to wait for them.
 static ggml_backend_event_t device_event_new(ggml_backend_dev_t dev) {
     return ggml_backend_event_new(self(dev).inner());
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
 // ROTARY_PAGED: the buffer type of expert weights. Over an mmapped file nothing is copied: the buffer is the mapping.
-// Without mmap it is plain host memory that the loader fills. Either way it is the pool's store.
+// Without mmap it is plain host memory that the loader fills. Either way its experts go to the collecting pool.
 
 #include "base/error.hpp"
 #include "ggml/device.hpp"
@@ -18,7 +18,7 @@ struct paged_buffer {
     std::shared_ptr<pool> owner;
     char *                base;
     bool                  owns_memory;
-    bool                  lost = false; // of some experts, no more than that is known
+    bool                  lost = false; // memory ran out while adding its tensors; the pool has been told
 };
 
 static paged_buffer & self(ggml_backend_buffer_t buffer) {
@@ -50,7 +50,7 @@ static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, struct 
             paged.owner->add_tensor(buffer, tensor, paged.dev.n_expert_used(tensor->name), !paged.owns_memory);
             return true;
         });
-        if (!known && !paged.lost) { // the loader goes on without asking
+        if (!known && !paged.lost) { // the loader ignores the status, so the pool has to refuse to run
             paged.lost = true;
             paged.owner->lose(1);
         }
@@ -72,7 +72,7 @@ static void buffer_set_tensor(ggml_backend_buffer_t, struct ggml_tensor * tensor
 static void buffer_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor * tensor, void * data,
                               size_t offset, size_t size) {
     if (!guarded(false, [&] { return self(buffer).owner->copy_out(tensor, data, offset, size); })) {
-        memset(data, 0, size); // ggml takes no error here; the log has it
+        memset(data, 0, size); // ggml takes no status here; the error is in the log
     }
 }
 

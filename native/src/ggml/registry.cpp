@@ -71,16 +71,16 @@ static ggml_backend_reg reg = {
     /* .context     = */ nullptr,
 };
 
-// ggml_commit() is abbreviated, has "-dirty" after it where the source was touched, and is "unknown" in a build without
-// git: then the version and the checks below must do.
+// ggml_commit() is abbreviated, ends in "-dirty" if the source was modified, and is "unknown" in a build without git,
+// where the version and the checks below must do.
 static bool commit_matches(std::string in_use) {
     const std::string built = ROTARY_GGML_COMMIT;
     in_use                  = in_use.substr(0, in_use.find("-dirty"));
     return in_use == "unknown" || built == "unknown" || built.compare(0, in_use.size(), in_use) == 0;
 }
 
-// The API version alone does not protect: struct layouts have changed under the same number. So the release and the
-// commit must be the very ones, and as a release can be patched locally, the sizes and ops we rely on must match too.
+// The API version is not enough: struct layouts have changed under the same number. Release and commit must be those of
+// the build, and since a release can be patched locally, the sizes and ops we rely on must match too.
 static bool ggml_matches() {
     if (strcmp(ggml_version(), ROTARY_GGML_VERSION) != 0 || !commit_matches(ggml_commit())) {
         fail(ROTARY_ERR_VERSION, format("libggml-rotary.so: compiled against ggml %s (%s), loaded into ggml %s (%s); "
@@ -151,7 +151,7 @@ static bool make_devices() {
     if (names != nullptr && *names != '\0') {
         std::istringstream list(names);
         std::string        name;
-        name.reserve(strlen(names)); // here: in getline(), a shortage of memory passes for the end of the text
+        name.reserve(strlen(names)); // getline() would take a failed allocation for the end of the text
         while (std::getline(list, name, ',')) {
             ggml_backend_dev_t dev = inner_find(name);
             if (dev == nullptr) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Link to CUDA devices. See link_api.h. Linked with the static runtime, which finds the driver when it is first used, so
-// this library loads, and says that there is no device, on a machine without one. Streams, events and addresses are
-// those of the device's primary context, which ggml-cuda uses too.
+// Link to CUDA devices. See link_api.h. The static CUDA runtime looks for the driver when it is first used, so this
+// library loads on a machine without one and reports that there is no device. Streams, events and addresses belong to
+// the device's primary context, which ggml-cuda uses too.
 
 #include "link/link_api.h"
 
@@ -13,14 +13,14 @@
 
 struct rotary_link {
     int          device;
-    int          n_blocks;            // of a gather: enough reads in flight to fill the bus
+    int          n_blocks;            // of gather_kernel: enough reads in flight to fill the bus
     cudaStream_t stream    = nullptr;
     cudaStream_t beside    = nullptr; // for prefetches
-    cudaEvent_t  wanted    = nullptr; // what is wanted has been copied
-    cudaEvent_t  predicted = nullptr; // so have the prefetches, or as many as there was time for
+    cudaEvent_t  wanted    = nullptr; // the lookup's experts have been copied
+    cudaEvent_t  predicted = nullptr; // prefetches have been copied, as far as there was time
 };
 
-static thread_local std::string last_error; // one link serves several threads
+static thread_local std::string last_error; // several threads share one link
 
 // ---- kernels
 
@@ -59,12 +59,12 @@ struct block_team {
                 index = indices[warp];
             }
         }
-        __syncthreads(); // before the next round writes
+        __syncthreads(); // before the next call writes
         return index;
     }
 };
 
-// Block 0 resolves; the others, if there are any, copy the state before the computation overwrites it.
+// Block 0 resolves the lookup. The others, if any, copy the state before the computation overwrites it.
 static __global__ void __launch_bounds__(team_size)
     resolve_kernel(rotary_page_table table, rotary_page_ids ids, int32_t * slot_ids, rotary_link_prediction next) {
     __shared__ int64_t keys[team_size / 32];
@@ -79,7 +79,7 @@ static __global__ void __launch_bounds__(team_size)
     }
 }
 
-// The next lookup's number, which prefetches look at.
+// Announce the lookup, which stops its prefetches.
 static __global__ void demand_kernel(rotary_page_state * state, uint64_t number) {
     atomicExch((unsigned long long *) &state->demanded, number);
 }
@@ -113,10 +113,10 @@ static __global__ void __launch_bounds__(team_size) predict_kernel(rotary_link_p
 }
 
 static constexpr int gather_threads  = 256;
-static constexpr int prefetch_blocks = 16; // prefetches must not take the processors from the computation
+static constexpr int prefetch_blocks = 16; // few, to leave the multiprocessors to the computation
 
-// Bytes [0, n) by a whole block. Both ends have the alignment of a GGUF file's tensors, at least 32 bytes, where
-// an expert's size does too.
+// A whole block copies n bytes. Both addresses are aligned as a GGUF file's tensors, by 32 bytes or more, if the size
+// of an expert is a multiple of that.
 static __device__ void copy_by_block(char * to, const char * from, size_t n) {
     const bool aligned = (((uintptr_t) to | (uintptr_t) from) & 15) == 0;
     size_t     done    = 0;
@@ -158,8 +158,8 @@ static __global__ void __launch_bounds__(gather_threads) gather_kernel(rotary_li
     }
 }
 
-// Pieces in their order, each by the block that takes it, until the lookup they are for has come. All that are taken are
-// copied, so their number says which are there.
+// Blocks take pieces in order until the lookup that they are for has come. Each piece taken is copied, so `taken` tells
+// which pieces have arrived.
 static __global__ void __launch_bounds__(gather_threads) prefetch_kernel(rotary_link_layer layer, uint64_t number) {
     __shared__ uint32_t taken;
 
@@ -173,7 +173,7 @@ static __global__ void __launch_bounds__(gather_threads) prefetch_kernel(rotary_
         }
         __syncthreads();
         const uint32_t index = taken;
-        __syncthreads(); // before it changes
+        __syncthreads(); // before thread 0 changes `taken`
         if (index >= all) {
             return;
         }
@@ -188,12 +188,12 @@ static __global__ void __launch_bounds__(gather_threads) prefetch_kernel(rotary_
 static bool ok(cudaError_t status, const char * what) {
     if (status != cudaSuccess) {
         last_error = std::string(what) + ": " + cudaGetErrorString(status);
-        cudaGetLastError(); // of ours: ggml must not find it
+        cudaGetLastError(); // clear it, or ggml would report it as its own
     }
     return status == cudaSuccess;
 }
 
-// The caller's current device is ggml's business.
+// Makes the link's device current, and restores ggml's at the end.
 struct current_device {
     int before = 0;
     explicit current_device(const rotary_link * link) {
@@ -230,7 +230,7 @@ static rotary_link * link_open(const char * device_id, char * error, size_t size
     }
     const current_device scope(link);
     int                  n_processors = 0;
-    // Above ggml's streams, which have the lowest priority: what computation waits for goes first.
+    // Copies that the computation waits for go before ggml's streams, which have the lowest priority.
     int lowest = 0, highest = 0;
     if (!ok(cudaDeviceGetAttribute(&n_processors, cudaDevAttrMultiProcessorCount, link->device), "processors") ||
         !ok(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange") ||
@@ -303,7 +303,7 @@ static bool link_copy(rotary_link * link, void * to, const void * from, size_t b
     return ok(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, link->stream), "cudaMemcpyAsync");
 }
 
-// On the stream beside, once what is wanted has been copied.
+// Predict and prefetch on the stream beside, once the lookup's experts have been copied.
 static bool predict(rotary_link * link, const rotary_link_prediction * next) {
     const int n_products = next->layer.table.n_expert * next->n_tokens;
     const int n_blocks   = (n_products + team_size / 32 - 1) / (team_size / 32);

@@ -61,7 +61,7 @@ bool device_tables::allocate(link * over, const std::vector<layer> & layers, std
     return true;
 }
 
-// Point the lookups and predictions of all layers into the device's memory from `base` on.
+// Point the lookups and predictions of all layers into the device's memory, which begins at `base`.
 void device_tables::take_memory(char * base, size_t copy_at, size_t scores_at) {
     for (size_t i = 0; i < states_.size(); i++) {
         layer_state & state = states_[i];
@@ -107,9 +107,9 @@ bool device_tables::set_scale(int32_t layer, const std::vector<float> & scale) {
     return true;
 }
 
-// ---- where the truth is
+// ---- tables between host and device
 
-// An image of a layer's table as the device has it, behind its state.
+// A layer's state in host memory, followed by its table as the device lays it out.
 static rotary_page_table image_of(std::vector<char> & image, const rotary_page_table & like) {
     image.resize(sizeof(rotary_page_state) + rotary_page_table_bytes(like.n_expert, like.n_slots));
     return rotary_page_table_at(image.data() + sizeof(rotary_page_state), (rotary_page_state *) (void *) image.data(),
@@ -161,7 +161,7 @@ void device_tables::forget() {
     }
 }
 
-// ---- what the device has counted
+// ---- counters
 
 bool device_tables::send_counts() {
     return link_->copy(counts_.memory.get(), memory_->data, sizeof(rotary_page_state) * states_.size());
@@ -170,7 +170,7 @@ bool device_tables::send_counts() {
 bool device_tables::take_counts() {
     const auto * now = (const rotary_page_state *) counts_.memory.get();
     for (size_t i = 0; i < states_.size(); i++) {
-        // Of a layer that is predicted no lookup has come since; its counts change until one does.
+        // The counts of a predicted layer still change: its lookup has not come yet.
         if (states_[i].on_device && !states_[i].lookup.predicted && !take_counts(states_[i], now[i])) {
             return false;
         }

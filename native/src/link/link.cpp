@@ -17,7 +17,7 @@
 
 namespace rotary {
 
-// Beside our own library, unless the environment names another.
+// The link's library: beside our own, unless the environment names another.
 static std::string link_library() {
     const char * given = getenv("ROTARY_LINK");
     if (given != nullptr && *given != '\0') {
@@ -31,7 +31,7 @@ static std::string link_library() {
     return self.substr(0, self.rfind('/') + 1) + "libggml-rotary-cuda.so";
 }
 
-// NULL, with a reason, if there is no such library or it is not of this build.
+// NULL with a reason if there is no such library or it has another ABI.
 static const rotary_link_api * load_api(std::string & reason) {
     const std::string path   = link_library();
     void *            handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -45,7 +45,7 @@ static const rotary_link_api * load_api(std::string & reason) {
         reason = format("%s: not a link of this version; install Rotary again", path.c_str());
         return nullptr;
     }
-    return get(); // never closed: the driver has threads in it
+    return get(); // the library is never closed: the driver has threads in it
 }
 
 std::shared_ptr<link> link::to(ggml_backend_dev_t inner, std::string & reason) {
@@ -92,7 +92,7 @@ link::~link() {
     }
 }
 
-// Throws nothing: threads that copy and destructors ask, too.
+// Must not throw: copying threads and destructors call it.
 bool link::ok(bool done) const {
     return done || guarded(false, [&] {
                fail(ROTARY_ERR_DEVICE,
@@ -101,7 +101,7 @@ bool link::ok(bool done) const {
            });
 }
 
-// A failure is logged without the mutex: whoever listens to the log may ask for something.
+// ok() runs without the mutex: it logs, and a log callback may call back.
 template <class Call> bool link::enqueue(const Call & call) {
     std::unique_lock<std::mutex> lock(mutex_);
     const bool                   done = call();
@@ -129,7 +129,7 @@ bool link::synchronize() { // without the mutex: others may enqueue while this o
     return ok(api_->synchronize(handle_));
 }
 
-// Never read-only for memory that is yet to be written: pages that nobody has touched would be pinned as zeros for good.
+// `read_only` must be false for memory that is yet to be written: untouched pages would be pinned as zeros for good.
 link::pinned link::pin(void * memory, size_t bytes, bool read_only, std::string & reason) {
     for (const rotary_pin how : { ROTARY_PIN_READ_ONLY, ROTARY_PIN_DEFAULT }) {
         if (how == ROTARY_PIN_READ_ONLY && !read_only) {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
 //
-// Link: what moves experts to a device beside its computation, as a library of its own that libggml-rotary.so opens
-// when its inner device is of that kind. The CUDA one is cuda_link.cu. A C interface of function pointers, so that neither
-// needs the other to build.
+// Link: a library that moves experts to a device beside its computation. libggml-rotary.so opens it if its inner device
+// is of that kind; cuda_link.cu is the one for CUDA. The interface is C function pointers, so that each builds without
+// the other.
 //
-// A link has one stream for what is wanted. It and the inner backend's stream wait for each other through events of the
-// inner device (ggml's event->context: a cudaEvent_t), never through the host. Prefetches are copied
-// by a stream beside it, which stops when something is wanted. Functions that return bool enqueue, unless they say that they
-// wait; false leaves a text in error().
+// A link has one stream for lookups and copies. That stream and the inner backend's wait for each other through events
+// of the inner device (ggml's event->context: a cudaEvent_t), never through the host. A second stream copies
+// prefetches, until the lookup that they are for. Functions that return bool enqueue, unless they say that they wait;
+// after false, error() has the text.
 
 #pragma once
 
@@ -35,7 +35,7 @@ enum rotary_pin { // how host memory is pinned in place
 typedef struct rotary_link_tensor {
     const void * store;       // expert 0
     void *       slots;       // slot 0
-    uint64_t     store_bytes; // of one expert, and from one to the next
+    uint64_t     store_bytes; // of one expert; experts follow each other without gaps
     uint64_t     slot_bytes;  // from one slot to the next
 } rotary_link_tensor;
 
@@ -45,63 +45,63 @@ typedef struct rotary_link_layer {
     rotary_link_tensor tensors[ROTARY_LINK_MAX_TENSORS];
 } rotary_link_layer;
 
-// One lookup, resolved on the device: ids -> slot ids, then the absent experts into their slots.
+// A lookup, resolved on the device: ids -> slot ids, then absent experts are copied into their slots.
 typedef struct rotary_link_lookup {
     rotary_link_layer layer;
     rotary_page_ids   ids;       // in device memory
     int32_t *         slot_ids;  // in device memory
-    uint64_t          number;    // of this layer's lookups on the device, from 1
-    bool              predicted; // it was predicted: its prefetches have to stop
+    uint64_t          number;    // counts this layer's lookups on the device, from 1
+    bool              predicted; // a prediction of it was enqueued: its prefetches have to stop
 } rotary_link_lookup;
 
-// A prediction of the next layer's lookup from what this layer's experts get: that layer's router applied early. All in
-// device memory; the state is read before look_up()'s end, the rest later.
+// A prediction of the next layer's lookup: that layer's router, applied early to the input of this layer's experts. All
+// pointers are to device memory; `state` is read before work that waits for this lookup runs, the others maybe later.
 typedef struct rotary_link_prediction {
-    rotary_link_layer layer;     // the next
+    rotary_link_layer layer;     // the next layer
     uint64_t          number;    // of the predicted lookup
     const float *     router;    // [n_embd, n_expert]
-    const float *     scale;     // [n_embd] on the state
-    const float *     bias;      // [n_expert] on the products, or NULL
-    const float *     selection; // [n_expert] on the products' sigmoid, or NULL
+    const float *     scale;     // [n_embd] factors of the state
+    const float *     bias;      // [n_expert] added to the products, or NULL
+    const float *     selection; // [n_expert] added to the products' sigmoid, or NULL
     const char *      state;     // [n_embd, n_tokens] floats, `stride` bytes from one token to the next
     int64_t           stride;
     int32_t           n_embd, n_tokens, n_used;
-    float *           copy;   // [n_embd, n_tokens] for the state
-    float *           scores; // [n_expert, n_tokens] for the products
+    float *           copy;   // [n_embd, n_tokens] scratch for the state
+    float *           scores; // [n_expert, n_tokens] scratch for the products
 } rotary_link_prediction;
 
 typedef struct rotary_link_api {
     int32_t      abi;  // ROTARY_LINK_ABI
     const char * kind; // "CUDA": the name of the ggml backend whose devices it serves
 
-    // The device with this id (ggml's: the PCI bus id). NULL with a text in error[size].
+    // Open the device with this id (ggml's: the PCI bus id). NULL with a text in error[size].
     rotary_link * (*open)(const char * device_id, char * error, size_t size);
     void (*close)(rotary_link * link);               // waits
     const char * (*error)(const rotary_link * link); // of this thread's last failing call, until its next one
 
-    // Pin host memory where it is, or get new pinned memory; the address at which the device sees it, NULL if
-    // that cannot be done.
+    // pin() page-locks host memory in place and returns its address on the device; host_new() returns new pinned memory
+    // and stores its address on the device. NULL on failure.
     void * (*pin)(rotary_link * link, void * memory, size_t bytes, enum rotary_pin how);
     void (*unpin)(rotary_link * link, void * memory);
     void * (*host_new)(rotary_link * link, size_t bytes, void ** on_device);
     void (*host_free)(rotary_link * link, void * memory);
 
-    bool (*wait)(rotary_link * link, void * event);   // what follows waits for the event
-    bool (*record)(rotary_link * link, void * event); // the event waits for what went before
-    bool (*copy)(rotary_link * link, void * to, const void * from, size_t bytes); // waits unless host ends are pinned
+    bool (*wait)(rotary_link * link, void * event);                               // later work waits for the event
+    bool (*record)(rotary_link * link, void * event);                             // the event waits for earlier work
+    bool (*copy)(rotary_link * link, void * to, const void * from, size_t bytes); // waits if a host end is not pinned
     bool (*look_up)(rotary_link * link, const rotary_link_lookup * lookup,
-                    const rotary_link_prediction * next);                         // or NULL
+                    const rotary_link_prediction * next);                         // `next` or NULL
     bool (*synchronize)(rotary_link * link);                                      // waits, for prefetches too
 } rotary_link_api;
 
-// What a link library exports.
+// The function that a link library exports.
 const rotary_link_api * rotary_link_get(void);
 
 #ifdef __cplusplus
 }
 #endif
 
-// ---- pieces, in which experts are moved
+// ---- pieces, into which experts are divided for copying
 
 #define ROTARY_LINK_PIECE ((uint64_t) 16384)
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Pinned store: experts in page-locked host memory, where they lie or in a copy, so that copies run beside computation and
-// the device can read them itself. Pinned memory is lost to everything else on the machine, so it is never all taken
-// unasked.
+// Pinned store: experts in page-locked host memory, in place or copied, so that copies run beside computation and the
+// device can read them itself. Pinned memory is lost to all else on the machine, so unless the user asks for more, no
+// more than three quarters of available memory are pinned.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -25,36 +25,36 @@ class pinned_store {
   public:
     explicit pinned_store(pin_policy policy) : policy_(policy) {}
 
-    // Whether so much host memory may be pinned; else the reason.
+    // Whether this many bytes may be pinned; false with the reason.
     bool may_pin(uint64_t bytes, std::string & reason) const;
 
-    // All experts of these tensors, or none, with the reason. Where the system refuses to pin them where they lie, they are
-    // copied, if the policy is on.
+    // Pin all experts of these tensors, or none with the reason. If the system refuses to pin them in place and the
+    // policy is on, they are copied.
     bool pin(link & over, const std::vector<const stored_tensor *> & tensors, std::string & reason);
 
-    // The direct store's staging memory.
+    // Pin the direct store's staging memory; false with the reason.
     bool pin_staging(link & over, const direct_store & store, std::string & reason);
 
     void     unpin();
     uint64_t bytes() const;
 
-    // Addresses of an expert's pinned bytes: here, and as the device reads it; NULL if it is not pinned.
+    // Address of an expert's pinned bytes in this process, and on the device; NULL if they are not pinned.
     const char * at(const stored_tensor & tensor, int32_t expert) const;
     const char * on_device(const stored_tensor & tensor) const; // of expert 0
 
-    bool in_staging(const char * address) const;                // which is pinned
+    bool in_staging(const char * address) const;                // in pinned staging memory
 
   private:
     struct range {
         char *       begin;
         char *       end;
-        link::pinned pages; // the same bytes
+        link::pinned pages; // the same bytes, pinned
     };
 
     const range * range_of(const stored_tensor & tensor) const;
 
     pin_policy         policy_;
-    std::vector<range> ranges_; // in the order of their addresses
+    std::vector<range> ranges_; // by address
     range              staging_ = {};
 };
 

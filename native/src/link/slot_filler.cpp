@@ -61,8 +61,8 @@ void slot_filler::work(ggml_tensor *, int, int, void * self) {
     }
 }
 
-// Enqueues: the inner backend's next graph waits for the copies, the host does not. That nothing reads these slots any more
-// is the caller's care.
+// Enqueue the copies: the inner backend's next graph waits for them, the host does not. The caller ensures that no
+// earlier work still reads these slots.
 ggml_status slot_filler::copy_by_link(transfer & way) {
     link &                           over = *way.over();
     std::vector<staging_ring::piece> pieces;
@@ -112,12 +112,12 @@ ggml_status slot_filler::copy_all(transfer & way) {
 
 ggml_status slot_filler::fill(expert_store & store, transfer & way, statistics & stats,
                               const std::vector<fill_job> & jobs) {
-    // Layouts interleave groups of at most this many rows.
+    // Repacked layouts interleave groups of at most this many rows.
     static constexpr int64_t row_group = 64;
     static constexpr size_t  max_bytes = 256 << 10; // of a piece
 
     for (size_t done = 0; done < jobs.size();) {
-        // Wait for the first job only; take along what else has landed.
+        // Wait for the first job only, and take the following ones that have landed.
         pieces_.clear();
         size_t n = 0;
         for (; done + n < jobs.size(); n++) {
@@ -144,7 +144,7 @@ ggml_status slot_filler::fill(expert_store & store, transfer & way, statistics &
         const uint64_t    start  = now_us();
         const ggml_status status = copy_all(way);
         if (store.direct() != nullptr) {
-            // The staging area is reused.
+            // Copies must have ended before release(), which lets the staging area be reused.
             if (graph_ == nullptr && !way.is_used()) {
                 ggml_backend_synchronize(inner_);
             } else if (graph_ == nullptr && !way.over()->synchronize()) {

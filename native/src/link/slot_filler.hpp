@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Slot filler: copies experts from the store into slots, in the slots' layout. On a host inner device with all the threads
-// that the inner backend computes with, as an operation of its own; else by the link, beside computation, or, where the
-// inner device has none, by the inner backend's copies. What was read straight into its slot needs no copy.
+// Slot filler: copies experts from the store into slots, in the slots' layout. On a host inner device, a custom
+// operation copies with all of the inner backend's threads; elsewhere the link copies beside computation or, without a
+// link, the inner backend copies. An expert that was read straight into its slot needs no copy.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -19,7 +19,7 @@
 
 namespace rotary {
 
-// One slot as a tensor of its own: a repacking buffer takes whole tensors only.
+// One slot as a tensor of its own: a repacking buffer accepts whole tensors only.
 ggml_tensor slot_view(const ggml_tensor & slots, int32_t slot);
 
 struct fill_job {
@@ -35,11 +35,11 @@ class slot_filler {
   public:
     explicit slot_filler(ggml_backend_t inner);
 
-    // Do the jobs, waiting for reads where needed; what has landed is copied while the rest is in flight. On failure this
-    // thread's error says why, and some slots have been written.
+    // Do the jobs, waiting for reads where needed; experts that have landed are copied while others are in flight. On
+    // failure this thread's error says why, and some slots may have been written.
     ggml_status fill(expert_store & store, transfer & way, statistics & stats, const std::vector<fill_job> & jobs);
 
-    bool make_event(); // that fill() needs where a link copies, unless it is there; false if there is none
+    bool make_event(); // once, before fill() copies by a link; false if the device has no events
 
   private:
     // Rows [first, last) of a job, for one thread.
@@ -55,7 +55,7 @@ class slot_filler {
     ggml_status copy_all(transfer & way);
 
     ggml_backend_t         inner_;
-    ggml_backend_event_ptr copied_;       // by the link
+    ggml_backend_event_ptr copied_;       // by the link, recorded after its last copy
     ggml_context_ptr       context_;
     ggml_cgraph *       graph_ = nullptr; // of one node that copies all pieces; NULL if the inner backend cannot run it
     float               node_data_[4] = {};

@@ -13,7 +13,7 @@
 
 namespace rotary {
 
-// It is made before the first thread starts: the destructor ends them, wherever memory runs out.
+// The ring is constructed before its first thread starts, so that the destructor joins its threads if memory runs out.
 std::unique_ptr<staging_ring> staging_ring::open(std::shared_ptr<link> over, ggml_backend_dev_t inner,
                                                  std::string & reason) {
     std::unique_ptr<staging_ring> self(new staging_ring(std::move(over)));
@@ -21,7 +21,7 @@ std::unique_ptr<staging_ring> staging_ring::open(std::shared_ptr<link> over, ggm
 }
 
 bool staging_ring::set_up(ggml_backend_dev_t inner, std::string & reason) {
-    failure_.reserve(512); // here: a thread that copies has nobody to tell that memory ran out
+    failure_.reserve(512); // a copying thread could not report that memory ran out
     memory_ = link_->new_pinned(block_bytes * n_blocks, reason);
     if (!memory_.memory) {
         reason = "no memory can be page-locked, " + reason;
@@ -37,7 +37,7 @@ bool staging_ring::set_up(ggml_backend_dev_t inner, std::string & reason) {
             return false;
         }
     }
-    // More than what a mapping's page faults and one core's copying need, and no more than leaves the machine usable.
+    // Several, so that page faults overlap and one core's copying is no limit, but few enough to spare the machine.
     const size_t n_threads = std::clamp<size_t>(cpu_count() / 2, 1, 4);
     threads_.reserve(n_threads);
     try {
@@ -60,7 +60,7 @@ staging_ring::~staging_ring() {
     for (std::thread & each : threads_) {
         each.join();
     }
-    link_->synchronize(); // copies out of the blocks
+    link_->synchronize(); // it may still copy out of the blocks
 }
 
 bool staging_ring::copy(const std::vector<piece> & pieces) {
@@ -98,7 +98,7 @@ void staging_ring::work() {
         through.used = true;
         if (!done && failure_.empty()) {
             failure_.assign(last_error(),
-                            strnlen(last_error(), failure_.capacity())); // this thread's, for the one that waits
+                            strnlen(last_error(), failure_.capacity())); // this thread's error, which copy() passes on
         }
         free_.push_back(index);
         left_--;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Staging ring: a little pinned memory through which pageable memory reaches a device, filled by a few threads, so that a
-// page fault in one piece does not hold up the others and the device's copies run beside them.
+// Staging ring: a small pinned ring through which pageable memory reaches a device. A few threads fill it, so that a
+// page fault in one piece does not hold up the others, and the device's copies run beside them.
 // Threading: one user thread at a time.
 
 #pragma once
@@ -25,7 +25,7 @@ class staging_ring {
     static constexpr size_t block_bytes = 1 << 20;
     static constexpr size_t n_blocks    = 16;
 
-    // NULL, with the reason, if it cannot be had; else the reason why it has fewer threads than it should, or "".
+    // NULL with the reason; else `reason` says why there are fewer threads than wanted, or is "".
     static std::unique_ptr<staging_ring> open(std::shared_ptr<link> over, ggml_backend_dev_t inner,
                                               std::string & reason);
 
@@ -36,15 +36,15 @@ class staging_ring {
     struct piece {
         char *       to;    // on the device
         const char * from;
-        size_t       bytes; // at most a block's
+        size_t       bytes; // at most block_bytes
     };
-    // Returns once all pieces are read, their copies enqueued on the link; false with this thread's error.
+    // Returns once all pieces are read and their copies enqueued on the link; false with this thread's error.
     bool copy(const std::vector<piece> & pieces);
 
   private:
     struct block {
         char *                 memory;
-        ggml_backend_event_ptr copied; // to the device
+        ggml_backend_event_ptr copied; // to the device: recorded after the block's last copy
         bool                   used = false;
     };
 
@@ -57,13 +57,13 @@ class staging_ring {
     link::pinned             memory_;
     std::vector<block>       blocks_;
     std::vector<std::thread> threads_;
-    std::mutex               mutex_; // of all below, and of a block's turn
+    std::mutex               mutex_; // guards all below; a block belongs to the thread that took it from free_
     std::condition_variable  changed_;
     std::vector<piece>       pieces_;
-    size_t                   next_ = 0; // piece to be taken
+    size_t                   next_ = 0; // next piece to take
     size_t                   left_ = 0; // pieces not yet enqueued
-    std::vector<size_t>      free_;     // blocks, the one used longest ago first
-    std::string              failure_;  // of a copy, "" while there is none
+    std::vector<size_t>      free_;     // blocks, least recently used first
+    std::string              failure_;  // of the first copy that failed, else ""
     bool                     ending_ = false;
 };
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
 //
-// Transfer: how experts get from the store to an inner device with memory of its own: by a link beside computation, out of
-// pinned memory or through a ring of it; or, without a link, by the inner backend's copies, which the host waits for.
+// Transfer: moves experts from the store to an inner device with memory of its own: by a link beside computation, from
+// pinned memory or through a pinned ring; or, without a link, by the inner backend's copies, for which the host waits.
 //
 // link/ owns the way to the device: the link's library (link.hpp, link_api.h, cuda_link.cu), pinned memory
-// (pinned_store.hpp, staging_ring.hpp), page tables in the device's memory (device_tables.hpp), and the copying of experts
-// into slots (slot_filler.hpp), a host inner device's too. Called by model/ (sizing) and exec/ (lookups). It knows tensors
-// and slot tables, neither layers nor graphs.
-// Threading: none of its own, the pool locks; link and ring have threads behind them.
+// (pinned_store.hpp, staging_ring.hpp), page tables in the device's memory (device_tables.hpp), and copying experts
+// into slots (slot_filler.hpp), also for a host inner device. Called by model/ (sizing) and exec/ (lookups). It knows
+// tensors and slot tables, but no graphs.
+// Threading: none of its own, the pool locks; the ring has threads.
 
 #pragma once
 
@@ -30,21 +30,21 @@ class transfer {
              statistics & stats) :
         inner_(inner), model_(std::move(model)), store_(store), said_(said), stats_(stats), pinned_(pin) {}
 
-    // Open the link to an inner device with memory of its own, if there is one, and pin what may be pinned of these tensors.
+    // Open the link to the inner device, if any; pin these tensors' experts, or the staging area of the direct store.
     void open(const std::vector<const stored_tensor *> & tensors);
 
     link * over() const { return link_.get(); }   // NULL if there is none
-    bool   is_used() const { return uses_link_; } // else the inner backend copies, and the host waits
-    bool   synchronize() const;                   // waits for what the link does, if there is one
+    bool   is_used() const { return uses_link_; } // else the inner backend copies and the host waits
+    bool   synchronize() const;                   // waits for the link, if there is one
 
-    staging_ring *       ring();                  // NULL, with this thread's error, if it cannot be had
+    staging_ring *       ring();                  // opened on first use; NULL with this thread's error
     pinned_store &       pinned() { return pinned_; }
     const pinned_store & pinned() const { return pinned_; }
 
-    // Where the bytes that the store gave of an expert lie in pinned memory; NULL if they do not.
+    // The pinned bytes of an expert that the store fetched to `fetched`; NULL if they are not pinned.
     const char * pinned_at(const stored_tensor & tensor, int32_t expert, const char * fetched) const;
 
-    void abandon(); // in a forked child, where the ring's threads are not
+    void abandon(); // in a forked child, which lacks the ring's threads
 
   private:
     ggml_backend_dev_t            inner_;

@@ -30,7 +30,7 @@ uint64_t free_bytes(const paged_model & model) {
     if (model.inner_is_host()) { // the CPU backend reports all of the machine's memory as free
         const host_memory memory = host_memory_now();
         left                     = memory.available;
-        // What graphs have not touched by now they seldom touch at once: half of it, and the margin, will do.
+        // Graphs seldom touch all at once what they have not touched by now: half of it, beside the margin, is enough.
         const uint64_t promised = host_memory_promised();
         wanted = margin_bytes(model, memory.total) + (model.slots.is_allocated() ? promised / 2 : promised);
     }

@@ -51,7 +51,7 @@ void catalogue::remove_owner(const void * owner) {
 }
 
 // Tensors of one layer number share their routing if they have the same number of experts; a tensor without a layer
-// number stands alone. The same name again is another model's: those of the environment's pool can be several.
+// number is a layer of its own. A name that repeats is another model's: the environment's pool may hold several models.
 void catalogue::build_layers() {
     clear_layers();
     std::map<std::pair<int32_t, int32_t>, paged_layer *> known;

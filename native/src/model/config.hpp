@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Configuration of a paged model, as rotary_pool_open() or the environment gives it; but for prefetch, see
+// Configuration of a paged model, from rotary_pool_open() or the environment; that of prefetch is in
 // prefetch/predictions.hpp.
 
 #pragma once
@@ -17,7 +17,7 @@ namespace rotary {
 
 struct model_config {
     std::string           name = "model";              // for messages
-    budget                wanted;                      // changes between graphs only
+    budget                wanted;                      // changes only between graphs
     std::string           budget_text          = "auto";
     uint64_t              margin_bytes         = 0;    // 0: the default
     bool                  repack               = true;
@@ -26,8 +26,8 @@ struct model_config {
     uint64_t              staging_bytes        = 0;    // 0: the default
     bool                  adaptive             = true; // slots are rebalanced between layers
     pin_policy            pin                  = pin_policy::automatic;
-    std::string           policy               = automatic_policy; // of eviction, by name, or
-    const rotary_policy * own_policy           = nullptr;
+    std::string           policy               = automatic_policy; // name of the eviction policy
+    const rotary_policy * own_policy           = nullptr;          // used instead of `policy` if not NULL
 };
 
 } // namespace rotary

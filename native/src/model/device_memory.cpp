@@ -26,7 +26,7 @@ bool has_experts_on_device(const paged_model & model) {
 
 // ---- tier in RAM
 
-// What it may take; ROTARY_RAM is a limit.
+// Bytes that the tier may take; ROTARY_RAM can only lower them.
 static uint64_t ram_tier_bytes() {
     const host_memory memory = host_memory_now();
     const uint64_t    margin = host_margin(memory.total);
@@ -55,13 +55,13 @@ void allocate_ram_tier(paged_model & model) {
         any_paged                   = any_paged || layer->table;
         if (!n_slots.empty() && layer->table && layer->reads_whole_sectors()) {
             slots.n_slots = n_slots[layer->index];
-            // It sees the other tier's misses alone, which are no whole routings.
+            // Not the policy chosen by name: the tier sees only misses of the device's slots, not whole routings.
             slots.table = std::make_unique<slot_table>(
                 layer->n_expert, slots.n_slots,
                 policy_new(best_on_device, { layer->n_expert, slots.n_slots, layer->index, layer->il, history,
                                              model.config.own_policy }));
             std::copy_if(layer->tensors.begin(), layer->tensors.end(), std::back_inserter(slots.tensors),
-                         [](const auto * tensor) { return tensor->direct_io; }); // the others are in RAM as it is
+                         [](const auto * tensor) { return tensor->direct_io; }); // the others are in RAM already
         }
         wanted.push_back(std::move(slots));
     }
@@ -113,7 +113,7 @@ bool allocate_device_tables(paged_model & model, const char * policy) {
             if (wanted.slots != nullptr) {
                 wanted.tensors.push_back({ store, tensor->slots->data, tensor->expert_bytes, tensor->slots->nb[2] });
             }
-            wanted.max_embd = std::max(wanted.max_embd, tensor->ne[0]); // that of the first, whichever that is
+            wanted.max_embd = std::max(wanted.max_embd, tensor->ne[0]); // at least n_embd, the first one's ne[0]
         }
         if (over != nullptr && wanted.slots != nullptr && readable && !wanted.slots->can_be_on_device()) {
             model.said.say(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Device memory: what an inner device with memory of its own has besides slots: the tier of slots in RAM in front of them,
-// and page tables for the layers whose lookups it resolves itself.
+// Device memory: what an inner device with memory of its own needs besides slots: the tier of slots in RAM in front of
+// it, and page tables for the layers whose lookups it resolves itself.
 
 #pragma once
 
@@ -9,11 +9,11 @@
 
 namespace rotary {
 
-// Whether the device can read some experts where they lie.
+// Whether the device can read some experts in place, from pinned memory.
 bool has_experts_on_device(const paged_model & model);
 
-// The tier in RAM, of what is available less a margin, pinned if that may be. Without it, or where experts are no whole
-// sectors, each miss is read from the disk.
+// Allocate the tier in RAM from the available memory less a margin, pinned if allowed. Without the tier, or where
+// experts are not whole sectors, each miss is read from the disk.
 void allocate_ram_tier(paged_model & model);
 
 // False if the device has no memory for page tables.

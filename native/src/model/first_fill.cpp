@@ -53,7 +53,7 @@ int32_t first_fill::fill(paged_model & model, const paged_layer & layer) const {
         std::vector<int32_t> experts = profile->second;
         experts.resize(std::min(experts.size(), (size_t) layer.n_slots()));
         const auto n = (int32_t) experts.size();
-        // As if each had been used once, the most wanted last.
+        // One use of each is noted, the most wanted expert last.
         for (auto expert = experts.rbegin(); expert != experts.rend(); expert++) {
             layer.table->note(&*expert, nullptr, 1, 1);
         }

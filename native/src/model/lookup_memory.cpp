@@ -51,7 +51,7 @@ bool lookup_memory::place_in_scratch(ggml_backend_t user, std::initializer_list<
         bytes += GGML_PAD(ggml_backend_buft_get_alloc_size(buft, each), align);
     }
     if (!scratch_ || ggml_backend_buffer_get_size(scratch_.get()) < bytes) {
-        ggml_backend_synchronize(user); // its last wave may be in there
+        ggml_backend_synchronize(user); // its last wave may still use the scratch memory
         scratch_.reset();
         scratch_.reset(ggml_backend_buft_alloc_buffer(buft, bytes));
         stats_.set_scratch_bytes(scratch_ ? bytes : 0);

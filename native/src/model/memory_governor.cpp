@@ -55,7 +55,8 @@ void memory_governor::follow() {
     }
 }
 
-// Between half of the margin and one and a half nothing changes, so that sizes do not swing.
+// Between half of the margin and one and a half nothing changes, so that sizes do not swing; except that below the
+// margin, slots shrink if processes wait for memory.
 uint64_t memory_governor::bytes_wanted(const host_memory & memory, uint64_t now) {
     static constexpr double too_much = 20.0; // percent of time waiting for memory
 
@@ -65,7 +66,7 @@ uint64_t memory_governor::bytes_wanted(const host_memory & memory, uint64_t now)
         return std::max(budget_min_bytes(model_.experts.layer_sizes()), now > lack ? now - lack : 0);
     }
     if (model_.store.direct() != nullptr && now < sized_.max_slot_bytes() && memory.available > margin + margin / 2 &&
-        seen_us_ > growth_tried_us_ + 20 * interval_us) { // it costs milliseconds to find out
+        seen_us_ > growth_tried_us_ + 20 * interval_us) { // free_bytes() takes milliseconds
         growth_tried_us_    = seen_us_;
         const uint64_t more = free_bytes(model_);
         return std::min(now + (more > margin / 2 ? more : 0), sized_.max_slot_bytes());

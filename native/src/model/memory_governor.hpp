@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Memory governor: slots in host memory shrink when memory runs short for others, and grow again when there is plenty.
+// Memory governor: shrinks slots in host memory when memory runs short, and grows them again when there is plenty.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -17,7 +17,7 @@ class memory_governor {
   public:
     memory_governor(paged_model & model, const sizing & sized) : model_(model), sized_(sized) {}
 
-    void start();  // slots have been allocated
+    void start();  // call when slots have been allocated
     void follow(); // call between graphs
 
   private:

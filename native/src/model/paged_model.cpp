@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Paged model: what concerns all of its parts. See paged_model.hpp.
+// Paged model: operations on all of its parts. See paged_model.hpp.
 
 #include "model/paged_model.hpp"
 
@@ -18,7 +18,7 @@ void paged_model::forget_slots() {
 }
 
 void paged_model::release() {
-    store.clear(); // parts point at tensors
+    store.clear(); // first: waits for reads into slots
     tables.free();
     store.ram().free();
     memory.free();

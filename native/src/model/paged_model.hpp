@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Paged model: the parts that page one model's experts on one inner device, from the lower rooms and this one. Each part
-// knows only those above it here; nobody but the pool makes or destroys them.
-// Threading: under the pool's lock, but for the figures, which have locks of their own.
+// Paged model: all parts that page one model's experts on one inner device. Each part knows only those declared before
+// it; only the pool makes and destroys them.
+// Threading: the pool's lock guards all parts but the figures, which have locks of their own.
 
 #pragma once
 
@@ -32,7 +32,7 @@ struct paged_model {
     uint64_t generation() const { return slots.generation() + memory.generation(); } // changes when slots or ids move
 
     void forget_slots(); // after a failure: slots may not hold what the tables say
-    void release();      // everything that sizing allocates
+    void release();      // frees everything that sizing allocates
 
     ggml_backend_dev_t inner;
     model_config       config;
@@ -43,7 +43,7 @@ struct paged_model {
     slot_memory        slots;
     lookup_memory      memory;
     expert_store       store;
-    transfer           way; // after the store: copies end before what they read goes
+    transfer           way; // after the store: copies end before the memory that they read is freed
     device_tables      tables;
     read_targets       targets;
     rebalancer         balance;

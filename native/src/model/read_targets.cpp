@@ -38,7 +38,7 @@ std::vector<int32_t> read_targets::slots_for(const paged_layer & layer, const st
     }
     std::vector<rotary_load> absent(ram->n_slots());
     const int32_t            n_absent = ram->resolve(experts.data(), nullptr, n, 1, slots.data(), absent.data());
-    if (n_absent < 0) { // more than there are slots: past them
+    if (n_absent < 0) { // more experts than slots: bypass the tier, but for those it has
         for (int32_t i = 0; i < n; i++) {
             slots[i] = ram->slot_of(experts[i]) >= 0 ? in_ram : to_staging;
         }
@@ -59,7 +59,7 @@ char * read_targets::reserve(const stored_tensor & tensor, int32_t expert, const
     const paged_layer & layer = experts_.layer_of(tensor);
     slot_table &        slots = *table(layer);
     int32_t             slot  = slots.reserved_for(expert);
-    // A wrong prediction costs a slot until its layer is looked up; no more of them than a token wants.
+    // A wrong prediction occupies a slot until its layer is looked up, so reserve no more than one token uses.
     const int32_t max_reserved = std::min(layer.n_expert_used, (slots.n_slots() - layer.n_expert_used) / 2);
     if (slot < 0 && (int32_t) slots.reserved().size() < max_reserved) {
         slot = slots.reserve(expert, keep);

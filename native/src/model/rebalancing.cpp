@@ -28,7 +28,7 @@ void rebalance(paged_model & model, ggml_backend_t user) {
     paged_layer & to   = *model.experts.layers()[step.to];
     model.targets.commit(from, false);
     if (!from.table->reserved().empty()) {
-        return; // next time
+        return; // prefetches are in flight: the next graph tries again
     }
     ggml_backend_synchronize(user);
     for (int32_t i = 0; i < step.n; i++) {

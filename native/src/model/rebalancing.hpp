@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Rebalancing: slots that go from one layer to another while the model runs, as cache/rebalancer.hpp proposes.
+// Rebalancing: moves slots between layers while the model runs, as cache/rebalancer.hpp proposes.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -12,7 +12,7 @@ namespace rotary {
 // Begin anew with the slots that layers have now.
 void start_rebalancing(paged_model & model);
 
-// Take the step that is proposed, if any. Call between graphs; `user` is the inner backend that computes with the slots.
+// Take the proposed step, if any. Call between graphs; `user` is the inner backend that computes from the slots.
 void rebalance(paged_model & model, ggml_backend_t user);
 
 } // namespace rotary

@@ -48,7 +48,7 @@ int32_t sizing::run() {
 
     uint64_t bytes = budget_bytes(model_.config.wanted, sizes, free_bytes(model_));
     if (is_automatic() && (model_.store.direct() != nullptr || !model_.inner_is_host())) {
-        bytes = std::max(bytes, budget_min_bytes(sizes)); // out of the margin, rather than none
+        bytes = std::max(bytes, budget_min_bytes(sizes)); // from the margin, rather than fail
     }
     while (true) {
         const std::vector<int32_t> n_slots = budget_slots(bytes, sizes);
@@ -81,7 +81,7 @@ int32_t sizing::run() {
 
 // ---- how much
 
-// In host memory, address space for what may become free later costs nothing until it is touched.
+// Slots to allocate so that a budget "auto" can grow: in host memory, address space costs nothing until it is touched.
 std::vector<int32_t> sizing::with_room_to_grow(const std::vector<int32_t> & n_slots) const {
     if (!is_automatic() || model_.store.direct() == nullptr || !model_.inner_is_host()) {
         return n_slots;
@@ -96,8 +96,8 @@ std::vector<int32_t> sizing::with_room_to_grow(const std::vector<int32_t> & n_sl
     return n_allocated;
 }
 
-// Likewise for the slots that layers may get from others; but systems refuse more at once than there is memory: then layers
-// may grow by less.
+// Slots to allocate so that layers can get slots from others. Systems refuse more address space than there is memory:
+// then less, down to an eighth of the room, or none.
 std::vector<int32_t> sizing::with_room_to_rebalance(const std::vector<int32_t> & n_slots,
                                                     const std::vector<int32_t> & n_allocated) const {
     const uint64_t available = host_memory_now().available;
@@ -184,7 +184,7 @@ int32_t sizing::allocate(const std::vector<int32_t> & n_slots, const std::vector
     return ROTARY_OK;
 }
 
-// Each layer's path and slot table. The policy's name is one that stays: figures are read while a graph runs.
+// Choose each layer's path and make its slot table. policy_ is a static string, because it is read while a graph runs.
 void sizing::lay_out(const std::vector<int32_t> & n_slots, const std::vector<int32_t> & n_allocated) {
     const model_config & config = model_.config;
     policy_                     = config.own_policy != nullptr        ? "own"

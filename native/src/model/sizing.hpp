@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Sizing: from a budget to slots: what it is in bytes, how many slots that gives each layer, and their allocation. Where the
-// budget is "auto" and the memory turns out to be less, again with less.
+// Sizing: from a budget to slots: the budget in bytes, each layer's number of slots, and their allocation. A budget
+// "auto" is lowered until its slots can be allocated.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -20,17 +20,17 @@ class sizing {
   public:
     explicit sizing(paged_model & model) : model_(model) {}
 
-    // Choose the store, open the link, divide the budget and allocate. Returns the status, which stands until release().
+    // Choose the store, open the link, divide the budget and allocate. Returns the status, which lasts until release().
     int32_t run();
-    int32_t status() const;                                     // of run(), with this thread's error
+    int32_t status() const;                                     // what run() returned, with this thread's error
 
-    bool     is_done() const { return done_; }                  // whether run() was called, in vain or not
+    bool     is_done() const { return done_; }                  // run() was called, even if it failed
     bool     has_slots() const { return done_ && status_ == ROTARY_OK; }
-    uint64_t max_slot_bytes() const { return max_slot_bytes_; } // that slots may grow to
+    uint64_t max_slot_bytes() const { return max_slot_bytes_; } // to which slots may grow
     void     release() { done_ = false, status_ = ROTARY_OK; }
 
     first_fill & fill() { return fill_; }
-    const char * policy() const { return policy_; } // that was chosen, a name that stays; "" before
+    const char * policy() const { return policy_; } // static name of the chosen policy; "" before run()
 
   private:
     int32_t              allocate(uint64_t bytes, const std::vector<int32_t> & n_slots);
@@ -46,7 +46,7 @@ class sizing {
     first_fill                fill_;
     bool                      done_   = false;
     int32_t                   status_ = ROTARY_OK;
-    std::string               error_; // of that status
+    std::string               error_; // the text for status_
     uint64_t                  max_slot_bytes_ = 0;
     std::atomic<const char *> policy_{ "" };
 };

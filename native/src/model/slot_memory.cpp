@@ -52,7 +52,7 @@ bool slot_memory::allocate(const catalogue & experts) {
             tensor->slots = ggml_new_tensor_3d(ctx, tensor->type, tensor->ne[0], tensor->ne[1], layer->n_allocated);
             ggml_format_name(tensor->slots, "%s (slots)", tensor->name.c_str());
             if (layer->reads_into_slots && tensor->direct_io && tensor->offset % tensor->file->alignment() != 0) {
-                // The first and the last sector of an expert hold bytes of its neighbours in the file.
+                // The first and last sector of an expert also hold bytes of its neighbours in the file.
                 tensor->slots->nb[2] += tensor->file->alignment();
                 tensor->slots->nb[3] = tensor->slots->nb[2] * layer->n_allocated;
             }
@@ -78,7 +78,7 @@ bool slot_memory::allocate(const catalogue & experts) {
     return true;
 }
 
-// Slots at their parts' offset in the file modulo its alignment, with room for a sector around each tensor's slots.
+// Slots lie at their experts' file offset modulo the file's alignment, with room for a sector around a tensor's slots.
 ggml_backend_buffer_t slot_memory::allocate_read_targets(const catalogue &          experts,
                                                          ggml_backend_buffer_type_t buft) const {
     std::vector<paged_tensor *> placed;
@@ -121,7 +121,7 @@ void slot_memory::touch(const paged_layer & layer, int32_t first, int32_t last) 
     }
 }
 
-// Whole pages only.
+// Only whole pages: the first and the last may hold parts of other slots.
 void slot_memory::give_back(const paged_layer & layer, int32_t first, int32_t last) const {
     const uintptr_t page = sysconf(_SC_PAGESIZE);
     for (const paged_tensor * tensor : layer.tensors) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Slot memory: the inner device's memory for slots. Says nothing of which expert is in which slot.
+// Slot memory: the inner device's memory for slots. It does not know which expert is in which slot.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -22,17 +22,17 @@ class slot_memory {
 
     bool inner_is_host() const { return inner_is_host_; }
 
-    // The layout a tensor's slots have: a repacked one if the inner device would use one for this weight, as stock
-    // llama.cpp then loads it so; else plain.
+    // The layout of a tensor's slots: with `repack`, the repacked one in which stock llama.cpp would load the weight,
+    // if the inner device has one; else plain.
     ggml_backend_buffer_type_t layout_of(const paged_tensor & tensor) const;
     bool                       is_plain(const paged_tensor & tensor) const;
 
-    // Slots for all layers that are not on the mapped path, as many as each layer's n_allocated. False if there is no memory.
+    // Allocate each layer's n_allocated slots, except on the mapped path. False if there is no memory.
     bool allocate(const catalogue & experts);
     void free();
 
-    // In host memory: have the pages of a layer's slots [first, last) now, since first faults cost more than the copies when
-    // they come during decode; give them back to the system, after which they read as zeros; copy one slot to another.
+    // In host memory: zero a layer's slots [first, last) so that their pages exist, since first faults during decode
+    // cost more than the copies; give them back to the system, after which they read as zeros; copy a slot.
     void touch(const paged_layer & layer, int32_t first, int32_t last) const;
     void give_back(const paged_layer & layer, int32_t first, int32_t last) const;
     void copy(const paged_layer & layer, int32_t from, int32_t to) const;
@@ -46,9 +46,9 @@ class slot_memory {
     ggml_backend_dev_t                   inner_;
     bool                                 inner_is_host_;
     bool                                 repack_;
-    std::vector<ggml_context_ptr>        contexts_; // of the slot tensors, one for each buffer type
+    std::vector<ggml_context_ptr>        contexts_; // the slot tensors, by buffer type
     std::vector<ggml_backend_buffer_ptr> buffers_;
-    std::vector<std::shared_ptr<void>>   known_;    // while the buffers live: host_memory_promised()
+    std::vector<std::shared_ptr<void>>   known_;    // keeps the buffers out of host_memory_promised()
     uint64_t                             generation_ = 0;
 };
 

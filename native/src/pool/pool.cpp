@@ -35,7 +35,7 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
         model.said.say(format("%s: %s was loaded after the slots were sized; slots start cold again",
                               model.config.name.c_str(), tensor->name));
         release();
-        model.way.pinned().unpin(); // the new ones are pinned with the others
+        model.way.pinned().unpin(); // sizing pins the new weights with the others
     }
     model.store.add(model.experts.add(owner, tensor, n_expert_used, is_mapped));
 }
@@ -47,7 +47,7 @@ void pool::remove_owner(const void * owner) {
         return;
     }
     release();
-    model.way.pinned().unpin(); // and pinned again for those that stay
+    model.way.pinned().unpin(); // sizing pins those that stay again
     model.store.remove_owner(owner);
     model.experts.remove_owner(owner);
 }
@@ -83,7 +83,7 @@ int32_t pool::prepare() {
             predicted.start();
             governor_.start();
         } else if (status == ROTARY_ERR_READ) {
-            release(); // the next graph may find the disk well
+            release(); // so that the next graph reads again
         }
         return status;
     } catch (...) {
@@ -102,7 +102,7 @@ void pool::release() {
     for (ggml_backend_t user : users_) {
         ggml_backend_synchronize(user);
     }
-    model.way.synchronize(); // it may still copy prefetches, into slots
+    model.way.synchronize(); // the link may still copy prefetches into slots
     const char * print = getenv("ROTARY_STATS");
     if (print != nullptr && strcmp(print, "0") != 0) {
         model.stats.print(model.config.name, ggml_backend_dev_name(model.inner));
@@ -115,7 +115,7 @@ bool pool::begin_graph(ggml_backend_t user) {
     if (spoiled_ && !forget_slots()) {
         return false;
     }
-    model.store.count_reads(); // a reset of the counters counts from this graph on
+    model.store.count_reads(); // first: after a reset of the counters, reads count from this graph on
     governor_.follow();
     rebalance(model, user);
     predicted.forget_guesses();
@@ -170,7 +170,7 @@ bool pool::use_from(ggml_backend_t user) {
     if (std::find(users_.begin(), users_.end(), user) != users_.end()) {
         return false;
     }
-    // Each backend waits for its own graphs once the pool is shared, but the first one did not know.
+    // Backends of a shared pool wait for their own graphs, but a pool's only backend does not.
     for (ggml_backend_t other : users_) {
         ggml_backend_synchronize(other);
     }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// Pool: the paged experts of one model on one device. It owns the parts and their order of life, and does none of their
-// work: what it forwards, it forwards to the room that does.
+// Pool: the paged experts of one model on one device. It owns the parts and their lifetimes, and does none of the work.
 //
-// pool/ is what ggml/ and capi/ hold by a shared pointer and exec/ runs graphs over.
-// Threading: `lock` is held by whoever runs a graph over the pool or changes its layers or slots: every member function
-// says which. Figures have locks of their own (stats/statistics.hpp), and can be read at any time.
+// pool/ is what ggml/ and capi/ hold by a shared pointer, and what exec/ runs graphs over.
+// Threading: `lock` must be held to run a graph over the pool or to change its layers or slots; each section below says
+// who takes it. Figures have locks of their own (stats/statistics.hpp) and can be read at any time.
 
 #pragma once
 
@@ -44,7 +43,7 @@ class pool : public std::enable_shared_from_this<pool> {
     // ---- for the C API and the executor, with the lock held
     void lose(int n) {
         n_lost_ += n;
-    } // models of which not all experts are known, since memory ran out; without the lock
+    } // counts models whose experts are not all known, because memory ran out; needs no lock
     int32_t prepare(); // choose the store, divide the budget and allocate slots, unless that is done
     void    set_budget(const budget & wanted, const std::string & text);
     int32_t warm(int32_t il, std::vector<int32_t> experts); // first_fill::set(), before slots are allocated
@@ -52,11 +51,11 @@ class pool : public std::enable_shared_from_this<pool> {
     void    trace(bool on);
 
     // ---- for the executor, with the lock held
-    // Before a graph: what follows memory and use. False if an earlier failure has left slots that cannot be forgotten yet.
+    // Before a graph: follow memory pressure and rebalance. False if slots of a failed graph cannot be forgotten yet.
     bool begin_graph(ggml_backend_t user);
-    bool forget_slots() noexcept; // after a failure: they may not hold what the tables say; false: not yet either
+    bool forget_slots() noexcept; // after a failure: slots may not hold what the tables say; false: try again
 
-    // A backend that runs over the slots; true the first time, then it must be forgotten when it goes.
+    // Register a backend that runs over the slots; true if it is new, and must be forgotten when it goes.
     bool use_from(ggml_backend_t user);
     void forget(ggml_backend_t user); // takes the lock
     bool is_shared() const { return users_.size() > 1; }
@@ -76,11 +75,11 @@ class pool : public std::enable_shared_from_this<pool> {
     memory_governor             governor_;
     std::vector<ggml_backend_t> users_;
     std::atomic<int>            n_lost_{ 0 };
-    bool                        spoiled_ = false; // by a failure after which slots could not be forgotten
-    std::shared_ptr<pool>       self_;            // of an orphaned one, which is never destroyed
+    bool                        spoiled_ = false; // a failure left slots that could not be forgotten
+    std::shared_ptr<pool>       self_;            // keeps a pool alive that a child cannot use
 
   public:
-    pool_lock lock; // last, so the first to go
+    pool_lock lock; // last member, so destroyed first
 };
 
 } // namespace rotary

@@ -9,11 +9,11 @@
 namespace rotary {
 
 pool_lock::pool_lock(bool serves_child, std::function<void()> orphan) :
-    // The lock is not waited for: a graph may take long, and may wait for a lock of Python's that the forking thread holds.
+    // No waiting: a graph may take long, and may itself wait for a lock of Python's that the forking thread holds.
     guard_([this] { locked_for_fork_ = !held_here() && mutex_.try_lock(); },
            [this, serves_child, orphan = std::move(orphan)](bool in_child) {
                if (in_child && (!locked_for_fork_ || !serves_child)) {
-                   new (&mutex_) std::mutex; // the holder may not exist here
+                   new (&mutex_) std::mutex; // the holder may be a thread of the parent
                    holder_   = std::thread::id();
                    orphaned_ = true;
                    orphan();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Pool lock: held by whoever runs a graph over a pool or changes its layers or slots. A graph may take long, so a fork does
-// not wait for it: a child that was forked amid one gets a pool that it cannot use.
+// Pool lock: held by whoever runs a graph over a pool or changes its layers or slots. A graph may take long, so fork()
+// does not wait for the lock: a child forked during a graph gets a pool that it cannot use.
 // Threading: any thread.
 
 #pragma once
@@ -17,8 +17,8 @@ namespace rotary {
 
 class pool_lock {
   public:
-    // `serves_child`: whether a forked child can use the pool if nobody held the lock at the fork; `orphan` is called in a
-    // child that cannot.
+    // `serves_child`: a child can use the pool if the lock was free at the fork; in one that cannot, `orphan` is
+    // called.
     pool_lock(bool serves_child, std::function<void()> orphan);
 
     class hold {
@@ -33,7 +33,7 @@ class pool_lock {
         const std::lock_guard<std::mutex> guard_;
     };
 
-    // Whether this thread holds the lock: then it is in a policy, predictor or log callback, and must not want it again.
+    // Whether this thread holds the lock, as in a policy, predictor or log callback, which must not take it again.
     bool held_here() const { return holder_ == std::this_thread::get_id(); }
 
     bool is_orphaned() const { return orphaned_; } // in a child that cannot use the pool
@@ -43,7 +43,7 @@ class pool_lock {
     std::atomic<std::thread::id> holder_{};
     bool                         locked_for_fork_ = false;
     bool                         orphaned_        = false;
-    fork_guard                   guard_; // last
+    fork_guard                   guard_; // last: see fork_guard
 };
 
 } // namespace rotary

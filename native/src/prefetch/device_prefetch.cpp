@@ -38,7 +38,7 @@ static void find_on_device(paged_model & model, predictions & predicted, const p
 
 bool predict_on_device(paged_model & model, predictions & predicted, const paged_layer & layer,
                        const ggml_tensor * node, ggml_backend_t inner, rotary_link_prediction & prediction) {
-    const ggml_tensor *        state = node->src[1]; // [n_embd, 1, n_tokens]: what the experts get, as the router did
+    const ggml_tensor *        state = node->src[1]; // [n_embd, 1, n_tokens], for experts and router
     const ggml_tensor *        ids   = node->src[2];
     const paged_layer *        next  = model.experts.after(layer);
     const std::vector<float> & norm  = predicted.layer(layer).norm;
@@ -50,14 +50,14 @@ bool predict_on_device(paged_model & model, predictions & predicted, const paged
     }
     const rotary_link_prediction & here  = model.tables.prediction(layer.index);
     const rotary_link_prediction & there = model.tables.prediction(next->index);
-    // What was predicted for a lookup that has not come, since nobody wanted that layer's output, still stands.
+    // A prediction for a lookup that never came, because that layer's output was not wanted, still stands.
     if (model.tables.is_predicted(next->index) || here.router == nullptr || there.router == nullptr ||
         there.n_embd != here.n_embd || state->type != GGML_TYPE_F32 || state->ne[0] != here.n_embd ||
         state->nb[0] != sizeof(float) || state->ne[1] != 1 || ids->ne[1] > ROTARY_PAGE_MAX_TOKENS) {
         return false;
     }
     if (there.scale == nullptr) {
-        // Each router gets a normed state with its own norm's weights: this one's are divided out.
+        // Each router expects the state times its own norm's weights: replace this layer's by the next one's.
         const std::vector<float> & next_norm = predicted.layer(*next).norm;
         std::vector<float>         scale(norm.size());
         for (size_t i = 0; i < scale.size(); i++) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Device prefetch: what the link needs to predict the next layer's lookup at this one, where the inner device resolves both:
-// then the device applies the next layer's router itself, and copies what it names.
+// Device prefetch: where the inner device resolves lookups itself, it also applies the next layer's router early, and
+// the link copies the experts that this predicts. Here the host tells the link what that takes.
+// Threading: none of its own; the pool locks.
 
 #pragma once
 
@@ -13,7 +14,7 @@
 
 namespace rotary {
 
-// `node` is the multiplication that the lookup is for. False if the next layer cannot be predicted.
+// Fill in `prediction` for the next layer's lookup; false if it cannot be predicted. `node`: this lookup's MUL_MAT_ID.
 bool predict_on_device(paged_model & model, predictions & predicted, const paged_layer & layer,
                        const ggml_tensor * node, ggml_backend_t inner, rotary_link_prediction & prediction);
 

@@ -82,7 +82,7 @@ void predictions::make(const std::string & predictor) {
         }
         before_layer = known;
     }
-    profiles_.clear(); // it has them
+    profiles_.clear();
     set_name((applies_routers() ? std::string(router_predictor) + ", " : "") + predictor);
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// Predictions: the predictor of a pool, and what it predicts for each layer's next lookup. Routers of the next layers are
-// applied early; a predictor from routings serves where those cannot be had or another one is asked for.
-// Threading: under the pool's lock, but for the name, which may be asked for at any time.
+// Predictions: a pool's predictor, and what it predicts for each layer's next lookup. By default the next layers'
+// routers are applied early; a predictor from routings is used where that is impossible or where one is asked for.
+// Threading: under the pool's lock, except name(), which may be called at any time.
 
 #pragma once
 
@@ -23,17 +23,17 @@ namespace rotary {
 
 struct prefetch_config {
     bool                     on        = true;
-    std::string              predictor = automatic_predictor; // by name, or
-    const rotary_predictor * own       = nullptr;
+    std::string              predictor = automatic_predictor; // name
+    const rotary_predictor * own       = nullptr;             // the caller's, instead
 };
 
-// What prefetch keeps of a layer.
+// What prefetch keeps for each layer.
 struct layer_prediction {
-    bool                        router_sought = false; // in the first graph
-    router                      gate;                  // applied on the host
-    std::vector<float>          norm;                  // applied on the device: [n_embd] weights of the norm before it
-    std::vector<paged_tensor *> order;                 // the layer's tensors as the last graph used them
-    std::vector<guess>          guesses[prefetch_gain::n_distances]; // at the next lookup, by layers ahead
+    bool                        router_sought = false; // once, in the first graph
+    router                      gate;                  // if it is applied on the host
+    std::vector<float>          norm;  // [n_embd] weights before the router, if it is applied on the device
+    std::vector<paged_tensor *> order; // the layer's tensors, in the last graph's order of use
+    std::vector<guess>          guesses[prefetch_gain::n_distances]; // for the next lookup, [layers ahead - 1]
 
     void forget_guesses();
 };
@@ -42,29 +42,29 @@ class predictions : public target_source {
   public:
     predictions(paged_model & model, prefetch_config chosen) : model_(model), config_(std::move(chosen)) {}
 
-    // Slots have been allocated. What a predictor has learnt stays when they are allocated anew.
+    // Call when slots have been allocated. A predictor keeps what it has learnt when they are allocated anew.
     void start();
-    void forget_guesses(); // at lookups that never came
+    void forget_guesses(); // for lookups that never came
 
     bool               on() const { return config_.on; }
     bool               applies_routers() const;
     predictor *        from_routings() const { return predictor_.get(); } // NULL if there is none
     layer_prediction & layer(const paged_layer & layer) { return layers_[layer.index]; }
 
-    // Every routing that the host learns.
+    // Call with every routing that the host reads.
     void note(const paged_layer & layer, const std::vector<int32_t> & ids, int64_t n_used);
 
-    // What a profile says of a layer of the model, for predictors that learn; as predictor::learn(). Call before slots are
-    // allocated.
+    // Take a profile of the model's layer `il`, for predictors that learn; arguments as in rotary_pool_learn(). Call
+    // before slots are allocated.
     void learn(int32_t il, const float * popularity, const float * pairs, int32_t n_expert, int64_t n_tokens);
 
-    // A layer's router cannot be applied early: others predict, if they may.
+    // Call if a layer's router cannot be applied early: the best predictor from routings takes over, if it may.
     void router_missing(const paged_layer & layer, const std::string & why);
 
-    // A slot of the layer's for an expert that is prefetched, evicting none of those that are predicted.
+    // A read target for a prefetched expert, reserved without evicting predicted ones; NULL: the staging area.
     char * claim(const stored_tensor & tensor, int32_t expert) override;
 
-    std::string name() const; // "" where nothing predicts
+    std::string name() const; // "" if nothing is predicted
 
   private:
     struct profile {
@@ -79,8 +79,8 @@ class predictions : public target_source {
     const prefetch_config         config_;
     std::vector<layer_prediction> layers_;   // by the layer's index
     std::unique_ptr<predictor>    predictor_;
-    std::pair<size_t, int32_t>    made_for_; // layers and experts
-    std::map<int32_t, profile>    profiles_; // by layer of the model, until there is a predictor
+    std::pair<size_t, int32_t>    made_for_; // number of layers, of experts
+    std::map<int32_t, profile>    profiles_; // by the model's layer number, until a predictor has learnt them
     bool                          missing_said_ = false;
     mutable fork_mutex            name_mutex_;
     std::string                   name_;

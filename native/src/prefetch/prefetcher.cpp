@@ -12,11 +12,11 @@
 
 namespace rotary {
 
-static constexpr int64_t max_tokens = 4; // of a batch to predict for; more are a prompt
+static constexpr int64_t max_tokens = 4; // the largest batch to predict for; larger ones are prompts
 
 // ---- how long a layer takes
 
-// From its lookup to the next one's, without waits for the disk: reads that fit into that time delay nothing.
+// The time from one lookup to the next, without waits for the disk: prefetches that fit into it delay nothing.
 void prefetcher::begin_lookup(direct_store & store, int64_t n_tokens) {
     const uint64_t stalled_us = store.counted().stall_us;
     const uint64_t since_us   = now_us() - looked_up_us_;
@@ -32,12 +32,12 @@ void prefetcher::end_lookup() {
     looked_up_us_ = now_us();
 }
 
-// ---- looking back
+// ---- learning from a lookup
 
 void prefetcher::learn(paged_model & model, predictions & predicted, const lookup & now) {
     layer_prediction & at = predicted.layer(*now.layer);
     if (now.in_slots) {
-        std::vector<int32_t> named; // of what was missed, by guesses that are trusted
+        std::vector<int32_t> named; // misses that trusted guesses had named
         for (int distance = 0; distance < prefetch_gain::n_distances; distance++) {
             for (const auto & [expert, rank] : at.guesses[distance]) {
                 const bool missed = std::any_of(now.loads.begin(), now.loads.end(),
@@ -66,9 +66,9 @@ void prefetcher::learn(paged_model & model, predictions & predicted, const looku
     at.forget_guesses();
 }
 
-// ---- looking ahead
+// ---- predicting lookups
 
-// The products of these layers' routers with what `layer`'s experts get, for all tokens; none if they cannot be had.
+// The products of these layers' routers with `input`, which `layer`'s experts get, for all tokens; empty on failure.
 std::vector<const float *> prefetcher::apply_routers(predictions & predicted, const paged_layer & layer,
                                                      const std::vector<paged_layer *> & layers,
                                                      const ggml_tensor * input, int64_t n_tokens) {
@@ -100,8 +100,8 @@ void prefetcher::predict(paged_model & model, predictions & predicted, const loo
 
     const int64_t       n_used   = ids->ne[0];
     const int64_t       n_tokens = ids->ne[1];
-    const ggml_tensor * input    = now.node->src[1]; // [n_embd, 1, n_tokens]: what the experts get, as the router did
-    const bool          all      = n_used * n_tokens >= 4 * layer.n_expert; // then hardly any is left out
+    const ggml_tensor * input    = now.node->src[1]; // [n_embd, 1, n_tokens], for experts and router
+    const bool          all      = n_used * n_tokens >= 4 * layer.n_expert; // then nearly all experts are wanted
     const bool          routers  = predicted.applies_routers() && here.gate.known() && input->type == GGML_TYPE_F32 &&
                                    input->ne[0] == here.gate.n_embd() && input->ne[1] == 1;
     const bool          usable   = n_tokens <= max_tokens && (routers || predicted.from_routings() != nullptr);
@@ -111,8 +111,8 @@ void prefetcher::predict(paged_model & model, predictions & predicted, const loo
     const uint64_t start_us = now_us();
     direct_store & store    = *model.store.direct();
 
-    // As many layers ahead as fill the window of prefetches.
-    std::vector<paged_layer *> layers, routed; // of these, those whose routers say it
+    // As many layers ahead as fill the prefetch window.
+    std::vector<paged_layer *> layers, routed; // routed: those predicted by their routers
     const int                  depth = gain_.depth(store.prefetch_window());
     for (paged_layer * next = model.experts.after(layer); next != nullptr && next->index - layer.index <= depth;
          next               = model.experts.after(*next)) {
@@ -164,7 +164,7 @@ void prefetcher::predict(paged_model & model, predictions & predicted, const loo
     }
 }
 
-// Note that these are predicted for a layer, best first; those that the gain trusts are added to `experts`, to be read.
+// Record `chosen`, best first, as guesses for a layer, and add those that the gain trusts to `experts`.
 void prefetcher::guess_at(const paged_layer & layer, layer_prediction & at, int distance,
                           const std::vector<int32_t> & chosen, std::vector<int32_t> & experts) const {
     std::vector<guess> & guesses = at.guesses[distance];

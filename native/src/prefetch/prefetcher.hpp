@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
 //
-// Prefetcher: reads what the next layers will probably want while the disk has nothing else to do.
+// Prefetcher: reads the experts that the next layers will probably want, while the disk has nothing else to do.
 //
-// prefetch/ knows what will be wanted: routers as graphs have them (router_finder.hpp) and applied early (router.hpp),
-// predictors from routings alone (predictors/), which of them a pool uses and what they say (predictions.hpp), what
-// following them is worth (gain.hpp), and the two that act on it: this one, for reads of the direct store, and device_prefetch.hpp,
-// for copies of the link. A prediction is a hint; exactness does not rest on it. Called by exec/ at each lookup.
+// prefetch/ predicts lookups: it finds routers in graphs (router_finder.hpp) and applies them early (router.hpp), or
+// predicts from routings alone (predictors/); it keeps a pool's predictor and predictions (predictions.hpp) and
+// measures what following them gains (gain.hpp). Two parts act on predictions: this one through the direct store,
+// device_prefetch.hpp over the link. A wrong prediction costs time, and changes no result. Called by exec/.
 // Threading: one prefetcher for each backend, one graph at a time, under the lock of the pool that the graph runs over.
 
 #pragma once
@@ -30,21 +30,21 @@ class prefetcher {
     // A lookup that the host has resolved.
     struct lookup {
         paged_layer *                       layer;
-        const ggml_tensor *                 node;    // the multiplication that it is for
-        const std::vector<paged_tensor *> & order;   // the layer's tensors as the graph uses them
-        const std::vector<int32_t> &        experts; // distinct ones
-        const std::vector<rotary_load> &    loads;   // absent ones, if all have slots
-        bool                                in_slots;
+        const ggml_tensor *                 node;     // its MUL_MAT_ID
+        const std::vector<paged_tensor *> & order;    // the layer's tensors, in the order in which the graph uses them
+        const std::vector<int32_t> &        experts;  // distinct
+        const std::vector<rotary_load> &    loads;    // the absent ones; empty unless in_slots
+        bool                                in_slots; // all experts have slots
     };
 
-    void begin_graph() { looked_up_us_ = 0; } // what is between two graphs is no layer's time
+    void begin_graph() { looked_up_us_ = 0; } // the time between two graphs is not a layer's
     void begin_lookup(direct_store & store, int64_t n_tokens);
     void end_lookup();
 
-    // How right the guesses at this lookup were, and what following them is worth.
+    // Learn how good the guesses for this lookup were and what following them gains.
     void learn(paged_model & model, predictions & predicted, const lookup & now);
 
-    // Predict the next lookups and queue reads of what they will want.
+    // Predict the next lookups and queue reads of the experts that they will want.
     void predict(paged_model & model, predictions & predicted, const lookup & now);
 
   private:
@@ -56,8 +56,8 @@ class prefetcher {
 
     router_products products_;
     prefetch_gain   gain_;
-    uint64_t        looked_up_us_ = 0; // when the last lookup was done
-    uint64_t        stalled_us_   = 0; // by the disk, until then
+    uint64_t        looked_up_us_ = 0; // end of the last lookup; 0: none in this graph
+    uint64_t        stalled_us_   = 0; // the direct store's stall_us at the last lookup
 };
 
 } // namespace rotary

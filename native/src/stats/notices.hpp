@@ -17,7 +17,7 @@ class notices {
   public:
     void         say(const std::string & text);
     int32_t      size() const;
-    const char * text(int32_t index) const; // NULL past the end; valid as long as this object
+    const char * text(int32_t index) const; // NULL past the end; valid while this object lives
 
   private:
     mutable fork_mutex      mutex_;

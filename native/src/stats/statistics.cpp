@@ -26,7 +26,7 @@ void statistics::set_scratch_bytes(uint64_t bytes) {
     scratch_bytes_ = bytes;
 }
 
-// To a layer's counters, or to all layers'.
+// `sum` is a layer's counters, or the pool's.
 template <typename counters> static void add(counters & sum, const rotary_layer_stats & more) {
     sum.lookups += more.lookups;
     sum.requests += more.requests;

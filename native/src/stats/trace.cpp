@@ -20,7 +20,7 @@ void routing_trace::turn(bool on) {
 
 void routing_trace::record(int32_t il, int64_t n_used, const std::vector<int32_t> & ids,
                            const std::vector<float> & weights, const std::vector<bool> & resident) {
-    static constexpr size_t max_bytes = 64u << 20; // if nobody reads them
+    static constexpr size_t max_bytes = 64u << 20; // limit if nobody reads the records
 
     const std::lock_guard<std::mutex> lock(mutex_);
     if ((records_.size() + 3 * ids.size() + 4) * sizeof(int32_t) > max_bytes) {

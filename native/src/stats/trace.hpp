@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Trace: routings as they happen, recorded for rotary_pool_trace_read(), which says how a record is laid out.
+// Trace: recorded routings for rotary_pool_trace_read(), which documents the layout of a record.
 // Threading: any thread; see statistics.hpp.
 
 #pragma once
@@ -15,14 +15,14 @@ namespace rotary {
 
 class routing_trace {
   public:
-    void turn(bool on); // on: begins anew
+    void turn(bool on); // turning it on drops older records
     bool on() const { return on_; }
 
-    // A routing of layer `il`, ids[n_tokens][n_used], with the router's weights or none, and which experts were resident.
+    // Record a routing of layer `il`, ids[n_tokens][n_used], with each id's router weight (or none) and its residency.
     void record(int32_t il, int64_t n_used, const std::vector<int32_t> & ids, const std::vector<float> & weights,
                 const std::vector<bool> & resident);
 
-    // As rotary_pool_trace_read().
+    // Contract: rotary_pool_trace_read() in rotary.h.
     int64_t read(int32_t * records, int64_t n, uint64_t & n_untraced);
 
   private:

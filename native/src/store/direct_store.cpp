@@ -13,11 +13,11 @@
 
 namespace rotary {
 
-// ---- wanting
+// ---- demands and prefetches
 
 direct_store::direct_store(std::unique_ptr<reader> reader, size_t staging_bytes) :
     area_(staging_bytes), reader_(std::move(reader)) {
-    results_.reserve(reader::max_in_flight); // the reader can always hand over
+    results_.reserve(reader::max_in_flight); // so that the reader can always deliver
 }
 
 direct_store::found direct_store::demand(const stored_tensor & tensor, int32_t expert, char * target) {
@@ -29,7 +29,7 @@ direct_store::found direct_store::demand(const stored_tensor & tensor, int32_t e
         fresh = true;
     }
     if (entry.now == state::queued && !entry.demanded) {
-        prefetch_bytes_ -= fresh ? 0 : tensor.expert_bytes; // the other entry, in that queue, will be skipped
+        prefetch_bytes_ -= fresh ? 0 : tensor.expert_bytes; // start() will skip its entry in the prefetch queue
         entry.demanded = true;
         entry.target   = target;
         demanded_bytes_ += tensor.expert_bytes;
@@ -107,7 +107,7 @@ void direct_store::drop(const stored_tensor & tensor, int32_t expert) {
 }
 
 size_t direct_store::prefetch_window() const {
-    // What the disk does in the time of a layer, and enough to keep several requests in flight.
+    // What the disk reads while a layer is computed, and enough to keep several requests in flight.
     return std::max<size_t>(std::min((size_t) (bytes_per_us_ * layer_us_), area_.size() / 2), 4 << 20);
 }
 
@@ -122,9 +122,9 @@ void direct_store::pump() {
     }
 }
 
-// Start the first read of a queue; false if there is none, or no room for it.
+// Start the read at the front of a queue; false if the queue is empty or there is no room.
 bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
-    // One read of neighbours: what amortises a request, and not so much that a demand waits long behind a prefetch.
+    // Reading neighbours as one amortises a request. Prefetches stay short: a demand may have to wait behind one.
     const size_t max_bytes = demanded ? 4 << 20 : 1 << 20;
 
     const auto waiting = [&](const part_key & key) {
@@ -185,7 +185,7 @@ bool direct_store::start(std::deque<part_key> & queue, bool demanded) {
     return true;
 }
 
-// Start one read, of the file's bytes [from, end), for the first n parts of a queue.
+// Start one read of the file's bytes [from, end), for the first n parts of a queue.
 void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, uint64_t end, char * memory,
                          const std::shared_ptr<char> & block) {
     const stored_tensor & first = *queue.front().first;
@@ -193,7 +193,7 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
     const size_t          align = first.file->alignment();
     const size_t          size  = (end - from + align - 1) / align * align;
     const uint64_t        tag   = next_read_++;
-    // What may fail for want of memory comes first: a read is noted if and only if it is submitted.
+    // Allocate first: reads_ has an entry if and only if the read was submitted.
     std::vector<part_key> parts(queue.begin(), queue.begin() + n);
     reads_.emplace(tag, read{ std::move(parts), block, (size_t) (end - start), first.file });
     try {
@@ -224,7 +224,7 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
     counters_.bytes_in_place += block ? 0 : size;
 }
 
-// Drop the oldest prefetch that has landed and is not demanded; false if there is none.
+// Drop the oldest prefetch that landed in the staging area and is not demanded; false if there is none.
 bool direct_store::make_room() {
     auto oldest = parts_.end();
     for (auto it = parts_.begin(); it != parts_.end(); ++it) {
@@ -242,19 +242,19 @@ bool direct_store::make_room() {
 }
 
 void direct_store::reap(bool wait) {
-    reader_->complete(results_, wait); // what it handed over before it failed is still there the next time
+    reader_->complete(results_, wait); // if it throws, what it delivered stays in results_ for the next call
     for (const read_result & result : results_) {
         const auto finished = reads_.find(result.tag);
         for (const part_key & key : finished->second.parts) {
             const auto it = parts_.find(key);
             if (it == parts_.end() || it->second.read != result.tag) {
-                continue; // dropped meanwhile, and perhaps wanted anew
+                continue; // dropped since, and perhaps requested again
             }
             part & each = it->second;
             each.now    = result.error == 0 ? state::landed : state::failed;
             each.error  = result.error;
             if (result.error != 0) {
-                each.block.reset(); // make_room() looks for what has landed
+                each.block.reset(); // make_room() frees landed parts only
             }
             (each.demanded ? demanded_bytes_ : prefetch_bytes_) -= key.first->expert_bytes;
         }
@@ -264,7 +264,7 @@ void direct_store::reap(bool wait) {
     if (!results_.empty() && in_flight_bytes_ == 0) {
         const uint64_t busy_us = std::max<uint64_t>(now_us() - busy_since_us_, 1);
         counters_.read_us += busy_us;
-        // Reads that landed while nobody looked were noticed late: unless the span ended in a wait, this is only a lower bound.
+        // Reads that land between calls are noticed late: unless the span ended in a wait, this is a lower bound.
         const double seen = (double) busy_bytes_ / busy_us;
         if (wait || seen > bytes_per_us_) {
             bytes_per_us_ += (seen - bytes_per_us_) / 8;
@@ -288,7 +288,7 @@ const char * direct_store::wait(const stored_tensor & tensor, int32_t expert) {
             if (!reads_.empty()) {
                 reap(true);
             } else {
-                // Nothing in flight and no room: parts that landed early are in the way. They are read again when they are wanted.
+                // Nothing is in flight and there is no room: drop the landed parts, and read them again after this one.
                 for (auto & [other, entry] : parts_) {
                     if (entry.now == state::landed && entry.block) {
                         entry          = part{};
@@ -306,7 +306,7 @@ const char * direct_store::wait(const stored_tensor & tensor, int32_t expert) {
     const part & part = parts_[key];
     if (part.now == state::failed) {
         fail_part(key, part.error);
-        parts_.erase(key); // tried again when it is wanted again
+        parts_.erase(key); // the next demand tries again
         return nullptr;
     }
     return part.data;
@@ -333,7 +333,7 @@ void direct_store::take(const stored_tensor & tensor, int32_t expert) {
 
 void direct_store::clear() noexcept {
     if (std::any_of(reads_.begin(), reads_.end(), [](const auto & each) { return each.second.block == nullptr; })) {
-        reader_->finish(); // their ends are noticed the next time
+        reader_->finish(); // no read may write to a target any more; the next reap() takes the results
     }
     parts_.clear();
     demanded_.clear();
@@ -343,7 +343,7 @@ void direct_store::clear() noexcept {
 
 void direct_store::reset_counters() {
     counters_ = {};
-    for (const auto & [key, entry] : parts_) { // what is used from now on counts as read from now on
+    for (const auto & [key, entry] : parts_) { // a prefetch used after the reset counts as made after it
         const bool begun = entry.now == state::in_flight || entry.now == state::landed;
         counters_.prefetched += begun && !entry.demanded && key.first->counts_expert;
     }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 //
-// Direct store: expert bytes read from the model's file by direct I/O, past the page cache, in the background, through a
-// bounded staging area or straight to a read target. A *part* is one expert of one tensor; it is queued, in flight, or
-// landed, until it is taken or dropped. Reads on demand go before prefetches, in the order they were asked for;
-// neighbours in the file are read as one into the staging area. Knows neither slots nor graphs.
+// Direct store: reads experts from the model's file by direct I/O, past the page cache, in the background, into a
+// bounded staging area or straight to a read target. A *part* is one expert of one tensor; it is queued, in flight,
+// landed or failed, until it is taken or dropped. Reads on demand go before prefetches, each in the order of the
+// requests; neighbours in the file are read as one into the staging area. Knows neither slots nor graphs.
 // Threading: none of its own; the pool locks. Reads go on in the background between calls.
 
 #pragma once
@@ -21,13 +21,13 @@
 
 namespace rotary {
 
-// Says where a prefetched part is read to. Asked when its read begins: a slot taken when it is queued would cost a resident
+// Chooses the read target of a prefetched part when its read begins: a slot claimed earlier would evict a resident
 // expert for a read that may never begin.
 class target_source {
   public:
     virtual ~target_source() = default;
 
-    // NULL is the staging area.
+    // NULL: read it to the staging area.
     virtual char * claim(const stored_tensor & tensor, int32_t expert) = 0;
 };
 
@@ -37,57 +37,56 @@ class direct_store {
 
     bool                     ok() const { return area_.ok(); }
     rotary_io                io() const { return reader_->kind(); }
-    std::vector<std::string> take_io_notices() { return reader_->take_notices(); } // see there
+    std::vector<std::string> take_io_notices() { return reader_->take_notices(); }
     size_t                   staging_bytes() const { return area_.size(); }
     char *                   staging() const { return area_.base(); }
 
     enum class found { absent, in_flight, landed };
 
-    // Want a part now, read to `target` unless it is already on its way to another; NULL is the staging area. A target has
-    // its part's offset in the file modulo the file's alignment, and room around it for the rest of the first and the last
-    // sector. Tells what a prefetch had already done for the part.
+    // Request a part now, read to `target` (NULL: the staging area) unless it is already being read elsewhere. A
+    // target's address equals the part's offset in the file modulo the file's alignment, with room around it for the
+    // rest of the first and the last sector. Returns what a prefetch had already done for the part.
     found demand(const stored_tensor & tensor, int32_t expert, char * target = nullptr);
 
-    // Want a part soon: read it when nothing is wanted now, to where `targets` says then, if it is not NULL.
+    // Request a part for when no demand is waiting. `targets` chooses its read target then; NULL: the staging area.
     void prefetch(const stored_tensor & tensor, int32_t expert, target_source * targets);
 
-    // Forget prefetches: those that have not begun; those of a tensor in the staging area or on their way there.
+    // Cancel prefetches: all that have not begun; all of one tensor, except those that have begun to a read target.
     void cancel_queued();
     void cancel(const stored_tensor & tensor);
 
-    // Parts that are read to a target: whether one is on its way, how to wait until it is not, at which target it has
-    // landed (or NULL), and how to forget that.
+    // For parts with a read target: finish() waits while the part is in flight; landed_at() is the target it has landed
+    // at, or NULL; drop() forgets the part. knows() is true of every part.
     bool knows(const stored_tensor & tensor, int32_t expert) const { return parts_.count({ &tensor, expert }) != 0; }
     bool in_flight(const stored_tensor & tensor, int32_t expert) const;
     void finish(const stored_tensor & tensor, int32_t expert);
     const char * landed_at(const stored_tensor & tensor, int32_t expert) const;
     void         drop(const stored_tensor & tensor, int32_t expert);
 
-    // Notice what has landed, and start what can be started; neither waits.
+    // notice() sees which reads have landed; pump() also starts those that can be started. Neither waits.
     void notice() { reap(false); }
     void pump();
 
-    // A part's bytes once it has landed, valid until take() or the next wait(); NULL with this thread's error if it
-    // cannot be read.
+    // Wait for a part. Returns its bytes, valid until take() or the next wait(); NULL with this thread's error.
     const char * wait(const stored_tensor & tensor, int32_t expert);
     bool         landed(const stored_tensor & tensor, int32_t expert) const;
     void         take(const stored_tensor & tensor, int32_t expert); // done with the bytes
-    void         clear() noexcept; // done with everything; no target is written any more
+    void         clear() noexcept; // drop all parts; afterwards no read writes to a target
 
-    // Time for reading so much, and until everything demanded has landed, by the bandwidth seen so far.
-    double time_for(size_t bytes) const { return (double) bytes / bytes_per_us_; } // us
+    // Microseconds to read `bytes`, and until all demanded parts have landed, at the bandwidth measured so far.
+    double time_for(size_t bytes) const { return (double) bytes / bytes_per_us_; }
     double expected_wait_us() const { return time_for(demanded_bytes_); }
 
-    // Bytes of prefetches queued and in flight, and how many are worth having: more only delay what is demanded next.
+    // Bytes of prefetches queued and in flight, and how many are worth it: more would only delay the next demand.
     size_t prefetch_bytes() const { return prefetch_bytes_; }
     size_t prefetch_window() const;
-    void   set_layer_time(double us) { layer_us_ = us; } // what is read in that time delays nothing
+    void   set_layer_time(double us) { layer_us_ = us; } // computing a layer; reads in that time delay nothing
 
     struct counters {
         uint64_t reads          = 0;
         uint64_t bytes_read     = 0;
-        uint64_t bytes_in_place = 0; // of those, not to the staging area
-        uint64_t read_us        = 0; // with something in flight
+        uint64_t bytes_in_place = 0; // of bytes_read, straight to a read target
+        uint64_t read_us        = 0; // with at least one read in flight
         uint64_t stall_us       = 0; // in wait()
         uint64_t prefetched     = 0; // experts whose read was started as a prefetch
     };
@@ -107,18 +106,18 @@ class direct_store {
         bool                  demanded = false;
         target_source *       targets  = nullptr; // of a prefetch whose target is yet to be claimed
         char *                target   = nullptr; // NULL: the staging area
-        uint64_t              read     = 0;       // number of the read that brings it
-        std::shared_ptr<char> block;              // of the staging area, shared by the parts of one read
+        uint64_t              read     = 0;       // number of the part's read
+        std::shared_ptr<char> block;              // in the staging area, shared by the parts of one read
         const char *          data  = nullptr;
         int                   error = 0;
     };
     struct read {
         std::vector<part_key> parts;
         std::shared_ptr<char>
-               block; // here as well: a part may be dropped while the kernel still writes; NULL: at a target
+               block; // held here too: a part may be dropped while the kernel still writes; NULL: to a target
         size_t bytes;
 
-        std::shared_ptr<weight_file> file; // stays open, whatever becomes of the tensor meanwhile
+        std::shared_ptr<weight_file> file; // keeps it open if the tensor goes meanwhile
     };
 
     bool start(std::deque<part_key> & queue, bool demanded);
@@ -128,7 +127,7 @@ class direct_store {
     void reap(bool wait);
     void fail_part(const part_key & key, int error) const;
 
-    staging_area                                 area_; // first, so the last to go: every block returns to it
+    staging_area                                 area_; // first, so destroyed last: every block returns to it
     std::unordered_map<part_key, part, key_hash> parts_;
     std::deque<part_key>                         demanded_;
     std::deque<part_key>                         prefetches_;
@@ -137,13 +136,13 @@ class direct_store {
     size_t                                       demanded_bytes_  = 0;    // queued or in flight
     size_t                                       prefetch_bytes_  = 0;    // queued or in flight
     size_t                                       in_flight_bytes_ = 0;
-    uint64_t                                     busy_since_us_   = 0;    // with something in flight
-    uint64_t                                     busy_bytes_      = 0;    // asked for since
-    double                                       bytes_per_us_    = 1000; // seen; a guess at first
-    double                                       layer_us_        = 4000; // likewise
+    uint64_t                                     busy_since_us_   = 0;    // when the first of the reads in flight began
+    uint64_t                                     busy_bytes_      = 0;    // requested since then
+    double                                       bytes_per_us_    = 1000; // measured; a guess at first
+    double                                       layer_us_        = 4000; // a guess until set_layer_time()
     counters                                     counters_;
     std::vector<read_result>                     results_;
-    std::unique_ptr<reader>                      reader_; // last, so the first to go: it waits for its reads
+    std::unique_ptr<reader>                      reader_; // last, so destroyed first: it waits for its reads
 };
 
 } // namespace rotary

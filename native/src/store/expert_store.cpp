@@ -20,7 +20,7 @@ namespace rotary {
 void expert_store::add(stored_tensor & tensor) {
     const stored_tensor * last = tensors_.empty() ? nullptr : tensors_.back();
     if (tensor.is_mapped && last != nullptr && last->owner == tensor.owner && last->file) {
-        tensor.file   = last->file; // one mapping: no need to look it up again
+        tensor.file   = last->file; // the same mapping, so no need to look it up again
         tensor.offset = last->offset + (tensor.data - last->data);
     } else if (tensor.is_mapped) {
         tensor.file = weight_file::at(tensor.data, tensor.offset, reopen_error_);
@@ -57,10 +57,10 @@ bool store_parse(const std::string & text, rotary_store & store) {
 void expert_store::choose(uint64_t margin, uint64_t one_token, const std::function<void()> & unpin) {
     uint64_t                      in_files = 0, in_memory = 0, file_bytes = 0;
     std::set<const weight_file *> files;
-    const stored_tensor *         kept    = nullptr; // the first that lies in no file
-    bool                          fresh   = false;   // some are in files and not read directly
-    bool                          lost    = false;   // some are in files that cannot be opened again
-    bool                          no_disk = true;    // all are in memory, or in files that are: a mapping takes no more
+    const stored_tensor *         kept    = nullptr; // the first tensor that lies in no file
+    bool                          fresh   = false;   // some tensors are in files and not read directly yet
+    bool                          lost    = false;   // some tensors' files cannot be opened again
+    bool                          no_disk = true;    // no file is on a disk: mapping a tmpfs takes no more memory
     for (stored_tensor * tensor : tensors_) {
         const uint64_t bytes = tensor->bytes();
         if (tensor->file && files.insert(tensor->file.get()).second) {
@@ -127,8 +127,8 @@ void expert_store::choose(uint64_t margin, uint64_t one_token, const std::functi
     }
 }
 
-// Staging: what a layer's batch of reads needs to keep the disk busy while it is computed on, and no large part of the
-// memory there is. It must hold the largest part of all, and better several.
+// Staging memory: enough to keep the disk busy while a layer is computed, a small share of available memory, and never
+// less than `min_bytes`, which holds a few of the largest parts.
 static uint64_t staging_bytes(uint64_t wanted, uint64_t available, uint64_t min_bytes, uint64_t one_token,
                               uint64_t all) {
     if (wanted == 0) {
@@ -138,7 +138,7 @@ static uint64_t staging_bytes(uint64_t wanted, uint64_t available, uint64_t min_
     return std::max(wanted, min_bytes);
 }
 
-// Open the direct store, or open it to models that were loaded since. If that fails, their mappings stay usable.
+// Open the direct store, or extend it to models that were loaded since. On failure their mappings stay usable.
 bool expert_store::open_direct(uint64_t one_token, const std::function<void()> & unpin) {
     uint64_t largest = 0, all_bytes = 0;
     for (const stored_tensor * tensor : tensors_) {
@@ -157,7 +157,7 @@ bool expert_store::open_direct(uint64_t one_token, const std::function<void()> &
         }
     }
 
-    // Take the mappings over, each owner's stretch of it once.
+    // Take the mappings over, all experts of one owner at once.
     std::map<const void *, std::vector<memory_range>> own;
     std::map<const void *, std::vector<memory_range>> copied;
     std::set<std::string>                             paths, with_experts;
@@ -258,7 +258,7 @@ const char * expert_store::fetch(const stored_tensor & tensor, int32_t expert) {
     return bytes;
 }
 
-// Where an expert lies in RAM for good; NULL if it does not, or is still on its way there.
+// The expert's bytes in the RAM tier; NULL if it has no slot there or the direct store is not done with it.
 const char * expert_store::in_ram(const stored_tensor & tensor, int32_t expert) const {
     const char * slot = ram_.slot_of(tensor, expert);
     return slot != nullptr && !direct_->knows(tensor, expert) ? slot : nullptr;

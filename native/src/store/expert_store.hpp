@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT
 //
-// Expert store: where the bytes of experts come from, by tensor and expert.
+// Expert store: gives the bytes of any expert of any tensor.
 //
-// Experts lie in llama.cpp's mapping of the file, or, without mmap, in memory that it filled. Where they do not fit into
-// the memory there is, the mapping would live on page faults, a few KiB at a time and the dense weights among them. Then the
-// direct store (direct_store.hpp) reads them from the file by direct I/O, and the mapping is taken over: dense weights
-// become ordinary memory, and nothing is left in the page cache that memory pressure could fight over. In front of an inner
-// device with memory of its own, what has been read stays in a tier of slots in RAM (ram_tier.hpp).
+// Experts lie in llama.cpp's mapping of the file or, without mmap, in memory that llama.cpp filled. If they do not fit
+// into available memory, the mapping would page-fault a few KiB at a time, for dense weights too. Then the direct store
+// (direct_store.hpp) reads experts by direct I/O, and the mapping is taken over (weight_file.hpp): dense weights become
+// ordinary memory, and nothing is left in the page cache for memory pressure to drop. In front of an inner device with
+// memory of its own, experts that have been read stay in slots in RAM (ram_tier.hpp).
 //
-// store/ knows files, reads and memory; it knows neither graphs nor the inner device's slots: callers hand
-// over a read target. Called by link/ (which copies the bytes), model/ (sizing), prefetch/ and exec/.
+// store/ knows files, reads and memory, but neither graphs nor the inner device's slots: callers pass read targets.
+// Called by link/ (which copies the bytes), model/ (sizing), prefetch/ and exec/.
 // Threading: none of its own, the pool locks; reads go on in the background between calls.
 
 #pragma once
@@ -34,7 +34,7 @@ bool store_parse(const std::string & text, rotary_store & store); // "auto", "mm
 struct store_setting {
     std::string  model;             // name for messages
     rotary_store wanted        = ROTARY_STORE_AUTO;
-    uint64_t     staging_bytes = 0; // 0: by the memory there is
+    uint64_t     staging_bytes = 0; // 0: chosen from available memory
     bool         inner_is_host = true;
 };
 
@@ -47,26 +47,26 @@ class expert_store {
     void add(stored_tensor & tensor);
     void remove_owner(const void * owner);
 
-    // Decide between mapping and direct I/O, and open the direct store to models that came since. `margin` bytes of memory
-    // are to stay free; one_token: bytes of one token's experts in the largest layer. `unpin` is called before mappings are
-    // taken over and staging memory goes: no device may read them any more.
+    // Choose between mapping and direct I/O, and extend the direct store to models added since. `margin` bytes of
+    // memory are to stay free; `one_token` is the bytes of one token's experts in the largest layer. `unpin` is called
+    // before mappings are taken over and staging memory is replaced: no device may read either after that.
     void choose(uint64_t margin, uint64_t one_token, const std::function<void()> & unpin);
 
     direct_store * direct() const { return direct_.get(); } // NULL where experts are in memory or mapped
     ram_tier &     ram() { return ram_; }
 
-    // One expert's bytes in host memory, valid until release() of it or the next fetch(); NULL with this thread's error.
+    // The expert's bytes in host memory, valid until its release() or the next fetch(); NULL with this thread's error.
     const char * fetch(const stored_tensor & tensor, int32_t expert);
-    bool         fetchable(const stored_tensor & tensor, int32_t expert) const; // without waiting
+    bool         fetchable(const stored_tensor & tensor, int32_t expert) const; // fetch() would not wait
     void         release(const stored_tensor & tensor, int32_t expert);
 
-    // A weight's bytes for a caller who does not compute with them; false with this thread's error.
+    // Copy part of a weight, from wherever its bytes are; false with this thread's error.
     bool copy_out(const char * weight, void * data, size_t offset, size_t size) const;
 
-    bool files_unchanged() const; // else this thread's error says what happened
-    void count_reads();           // show what the direct store has counted
-    void announce_io();           // say how the direct store reads, if that has changed
-    void clear();                 // forget reads and what is in RAM
+    bool files_unchanged() const; // false with this thread's error
+    void count_reads();           // copy the direct store's counters to the statistics
+    void announce_io();           // add a notice if the direct store reads in another way now
+    void clear();                 // drop all reads and all experts in RAM
 
   private:
     bool         open_direct(uint64_t one_token, const std::function<void()> & unpin);

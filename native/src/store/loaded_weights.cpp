@@ -19,11 +19,11 @@ namespace rotary {
 
 struct known_experts {
     size_t       bytes;
-    std::string  path;  // of their file, if they are in one
+    std::string  path;  // of their file; empty if they are in none
     const void * owner; // the paged buffer
 };
 
-// By where they begin. Never destroyed, as models may outlive our statics.
+// By the address of expert 0. Never destroyed: models may outlive static objects.
 static auto & ranges_mutex = *new fork_mutex;
 static auto & ranges       = *new std::map<const char *, known_experts>;
 
@@ -54,7 +54,7 @@ std::vector<memory_range> all_experts(std::set<std::string> & paths) {
 
 static auto & copied_mutex    = *new fork_mutex;
 static auto & copied_now      = *new std::set<std::string>;
-static bool   copied_all_told = false; // experts have come: the next question is about another model
+static bool   copied_all_told = false; // experts have come: the next weight belongs to another model
 
 void note_weight(const std::string & name, bool copied) {
     const std::lock_guard<std::mutex> lock(copied_mutex);

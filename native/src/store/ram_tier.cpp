@@ -11,8 +11,8 @@
 
 namespace rotary {
 
-// Calls place(tensor, address, stride) for each tensor's slots, laid out from `begin` on; returns the bytes they take. A
-// slot lies at its part's offset in the file modulo the file's alignment.
+// Call place(tensor, address, stride) for each tensor's slots, laid out from `begin` on; returns the bytes they take.
+// Slots are aligned as read targets of direct_store::demand().
 template <typename function>
 static size_t lay_out(const std::vector<ram_tier::layer_slots> & layers, uintptr_t begin, const function & place) {
     uintptr_t at = begin;
@@ -50,7 +50,7 @@ bool ram_tier::allocate(std::vector<layer_slots> layers, const allocator & pinne
         memory_.reset((char *) plain, [bytes](char * memory) { munmap(memory, bytes); });
     }
     bytes_ = bytes;
-    // Rounded up here, so that the layout is the one that was measured.
+    // Begin at a whole unit, so that the layout takes the bytes that bytes_for() counted.
     const uintptr_t begin =
         ((uintptr_t) memory_.get() + staging_area::unit - 1) / staging_area::unit * staging_area::unit;
     lay_out(layers, begin, [this](const stored_tensor & tensor, char * first, size_t stride) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// RAM tier: slots in RAM that the direct store reads into, in front of an inner device that has memory of its own. Experts
-// are copied from here to the device's slots. Prompts that want more experts than it has slots pass it by, so that they do
-// not flood it.
+// RAM tier: slots in RAM that the direct store reads into, in front of an inner device that has memory of its own.
+// Experts are copied from here to the device's slots. A batch that misses more experts than its layer has slots here
+// bypasses the tier, which it would otherwise flush.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -21,13 +21,13 @@ namespace rotary {
 class ram_tier {
   public:
     struct layer_slots {
-        std::vector<const stored_tensor *> tensors; // that are read by direct I/O
+        std::vector<const stored_tensor *> tensors; // those read by direct I/O
         int32_t                            n_slots;
         std::unique_ptr<slot_table>        table;   // NULL: the layer has no slots here
     };
 
-    // Allocates the slots of all layers; `pinned` gives page-locked memory, or NULL, and is not asked if it is empty. False
-    // if the system refuses the memory, with errno.
+    // Allocate the slots of all layers, in what `pinned` returns (page-locked memory, or NULL) if it is set, else in
+    // pageable memory. False with errno if the system refuses.
     using allocator = std::function<std::shared_ptr<char>(size_t bytes)>;
     static size_t bytes_for(const std::vector<layer_slots> & layers);
     bool          allocate(std::vector<layer_slots> layers, const allocator & pinned);
@@ -42,7 +42,7 @@ class ram_tier {
         return layer < (int32_t) layers_.size() ? layers_[layer].get() : nullptr;
     }
 
-    // Where a tensor's part of a slot is, and of the slot that an expert has, NULL if it has none.
+    // A tensor's part of a slot. slot_of(): of the slot that `expert` is in, NULL if it is in none.
     char * slot(const stored_tensor & tensor, int32_t slot) const {
         return tensors_[tensor.index].first + tensors_[tensor.index].stride * slot;
     }

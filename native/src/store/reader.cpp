@@ -24,10 +24,10 @@ namespace rotary {
 class read_threads {
   public:
     static constexpr size_t n_wanted   = 8;
-    static constexpr size_t n_requests = n_wanted * 4; // in flight
+    static constexpr size_t n_requests = n_wanted * 4; // that may be in flight
 
-    // As many as the system gives us; then without any, complete() reads. It is made before the first of them starts: the
-    // destructor ends them, wherever memory runs out.
+    // Starts as many threads as the system allows. Delegates to another constructor, so that the destructor joins them
+    // if memory runs out here.
     explicit read_threads(std::string & reason) : read_threads() {
         try {
             while (threads_.size() < n_wanted) {
@@ -56,7 +56,7 @@ class read_threads {
     void submit(const read_request & request) {
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            results_.reserve(in_flight_ + 1); // here: a thread that reads has nobody to tell that memory ran out
+            results_.reserve(in_flight_ + 1); // a reading thread could not report that memory ran out
             queue_.push_back(request);
         }
         in_flight_++;
@@ -121,7 +121,7 @@ class read_threads {
     std::deque<read_request> queue_;
     std::vector<read_result> results_;
     std::vector<std::thread> threads_;
-    size_t                   in_flight_ = 0; // submitted and not yet handed over; the user's
+    size_t                   in_flight_ = 0; // submitted and not yet delivered; the user thread's
     bool                     stop_      = false;
 };
 
@@ -139,7 +139,7 @@ reader::reader() :
                     uring_->abandon();
                 }
                 uring_.reset();
-                (void) threads_.release(); // left as it is: its threads are not here to be waited for
+                (void) threads_.release(); // leaked: its threads do not exist here and cannot be joined
             }
             mutex_.unlock();
         }) {
@@ -212,7 +212,7 @@ void reader::complete(std::vector<read_result> & results, bool wait) {
     }
     collect(results, wait && results.empty());
     resume();
-    if (wait && results.empty()) { // the ring has failed
+    if (wait && results.empty()) { // the ring has failed, and threads read now
         collect(results, true);
     }
 }
@@ -226,7 +226,7 @@ void reader::finish() noexcept {
     unread_.clear();
 }
 
-// Needs no memory where `results` has room for all that is in flight: a thread that forks calls it.
+// Allocates nothing if `results` has room for all reads in flight: a thread that forks calls it.
 void reader::collect(std::vector<read_result> & results, bool wait) {
     if (uring_) {
         const int error = uring_->complete(results, wait);
@@ -240,7 +240,7 @@ void reader::collect(std::vector<read_result> & results, bool wait) {
     }
 }
 
-// What a ring has left unread goes to threads. Where memory runs out, the rest of that is done the next time.
+// Give threads what a failed ring left unread. If memory runs out, the next call goes on from there.
 void reader::resume() {
     if (ring_error_ != 0) {
         notices_.push_back(format("io_uring does not work any more, so reads go through threads: io_uring_enter: %s",

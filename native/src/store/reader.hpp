@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 //
-// Reader: reads from files into memory, many at a time, in the background. io_uring where the kernel lets us and as long
-// as it does, else a few threads with pread, or fewer, or none. Knows nothing of experts.
-// Threading: one user thread at a time; it calls submit() and complete(). Another may fork(): that waits until nothing is
-// in flight, since a direct read must not go on while its memory is shared with a child (open(2)). The child begins anew.
+// Reader: reads from files into memory, many at a time, in the background: by io_uring as long as the kernel allows it,
+// else by a few threads with pread; if no thread can be started, complete() reads. Knows nothing of experts.
+// Threading: one user thread at a time calls submit() and complete(). Another may fork(), which waits until nothing is
+// in flight: a direct read must not go on while its memory is shared with a child (open(2)). The child starts over.
 
 #pragma once
 
@@ -24,18 +24,18 @@ struct read_request {
     int      fd;
     uint64_t offset;
     char *   memory;
-    size_t   size;      // to ask for; a direct read's is rounded up and may go past the end of the file
-    size_t   needed;    // of those, the bytes that must come
-    size_t   alignment; // where a read that came short may go on
-    uint64_t tag;       // the user's own
+    size_t   size;      // bytes to request; rounded up for a direct read, so may go past the end of the file
+    size_t   needed;    // bytes that must arrive, at most `size`
+    size_t   alignment; // of the offsets at which a short read may be resumed
+    uint64_t tag;       // chosen by the user
 
-    // Bytes that are there after `n` more came at `done`: more than before, or the file ends here.
+    // Bytes done once `n` more have arrived, rounded down to where a read can resume. No progress: the file ends here.
     size_t go_on_at(size_t done, size_t n) const {
         const size_t at = done + n;
         return at >= needed ? at : at / alignment * alignment;
     }
 
-    // What remains of it.
+    // The request for the rest.
     read_request rest(size_t done) const {
         return { fd, offset + done, memory + done, size - done, needed - done, alignment, tag };
     }
@@ -43,7 +43,7 @@ struct read_request {
 
 struct read_result {
     uint64_t tag;
-    int      error; // 0, an errno, or ENODATA where the file ends early
+    int      error; // 0, an errno, or ENODATA if the file ends early
 };
 
 class read_threads;
@@ -51,25 +51,25 @@ class uring;
 
 class reader {
   public:
-    reader();  // io_uring or threads, by what works here
-    ~reader(); // waits for what is in flight: nobody must write into freed memory
+    reader();  // by io_uring if it works here, else by threads
+    ~reader(); // waits for reads in flight, which would write into freed memory
 
     rotary_io kind() const { return kind_; }
     size_t    capacity() const;                 // reads that may be in flight
 
-    static constexpr size_t max_in_flight = 64; // whatever the capacity is by now
+    static constexpr size_t max_in_flight = 64; // limit of capacity(), which may change
 
-    // Start a read; the caller keeps to the capacity.
+    // Start a read. At most capacity() may be in flight.
     void submit(const read_request & request);
 
-    // Take what has finished. With `wait`, and something in flight, at least one. Where memory runs out, nothing is lost:
-    // what is not in `results` comes the next time.
+    // Append finished reads to `results`; with `wait`, at least one if any is in flight. If this throws because memory
+    // ran out, no result is lost: the next call delivers the rest.
     void complete(std::vector<read_result> & results, bool wait);
 
-    // Wait until nothing is in flight, so that no memory is written any more. What has not begun yet is cancelled.
+    // Wait until no read writes to memory any more. What a failed ring left unread ends with ECANCELED.
     void finish() noexcept;
 
-    // Fallbacks since this was last asked, with their reasons.
+    // Fallbacks since the last call, with their reasons.
     std::vector<std::string> take_notices();
 
   private:
@@ -80,14 +80,14 @@ class reader {
     void resume();
     void finish_all() noexcept;
 
-    std::mutex                    mutex_;          // between the user and a fork
+    std::mutex                    mutex_;          // between the user thread and a fork
     std::atomic<rotary_io>        kind_{ ROTARY_IO_THREADS };
-    std::unique_ptr<uring>        uring_;          // one of the two; neither in a child that has not read yet
+    std::unique_ptr<uring>        uring_;          // one of the two; neither in a forked child that has not read yet
     std::unique_ptr<read_threads> threads_;
-    std::vector<read_result>      finished_;       // before a fork, and not taken yet; with room for all, as the next
-    std::vector<read_result>      some_;
-    std::vector<read_request>     unread_;         // of a ring that has failed
-    int                           ring_error_ = 0; // of one for which there are no threads yet
+    std::vector<read_result>      finished_;       // by finish() or before a fork, for complete(); room for all
+    std::vector<read_result>      some_;           // scratch of finish_all(); room for all
+    std::vector<read_request>     unread_;         // what a failed ring left unread
+    int                           ring_error_ = 0; // errno of a failed ring that threads have not replaced yet
     std::vector<std::string>      notices_;
     fork_guard                    guard_;
 };

@@ -35,7 +35,7 @@ char * staging_area::take(size_t bytes) {
             continue;
         }
         char * block = base_ + it->offset;
-        if (free_.capacity() < n_taken_ + 2) { // one more gap than blocks: give() needs no memory
+        if (free_.capacity() < n_taken_ + 2) { // there is at most one gap more than blocks: give() never allocates
             const size_t index = it - free_.begin();
             free_.reserve(2 * (n_taken_ + 2));
             it = free_.begin() + index;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Staging area: memory for reads in flight, in one piece. First fit over whole units; neighbours are joined again when they
-// are freed.
+// Staging area: a piece of memory for reads in flight. Blocks are whole units, first fit; freed neighbours are merged.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -34,7 +33,7 @@ class staging_area {
     char *           base_ = nullptr;
     size_t           size_;
     size_t           n_taken_ = 0;
-    std::vector<gap> free_; // in order; with room for what may be given back
+    std::vector<gap> free_; // by offset; with capacity for every give()
 };
 
 } // namespace rotary

@@ -42,7 +42,7 @@ bool uring::set_up(std::string & reason) {
     if (fd_ < 0) {
         return refused("io_uring_setup");
     }
-    // That feature came with IORING_OP_READ.
+    // IORING_OP_READ has no feature flag of its own; RW_CUR_POS came with the same kernel.
     if ((params.features & IORING_FEAT_SINGLE_MMAP) == 0 || (params.features & IORING_FEAT_RW_CUR_POS) == 0) {
         reason = "this kernel's has no plain reads, which came with Linux 5.6";
         return false;
@@ -67,13 +67,13 @@ bool uring::set_up(std::string & reason) {
     cq_mask_  = *at(params.cq_off.ring_mask);
     cqes_     = (const io_uring_cqe *) (const void *) (ring_ + params.cq_off.cqes);
     slots_.resize(n_entries);
-    free_.reserve(n_entries);   // here: what has left the ring must not be lost, nor a destructor fail,
-    unread_.reserve(n_entries); // where memory has run out
+    free_.reserve(n_entries);   // if memory runs out later, no completion may be lost
+    unread_.reserve(n_entries); // and the destructor must not fail
     dropped_.reserve(n_entries);
     for (unsigned i = 0; i < n_entries; i++) {
         free_.push_back(i);
     }
-    return enter(0) == 0 || refused("io_uring_enter"); // a sandbox may allow the one call and not the other
+    return enter(0) == 0 || refused("io_uring_enter"); // a sandbox may allow one call and not the other
 }
 
 char * uring::map(size_t size, long what) const {
@@ -132,17 +132,17 @@ void uring::push(size_t index) {
     sqe.user_data              = (uint64_t) entry.turn << 32 | index;
     sq_array_[tail & sq_mask_] = tail & sq_mask_;
     __atomic_store_n(sq_tail_, tail + 1, __ATOMIC_RELEASE);
-    enter(0); // what it did not take now, the next call will
+    enter(0); // the next call submits what the kernel does not take now
 }
 
-// Hand over what is in the ring and wait for `n_wait` completions.
+// Submit what is in the ring and wait for `n_wait` completions.
 long uring::enter(unsigned n_wait) {
     const unsigned n_new = *sq_tail_ - __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE);
     return syscall(__NR_io_uring_enter, fd_, n_new, n_wait, n_wait > 0 ? IORING_ENTER_GETEVENTS : 0, nullptr, 0);
 }
 
 int uring::complete(std::vector<read_result> & results, bool wait) {
-    static constexpr int max_naps = 1000; // a second of a kernel that is short of memory
+    static constexpr int max_naps = 1000; // one second, while the kernel is short of memory
 
     reap(results);
     for (int naps = 0; wait && results.empty() && in_flight_ > 0 && refused_ == 0; reap(results)) {
@@ -158,12 +158,12 @@ int uring::complete(std::vector<read_result> & results, bool wait) {
     return refused_;
 }
 
-// A read is cancelled with the thread that had asked for it, and asked for again; without end where the kernel can start
-// no thread of its own.
+// When a thread exits, the kernel cancels the reads that it submitted; these are submitted again. A kernel that cannot
+// start worker threads would cancel them for ever, hence max_cancelled.
 void uring::reap(std::vector<read_result> & results) {
     static constexpr unsigned max_cancelled = 8;
 
-    results.reserve(results.size() + in_flight_); // the same
+    results.reserve(results.size() + in_flight_); // may throw, so before any completion leaves the ring
     unsigned head = *cq_head_;
     while (head != __atomic_load_n(cq_tail_, __ATOMIC_ACQUIRE)) {
         const io_uring_cqe cqe = cqes_[head & cq_mask_];
@@ -204,7 +204,7 @@ void uring::release(size_t index) {
 std::vector<read_request> uring::take_back(std::vector<read_result> & results, int error) {
     ending_ = true;
     if (error == EBADF || error == EOPNOTSUPP) {
-        fd_ = -1; // somebody has closed it, and its number may be another file's
+        fd_ = -1; // somebody has closed it, and the number may be another file's by now
     }
     if (in_flight_ > 0) {
         const unsigned head = __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE);
@@ -215,7 +215,7 @@ std::vector<read_request> uring::take_back(std::vector<read_result> & results, i
         }
         __atomic_store_n(sq_tail_, head, __ATOMIC_RELEASE);
     }
-    // The others' memory the kernel will write, sooner or later, and say so in the ring without being asked.
+    // The kernel still writes to the memory of the reads it has accepted; it posts their completions without a call.
     while (in_flight_ > 0) {
         reap(results);
         if (in_flight_ > 0) {

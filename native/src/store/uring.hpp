@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Uring: an io_uring of reads, through the system calls: one ring is all that is needed.
+// Uring: an io_uring for reads, by system calls alone: a single ring needs no liburing.
 // Threading: one user thread at a time.
 // Source: io_uring_setup(2), io_uring_enter(2).
 
@@ -19,19 +19,19 @@ class uring {
   public:
     static constexpr unsigned n_entries = 64;                 // reads that may be in flight
 
-    static std::unique_ptr<uring> open(std::string & reason); // NULL with the reason if the kernel does not let us
+    static std::unique_ptr<uring> open(std::string & reason); // NULL with the reason if the kernel refuses
 
-    ~uring(); // waits for what is in flight: the kernel must not write into freed memory
+    ~uring(); // waits for reads in flight: the kernel must not write into freed memory
     uring(const uring &)             = delete;
     uring & operator=(const uring &) = delete;
 
     void   submit(const read_request & request);
     size_t in_flight() const { return in_flight_; }
 
-    // As reader::complete(); an errno if the kernel does not serve the ring any more. Then take_back() ends its use.
+    // As reader::complete(). Returns an errno if the kernel no longer serves the ring, whose use take_back() then ends.
     int complete(std::vector<read_result> & results, bool wait);
 
-    // Wait for the reads that the kernel has accepted, and return what remains to be read of all others.
+    // Wait for the reads that the kernel has accepted; return what is left to read of all others.
     std::vector<read_request> take_back(std::vector<read_result> & results, int error);
 
     // In a forked child: leave the ring to the parent. Nothing may be in flight.
@@ -40,9 +40,9 @@ class uring {
   private:
     struct slot {
         read_request request;
-        size_t       done;      // bytes that have come; a read may come in pieces
+        size_t       done;      // bytes read so far; the kernel may read less than asked
         unsigned     cancelled; // how often the kernel has cancelled it
-        uint32_t     turn;      // counts uses of this slot: completions for an earlier one are ignored
+        uint32_t     turn;      // number of this use of the slot: completions of earlier uses are ignored
     };
 
     uring() = default;
@@ -71,9 +71,9 @@ class uring {
     std::vector<size_t>       free_;
     size_t                    in_flight_ = 0;
     bool                      ending_    = false;
-    int                       refused_   = 0; // errno, once the kernel goes on cancelling a read
-    std::vector<read_request> unread_;        // while it ends
-    std::vector<read_result>  dropped_;       // by the destructor
+    int                       refused_   = 0; // errno, once the kernel keeps cancelling a read
+    std::vector<read_request> unread_;        // for take_back() to return
+    std::vector<read_result>  dropped_;       // results that the destructor discards
 };
 
 } // namespace rotary

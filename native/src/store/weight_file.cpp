@@ -43,7 +43,7 @@ template <typename predicate> static std::vector<mapping> mappings(const predica
     std::vector<mapping> found;
     std::ifstream        maps("/proc/self/maps");
     std::string          line;
-    line.reserve(4096); // here: in getline(), a shortage of memory passes for the end of the file
+    line.reserve(4096); // getline() takes a failed allocation for the end of the file
     while (std::getline(maps, line)) {
         uint64_t begin, end;
         int      path = 0;
@@ -73,10 +73,10 @@ static bool mapping_at(const char * address, mapping & found) {
 // ---- file
 
 static auto & files_mutex = *new fork_mutex;
-// By device and inode. Never destroyed: models may outlive our statics.
+// By device and inode. Never destroyed: models may outlive static objects.
 static auto & files = *new std::map<std::pair<uint64_t, uint64_t>, std::weak_ptr<weight_file>>;
 
-// Direct reads must be aligned as the file system wants it; kernels before 6.1 do not tell, and then a page always does.
+// The alignment that the file system asks of direct reads. Kernels before 6.1 do not report it; 4 KiB always do.
 static size_t direct_alignment(int fd) {
 #ifdef STATX_DIOALIGN
     struct statx about;
@@ -90,7 +90,7 @@ static size_t direct_alignment(int fd) {
     return 4096;
 }
 
-// Some file systems open a file for direct reads and refuse each of them.
+// Some file systems accept O_DIRECT when a file is opened and then refuse each direct read.
 static bool reads_directly(int fd) {
     const size_t page   = sysconf(_SC_PAGESIZE);
     void *       memory = nullptr;
@@ -122,7 +122,7 @@ std::shared_ptr<weight_file> weight_file::at(const void * address, uint64_t & of
     struct stat                       about;
     if (std::shared_ptr<weight_file> opened = known.lock()) {
         if (fstat(opened->fd_, &about) == 0 && opened->is_still(about)) {
-            return opened; // else it has been written anew since: what is loaded now has nothing to do with that
+            return opened; // else the file was rewritten since `opened` was loaded
         }
     }
     std::shared_ptr<weight_file> file(new weight_file);
@@ -133,15 +133,15 @@ std::shared_ptr<weight_file> weight_file::at(const void * address, uint64_t & of
         if (file->fd_ >= 0) {
             close(file->fd_);
         }
-        file->is_direct_ = false; // tmpfs before 6.6, some network file systems
+        file->is_direct_ = false; // tmpfs before Linux 6.6, some network file systems
         file->fd_        = open(here.path.c_str(), O_RDONLY | O_CLOEXEC);
     }
     if (file->fd_ < 0 || fstat(file->fd_, &about) != 0) {
         reason = format("%s cannot be opened again, %s", here.path.c_str(), strerror(errno));
         return nullptr;
     }
-    // The path may lead to another file by now. Some file systems show another device number in maps than in stat, so
-    // the inode decides.
+    // The path may name another file by now. Compare inodes only: some file systems report different device numbers in
+    // /proc/self/maps and in stat().
     if (about.st_ino != here.inode) {
         reason = format("%s is another file by now than the one that was loaded", here.path.c_str());
         return nullptr;
@@ -202,7 +202,7 @@ void weight_file::drop_cache() const {
     posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED);
 }
 
-// ---- taking over
+// ---- takeover
 
 mapping_takeover::~mapping_takeover() {
     for (const copy & each : copies_) {
@@ -216,12 +216,12 @@ static bool no_room(const std::string & path, size_t bytes) {
     return false;
 }
 
-// Copy [begin, end), whole pages.
+// Copy the whole pages [begin, end).
 bool mapping_takeover::add_copy(const std::string & path, char * begin, char * end) {
     static constexpr ptrdiff_t step = 64 << 20;
     for (char * at = begin; at < end; at += step) {
         const size_t size = std::min(step, end - at);
-        copies_.reserve(copies_.size() + 1); // what is mapped is noted
+        copies_.reserve(copies_.size() + 1); // so that push_back() cannot fail and leak the mapping
         void * memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) {
             return no_room(path, end - begin);
@@ -238,15 +238,16 @@ bool mapping_takeover::add(const std::vector<memory_range> & experts, const std:
     const auto      first_page = [&](const memory_range & range) {
         return (char *) (((uintptr_t) range.begin + page - 1) / page * page);
     };
-    // Of the first expert that is still mapped; another pool has copied pages that are not experts' alone.
+    // Look for an expert that is still mapped, by its first whole page: another pool may have copied the page before,
+    // which dense weights share.
     mapping first;
     if (std::none_of(experts.begin(), experts.end(), [&](const memory_range & each) {
             return first_page(each) < each.end && mapping_at(first_page(each), first);
         })) {
         return true;
     }
-    // What is left of one mapping: pools of several devices share it, and llama.cpp has unmapped what it copied from the
-    // ends of the file. By now that may be anybody's memory.
+    // What is left of its mapping: other pools may have replaced parts, and llama.cpp has unmapped weights at the
+    // file's ends that it copied, where other memory may lie by now.
     const auto base_of = [](const mapping & each) {
         return (uintptr_t) each.range.begin - each.offset;
     };
@@ -255,7 +256,7 @@ bool mapping_takeover::add(const std::vector<memory_range> & experts, const std:
                base_of(each) == base_of(first);
     });
     const auto clip = [&](const memory_range & range, const mapping & within) {
-        // A page that an expert shares with something else is kept.
+        // Pages that an expert shares with other weights are copied.
         const auto end = (char *) ((uintptr_t) range.end / page * page);
         return memory_range{ std::max(first_page(range), within.range.begin), std::min(end, within.range.end) };
     };
@@ -273,7 +274,7 @@ bool mapping_takeover::add(const std::vector<memory_range> & experts, const std:
         }
         std::sort(stays.begin(), stays.end(), [](const auto & a, const auto & b) { return a.begin < b.begin; });
         stays.push_back({ part.range.end, part.range.end });
-        char * kept = part.range.begin; // where the part between two experts begins
+        char * kept = part.range.begin; // begin of the part before the next range of `stays`
         for (const memory_range & each : stays) {
             if (each.begin > kept && !add_copy(part.path, kept, each.begin)) {
                 return false;
@@ -284,7 +285,7 @@ bool mapping_takeover::add(const std::vector<memory_range> & experts, const std:
     return true;
 }
 
-// "model-00002-of-00003.gguf" -> "model-", if it is such a name
+// "model-00002-of-00003.gguf" -> "model"; false if it is no such name
 static bool shard_prefix(const std::string & path, std::string & prefix) {
     static const std::string pattern = "-00000-of-00000.gguf";
     if (path.size() <= pattern.size()) {
@@ -316,7 +317,7 @@ bool mapping_takeover::add_siblings(const std::set<std::string> & paths, const s
                        [&](const mapping & each) { return add_copy(each.path, each.range.begin, each.range.end); });
 }
 
-// mremap puts a copy in place at one stroke: a thread that reads there meanwhile sees the old page or the new one.
+// mremap replaces a mapping atomically: a thread that reads there meanwhile sees the old page or the copy.
 bool mapping_takeover::commit() {
     while (!copies_.empty()) {
         const copy & last = copies_.back();
@@ -331,7 +332,7 @@ bool mapping_takeover::commit() {
         madvise(each.begin, each.end - each.begin, MADV_DONTNEED);
     }
     for (const memory_range & each : shut_) {
-        // Where this fails they stay mapped, and nobody reads them.
+        // If this fails, the pages stay mapped, which does no harm: nobody reads them.
         mmap(each.begin, each.end - each.begin, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1,
              0);
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Weight file: a model file that llama.cpp has mapped into this process, found from an address in the mapping and
-// opened again for direct I/O. Linux only; elsewhere nothing is found. Source: proc_pid_maps(5), open(2) O_DIRECT.
+// Weight file: a model file that llama.cpp has mapped into this process, found by an address in the mapping and opened
+// again for direct I/O. Linux only. Source: proc_pid_maps(5), open(2) O_DIRECT.
 // Threading: none of its own; the pool locks.
 
 #pragma once
@@ -20,8 +20,8 @@ namespace rotary {
 
 class weight_file {
   public:
-    // The file mapped at `address`, and the offset of that address in it. NULL, with a reason, if it is no file mapping
-    // or the file has been replaced since. One object for each file while anybody holds it.
+    // The file mapped at `address`, and the offset of that address in it. NULL with a reason if no file is mapped there
+    // or the file has been replaced since. Callers share one object per file.
     static std::shared_ptr<weight_file> at(const void * address, uint64_t & offset, std::string & reason);
 
     ~weight_file();
@@ -32,16 +32,16 @@ class weight_file {
     int                 fd() const { return fd_; }
     uint64_t            size() const { return size_; }
     size_t              alignment() const { return alignment_; } // of offsets, lengths and memory of a direct read
-    bool                is_direct() const { return is_direct_; } // false: the file system refuses O_DIRECT
-    bool                in_memory() const { return in_memory_; } // on a tmpfs: there is no disk to read it from
+    bool                is_direct() const { return is_direct_; } // false: the file system refuses direct reads
+    bool                in_memory() const { return in_memory_; } // on tmpfs or ramfs: there is no disk to read from
 
-    // Whether the file is still what was opened: same size and time of change. Else the reason is this thread's error.
+    // Whether size and modification time are those of the file that was opened; false with this thread's error.
     bool unchanged() const;
 
-    // Read through the page cache, for the rare caller that wants a weight's bytes; false with this thread's error.
+    // Read through the page cache; false with this thread's error.
     bool copy_out(uint64_t offset, void * data, size_t size) const;
 
-    // Tell the kernel that this process no longer wants these pages cached.
+    // Ask the kernel to drop the file from the page cache.
     void drop_cache() const;
 
   private:
@@ -58,10 +58,9 @@ class weight_file {
     bool        in_memory_;
 };
 
-// Takes mappings over from the page cache: what lies between experts becomes anonymous memory with the same content at
-// the same addresses, which neither memory pressure nor a change of the file can take away, and the experts' own pages
-// become inaccessible. In two steps, as memory may run out: what is added is only copied, and nothing has changed until
-// commit(). Copies that were not committed are given back.
+// Replaces mappings of files: dense weights become anonymous memory with the same content at the same addresses, which
+// neither memory pressure nor a change of the file can take away, and the experts' pages become inaccessible. As memory
+// may run out, add() only copies, and commit() changes the mappings. The destructor frees what was not committed.
 class mapping_takeover {
   public:
     mapping_takeover() = default;
@@ -69,18 +68,18 @@ class mapping_takeover {
     mapping_takeover(const mapping_takeover &)             = delete;
     mapping_takeover & operator=(const mapping_takeover &) = delete;
 
-    // The mapping around `experts`, all of one file mapping, in any order. `others`, which somebody else pages or nobody
-    // reads, stay mapped. False with this thread's error.
+    // Copy all of the file mapping that holds `experts` except these and `others`: experts of other pools and weights
+    // that nobody reads, which stay mapped. Both in any order. False with this thread's error.
     bool add(const std::vector<memory_range> & experts, const std::vector<memory_range> & others);
 
-    // The other files of the split models that `paths` are of, wherever they are mapped, but those `with_experts`.
+    // If `paths` are shards of split models: copy the mappings of all other shards, except those `with_experts`.
     bool add_siblings(const std::set<std::string> & paths, const std::set<std::string> & with_experts);
 
-    // Put the copies in place, then shut the experts' pages. False with this thread's error: then these pages are as they
-    // were, and what has been put in place stays valid.
+    // Put the copies in place, then make the experts' pages inaccessible. False with this thread's error: the experts'
+    // pages are unchanged, and copies that are in place stay valid.
     bool commit();
 
-    uint64_t bytes() const { return bytes_; } // copied
+    uint64_t bytes() const { return bytes_; } // copied so far
 
   private:
     struct copy {
@@ -91,8 +90,8 @@ class mapping_takeover {
     bool add_copy(const std::string & path, char * begin, char * end);
 
     std::vector<copy>         copies_;
-    std::vector<memory_range> shut_;      // experts
-    std::vector<memory_range> forgotten_; // out of memory until they are read again
+    std::vector<memory_range> shut_;      // experts, to become inaccessible
+    std::vector<memory_range> forgotten_; // others, dropped from memory until they are read again
     uint64_t                  bytes_ = 0;
 };
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 //
-// ARC: experts used once since they came and those used again, each least recently used first, and how much of the slots
-// the first kind gets, which follows from which kind is missed after its eviction. Experts that must not be evicted now are skipped.
+// ARC: two lists of resident experts, those used once since they entered and those used again, each least recently used
+// first. A miss on an expert that was recently evicted from a list raises that list's share of the slots. Experts that
+// must not be evicted now are skipped.
 // Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003.
 
 #include "cache/policies/policy.hpp"
@@ -81,7 +82,7 @@ class arc : public policy {
 
     int32_t             n_slots_;
     std::deque<int32_t> once_, again_, once_gone_, again_gone_; // least recently used first
-    double              share_ = 0;                             // of the slots, for once_
+    double              share_ = 0;                             // slots for once_
 };
 
 } // namespace

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Least frequently used, older uses counting less: with each token, uses before it lose a twentieth of their worth.
-// Instead of all values shrinking, what a use adds grows.
+// Least frequently used, where older uses count less: with each token, all earlier uses lose a twentieth of their
+// worth. Values are not shrunk for that; each new use adds more instead.
 // Lee et al., "LRFU: a spectrum of policies that subsumes the least recently used and least frequently used policies",
 // IEEE Transactions on Computers 50, 2001.
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Least recently used. Each appearance of an id is a use, in the order of ids[]. Experts that were prefetched and not used
-// are evicted first, the latest of them before the others.
+// Least recently used. Each appearance of an id is a use, in the order of ids[]. Experts that were prefetched and not
+// used are evicted first, the latest of them before the others.
 
 #include "cache/policies/policy.hpp"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// A policy of the caller's own, in Python for example: rotary_policy in rotary.h.
+// The caller's own policy, for example in Python: rotary_policy in rotary.h.
 
 #include "cache/policies/policy.hpp"
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Eviction policy of one layer: picks the victim when a slot is wanted. Pure logic, one policy a file, chosen by name. A
-// policy sees every routing of its layer, and which experts enter slots and leave them.
+// Eviction policy of one layer: picks the victim when a slot is needed. Pure logic, one policy per file, chosen by
+// name. A policy sees every routing of its layer, and every expert that enters or leaves a slot.
 // Threading: none of its own; the owner of the slot table locks.
 
 #pragma once
@@ -19,10 +19,10 @@ class policy {
   public:
     virtual ~policy() = default;
 
-    // A routing, ids[n_tokens][n_used] with the router's weights or NULL, before any of it enters.
+    // A routing, ids[n_tokens][n_used] with the router's weights or NULL. Called before any of its experts enters.
     virtual void note(const int32_t * ids, const float * weights, int32_t n_used, int32_t n_tokens) = 0;
 
-    // An expert enters a slot or is evicted. `wanted` is false for one that was prefetched and not used.
+    // An expert enters a slot, or is evicted. `wanted` is false for an expert that was prefetched and is not used yet.
     virtual void enter(int32_t /* expert */, bool /* wanted */) {}
     virtual void leave(int32_t /* expert */) {}
 
@@ -38,7 +38,7 @@ class policy {
     virtual class valued_policy * on_device() { return nullptr; }
 };
 
-// Each expert has a value, resident or not; the victim has the lowest.
+// A policy that keeps a value for each expert, resident or not; the victim is the expert of the lowest value.
 class valued_policy : public policy {
   public:
     explicit valued_policy(int32_t n_expert) : value(n_expert, 0.0) {}
@@ -46,9 +46,9 @@ class valued_policy : public policy {
     int32_t choose(const std::vector<int32_t> & candidates) override;
 
     std::vector<double> value;      // [n_expert]
-    double              clock  = 0; // uses so far, where the value is the last one's number; else a use's gain
-    double              growth = 0; // of the gain, from one token to the next; 0: the value is the last use's number
-    double              unused = 0; // counts down
+    double              clock  = 0; // growth 0: number of uses so far; else what a use adds to its expert's value
+    double              growth = 0; // factor on what a use adds, per token; 0: a value is the number of the last use
+    double              unused = 0; // value of the last expert that was prefetched and not used; counts down
 };
 
 class routing_history; // recall.cpp
@@ -56,13 +56,13 @@ class routing_history; // recall.cpp
 struct policy_setting {
     int32_t                          n_expert;
     int32_t                          n_slots;
-    int32_t                          layer; // from 0, of those that are paged
-    int32_t                          il;    // of the model
+    int32_t                          layer; // index among the paged layers
+    int32_t                          il;    // the model's layer number
     std::shared_ptr<routing_history> history;
     const rotary_policy *            own;   // or NULL
 };
 
-// One a file.
+// Each is defined in the file of its name.
 std::unique_ptr<policy> lru_new(const policy_setting & setting);
 std::unique_ptr<policy> lfu_new(const policy_setting & setting);
 std::unique_ptr<policy> weighted_new(const policy_setting & setting);
@@ -70,17 +70,17 @@ std::unique_ptr<policy> sieve_new(const policy_setting & setting);
 std::unique_ptr<policy> s3fifo_new(const policy_setting & setting);
 std::unique_ptr<policy> arc_new(const policy_setting & setting);
 std::unique_ptr<policy> recall_new(const policy_setting & setting);
-std::unique_ptr<policy> own_new(const policy_setting & setting); // the caller's
+std::unique_ptr<policy> own_new(const policy_setting & setting); // the caller's; needs setting.own
 
-// The caller's own if the setting has one, else by name; NULL if there is none of this name.
-std::unique_ptr<policy>          policy_new(const std::string & name, const policy_setting & setting);
-const char *                     policy_name_of(const std::string & name); // the same for good; "" if not known
-const char *                     policy_names();                           // "lru,lfu,..."
-bool                             policy_known(const std::string & name);
-std::string                      policy_not_known(const std::string & name);
+// The setting's own policy if it has one, else the policy of this name; NULL if the name is not known.
+std::unique_ptr<policy> policy_new(const std::string & name, const policy_setting & setting);
+const char *            policy_name_of(const std::string & name); // the name as a static string; "" if not known
+const char *            policy_names();                           // "lru,lfu,..."
+bool                    policy_known(const std::string & name);
+std::string             policy_not_known(const std::string & name);
 std::shared_ptr<routing_history> routing_history_new(int32_t n_layers); // for all policies of one model
 
-// "auto" stands for the best policy that can run where lookups are resolved; recall has to see all routings on the host.
+// "auto" is the best policy that can run where lookups are resolved: recall has to see every routing on the host.
 static constexpr const char * automatic_policy = "auto";
 static constexpr const char * best_policy      = "recall";
 static constexpr const char * best_on_device   = "lfu";

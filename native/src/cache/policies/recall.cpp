@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
 //
-// Recall: tokens that were routed alike are followed by tokens that are routed alike. The last token's routing, in all layers as far as it is known, is
-// compared with that of each token of a window behind it; what followed the similar ones is probably wanted next. Where
-// nothing is recalled, it is lfu.
+// Recall: tokens that were routed alike are followed by tokens that are routed alike. The last token's routing is
+// compared with that of each token in a window before it; the experts of tokens that followed similar ones will
+// probably be wanted next. Where no token is similar, this is lfu.
 //
-// Similarity is the number of experts that two tokens share, over all layers. It is kept by distance: one token later,
-// and a layer further, only that layer's part of the sums changes.
+// Similarity is the number of experts that two tokens share, summed over all layers, and kept by the distance between
+// them. When a layer notes a token, only its part of the sums changes; later layers still count the token before.
 
 #include "cache/policies/policy.hpp"
 
@@ -14,14 +14,14 @@
 
 namespace rotary {
 
-static constexpr int32_t window = 192; // tokens behind the last one
+static constexpr int32_t window = 192; // tokens before the last one
 
 // Routing of the last tokens, shared by all layers of a model.
 class routing_history {
   public:
     explicit routing_history(int32_t n_layers) : part_(n_layers, std::vector<int32_t>(window, 0)), sum_(window, 0) {}
 
-    // How many experts the last token shares in `layer` with that at each distance, the token before it at 0.
+    // `shared`: how many experts of `layer` the last token shares with the token at each distance; 0: the one before.
     void tell(int32_t layer, const std::vector<int32_t> & shared) {
         std::vector<int32_t> & part = part_[layer];
         for (int32_t i = 0; i < window; i++) {
@@ -79,14 +79,14 @@ class recall : public policy {
     }
 
   private:
-    static constexpr double keep = 0.95, further = 0.8; // what counts less with each token before, or after
+    static constexpr double keep = 0.95, further = 0.8; // decay per token: of frequency_, and of `wave` in score()
 
-    // What followed a token counts by the fourth power of its likeness.
+    // Experts of tokens that followed a similar one gain by the fourth power of the similarity.
     void score() {
         const int32_t n    = (int32_t) tokens_.size();
         const auto    all  = (double) tokens_.back().size();
         double        sum  = 1e-9;
-        double        wave = 0; // that what is said by the tokens before this one makes
+        double        wave = 0; // what the tokens before tokens_[i] predict for it
         score_.assign(score_.size(), 0);
         for (int32_t i = 0; i < n; i++) {
             for (const int32_t expert : tokens_[i]) {
@@ -105,7 +105,7 @@ class recall : public policy {
 
     int32_t                          layer_;
     std::shared_ptr<routing_history> history_;
-    std::deque<std::vector<int32_t>> tokens_;            // the window and the last one: the experts of each
+    std::deque<std::vector<int32_t>> tokens_;            // the experts of each token of the window, and of the last
     std::vector<double>              frequency_, score_; // [n_expert]
     std::vector<int64_t>             told_;              // [n_expert] the last note() that named it
     std::vector<int32_t>             shared_;            // [window]

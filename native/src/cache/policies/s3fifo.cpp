@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// S3-FIFO: a small queue that new experts go through, a main one for those used again there or remembered from before,
-// and a list of those evicted from the small one. Experts that must not be evicted now are skipped as they are.
+// S3-FIFO: a small queue for new experts, a main one for those used again there or remembered on return, and a list
+// that remembers those evicted from the small one. Experts that must not be evicted now are skipped unchanged.
 // Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.
 
 #include "cache/policies/policy.hpp"
@@ -92,7 +92,7 @@ class s3fifo : public policy {
     }
 
     std::deque<int32_t>  small_, main_, ghosts_; // oldest first
-    std::vector<int32_t> uses_;                  // [n_expert] since it entered or was spared, at most 3
+    std::vector<int32_t> uses_;                  // [n_expert] uses since it entered a queue less sparings, at most 3
     size_t               max_small_ = 1, max_ghosts_ = 1;
 };
 

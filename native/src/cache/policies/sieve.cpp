@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// SIEVE: a queue in the order of arrival, a hand that goes from the oldest to the newest, and a mark for those used since
-// it last passed. The victim is the first without a mark; experts that must not be evicted now are skipped as they are.
+// SIEVE: a queue in order of arrival, a hand that moves from oldest to newest, and a mark on experts used since it
+// passed. The victim is the first without a mark; experts that must not be evicted now are skipped with their marks.
 // Zhang et al., "SIEVE is simpler than LRU: an efficient turn-key eviction algorithm for web caches", NSDI 2024.
 
 #include "cache/policies/policy.hpp"
@@ -46,7 +46,7 @@ class sieve : public policy {
   private:
     std::vector<int32_t> queue_;    // oldest first
     std::vector<bool>    marked_;   // [n_expert]
-    int64_t              hand_ = 0; // place in the queue
+    int64_t              hand_ = 0; // index in the queue
 };
 
 } // namespace

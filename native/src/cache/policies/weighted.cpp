@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// Like lfu, but a use counts by the router's weight, where that is known: an expert that was barely chosen is less likely
-// to be wanted again.
+// Like lfu, but a use counts by the square root of the router's weight, where that is known: an expert that was barely
+// chosen is less likely to be wanted again.
 
 #include "cache/policies/policy.hpp"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Transition and similar, their scores added.
+// Mixed: the sum of the scores of transition and similar.
 
 #include "prefetch/predictors/predictor.hpp"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// A predictor of the caller's own, in Python for example: rotary_predictor in rotary.h.
+// Own: a predictor implemented by the caller, in Python for example. See rotary_predictor in rotary.h.
 
 #include "prefetch/predictors/predictor.hpp"
 

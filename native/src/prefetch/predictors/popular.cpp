@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// What the layer chose most often; with each token, choices before it lose a twentieth of their worth.
+// Popular: the experts that the layer has chosen most often. Counts decay by 5 % with each token.
 
 #include "prefetch/predictors/predictor.hpp"
 
@@ -27,7 +27,7 @@ class popular : public scoring_predictor {
     }
 
     void learn(int32_t layer, const float * popularity, const float *, const float *, int64_t) override {
-        static constexpr double all = 20; // what a use of every token comes to
+        static constexpr double all = 20; // the count of an expert that every token uses, 1 / (1 - keep)
 
         for (int32_t expert = 0; expert < n_expert_; expert++) {
             count_[layer][expert] += all * popularity[expert];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// What the layer chose for the token before.
+// Previous: the experts that the layer chose for the token before.
 
 #include "prefetch/predictors/predictor.hpp"
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// What those tokens chose there that were routed most like this one in the layers so far: the idea of the eviction policy
-// recall, within one token.
+// Similar: the experts chosen by the earlier tokens whose routing in the layers so far is most like this token's. The
+// idea is that of the eviction policy recall, applied within one token.
 
 #include "prefetch/predictors/predictor.hpp"
 
@@ -43,7 +43,7 @@ class similar : public scoring_predictor {
         }
     }
 
-    // A token counts by the fourth power of its likeness.
+    // An earlier token's weight is the fourth power of the share of experts that it has in common with the last one.
     bool score(int32_t, int32_t ahead, std::vector<double> & score) override {
         double sum = 0;
         for (size_t i = 0; i < shared_.size(); i++) {
@@ -61,16 +61,16 @@ class similar : public scoring_predictor {
     }
 
   private:
-    static constexpr size_t window = 192;            // tokens behind the last one
+    static constexpr size_t window = 192;            // earlier tokens that are kept
 
     using token = std::vector<std::vector<int32_t>>; // [n_layers][n_used]
 
     int32_t              n_layers_;
     int32_t              last_ = -1;
-    std::deque<token>    tokens_;       // the window and the last one
-    std::vector<int64_t> shared_;       // how many experts each of the window shares with the last one so far
-    int64_t              n_chosen_ = 0; // by the last one so far
-    std::vector<int64_t> told_;         // [n_expert] the last note() that named it
+    std::deque<token>    tokens_;       // the earlier tokens, then the last one
+    std::vector<int64_t> shared_;       // [earlier token] experts in common with the last one so far
+    int64_t              n_chosen_ = 0; // experts chosen by the last one so far
+    std::vector<int64_t> told_;         // [n_expert] number of the last note() with the expert
     int64_t              n_noted_ = 0;
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 //
-// What a layer chose when one before it chose as it does now: tables of pairs for the next layer and the one after,
-// learnt as the model runs, and from a profile.
+// Transition: how often an expert is chosen after each expert that the layer before, or the one before that, has
+// chosen. Learns the counts of these pairs as the model runs, and from a profile.
 
 #include "prefetch/predictors/predictor.hpp"
 
@@ -75,7 +75,7 @@ class transition : public scoring_predictor {
   private:
     static constexpr int32_t n_ahead = 2;
 
-    // [n_expert][n_expert]; made when it is first wanted.
+    // [n_expert][n_expert] by earlier and later expert; allocated when first used.
     std::vector<float> & table(int32_t distance, int32_t layer) {
         std::vector<float> & pairs = pairs_[distance - 1][layer];
         pairs.resize((size_t) n_expert_ * n_expert_, 0);

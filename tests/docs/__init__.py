@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Tests that hold README.md and docs/ against the code."""
