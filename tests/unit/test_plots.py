@@ -156,7 +156,7 @@ def written(*n_made):
 def test_the_last_frame_is_found():
     found = live_svg.last_frame(written(10, 50, 90))
     lines = found.plain.splitlines()
-    assert lines[0].startswith("── rotary a.gguf ──") and lines[-1] == "Ctrl-C stops, the text stays"
+    assert lines[0].startswith("── rotary a.gguf ──") and lines[-1].startswith("Ctrl-C")
     assert "90 of 100" in lines[1] and "50 of 100" not in found.plain
     assert any("word10 word50 word90" in line for line in lines) and "before" not in found.plain
     assert any(span.style.color for span in found.spans), "with its colours"
