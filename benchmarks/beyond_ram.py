@@ -7,7 +7,7 @@ computed per token are in a real proportion. Stock runs with its best setting of
 repacking, Rotary with its defaults. The first round tries every variant, later rounds repeat the best. Logits
 must equal those of stock in memory with the same kernels to the bit, or the benchmark fails.
 
-    python benchmarks/beyond_ram.py --json figures.json
+    python benchmarks/beyond_ram.py --json figures.json    # benchmarks/plots.py draws what this writes
     python benchmarks/beyond_ram.py --types q4_0 --routings calibrated --memory 60% --disks machine
     python benchmarks/beyond_ram.py --reader        # only the disks' bandwidth for a plain parallel reader
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import platform
 import signal
 import sys
@@ -38,9 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 
 from benchmarks import cgroups, disks, report
 from benchmarks.cells import LOCALITY, plan
-from benchmarks.common import MODELS, ProcessFailed, cpu_name, in_process, synthetic
+from benchmarks.common import MODELS, ProcessFailed, cpu_name, in_process, provenance, synthetic
 from benchmarks.disks import Disk
 from benchmarks.rounds import Benchmark
+from rotary_llamacpp.gguf_files.info import ModelInfo
 from rotary_llamacpp.host.machine import available_memory, cpu_count
 from rotary_llamacpp.units import MIB
 
@@ -275,6 +277,13 @@ def main(**options):
         raise click.ClickException(f"{len(failures)} measurements failed: {'; '.join(failures)}")
 
 
+def shape_of(model: Path) -> dict:
+    """Figures of a model for captions."""
+    info = ModelInfo.read(model)
+    names = ("name", "n_layer", "n_expert", "n_expert_used", "expert_bytes")
+    return {name: getattr(info, name) for name in names}
+
+
 def benchmark(
     options: dict, models: dict[tuple[str, str], Path], found: dict[str, Disk], missing: dict[str, str],
     names: list[str], deadline: float,
@@ -286,11 +295,18 @@ def benchmark(
     bench = Benchmark(models, found, job, options["budget"], options["read_ahead"], options["limit_s"])
     cells = plan(options["types"], options["routings"], options["memory"], names, options["every"])
     everything = {
-        "machine": {"cpu": cpu_name(), "kernel": platform.release(), "n_threads": options["threads"]},
+        **provenance(),
+        "machine": {
+            "cpu": cpu_name(),
+            "kernel": platform.release(),
+            "n_threads": options["threads"],
+            "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        },
         "settings": {name: value for name, value in options.items() if name not in ("folder", "json_path")},
         "disks": {disk.name: {"what": disk.what, "bandwidth": disk.bandwidth} for disk in found.values()},
         "skipped": missing,
         "models": {f"{type_} {kind}": path.stat().st_size for (type_, kind), path in models.items()},
+        "shapes": {type_: shape_of(path) for (type_, _), path in models.items()},
         "cells": [{"name": str(cell), **asdict(cell)} for cell in cells],
         "runs": bench.runs,
     }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -10,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rotary_llamacpp.pinned import LLAMA_CPP_PYTHON
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +67,26 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def provenance() -> dict:
+    """Today's date, the commit of this checkout, None if unknown, and llama-cpp-python's version.
+
+    A commit with changes that are not committed ends in "+".
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return ran.stdout.strip() if ran.returncode == 0 else None
+
+    commit = git("rev-parse", "--short=10", "HEAD")
+    if commit and git("status", "--porcelain", "--untracked-files=no"):
+        commit += "+"
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"date": today, "commit": commit, "llama_cpp_python": LLAMA_CPP_PYTHON}
 
 
 def synthetic(folder: Path, shape: str, type_: str, locality: float | None, **overrides: int) -> Path:

@@ -219,6 +219,10 @@ def test_beyond_ram_runs(native, tmp_path):
     assert killed and all(r["system"] == "stock" and r["repack"] for r in killed), "copies do not fit"
     limited = [r for r in figures["runs"] if r["outcome"] == "measured" and r["limit_bytes"]]
     assert all(r["peak_bytes"] <= r["limit_bytes"] for r in limited)
+    result = script("plots.py", tmp_path / "figures.json", "-o", tmp_path / "figures.svg")
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "figures.svg").read_text()
+    assert figures["date"] in text and all(f"{name} disk of" in text for name in disks)
 
 
 @pytest.mark.slow

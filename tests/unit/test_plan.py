@@ -705,7 +705,12 @@ def test_plot(native, rotary_command, tmp_path):
 
     figure = ElementTree.parse(out).getroot()
     words = [element.text for element in figure.iter("{http://www.w3.org/2000/svg}text")]
-    assert "Rotary on the GPU" in words and "all on the CPU, mapped" in words
+    assert "Rotary on the GPU" in words and "stock: all on the CPU, mapped" in " ".join(map(str, words))
+    assert "decode, tokens per second" in words
+    assert any(str(word).startswith("VRAM for experts, GiB") for word in words)
+    once = out.read_bytes()
+    ran = rotary_command("plan", "qwen3-30b-a3b", "--vram", "12GiB", "--ram", "64GiB", "--plot", out)
+    assert ran.returncode == 0 and out.read_bytes() == once
     lines = [each for each in figure.iter() if each.get("id", "").startswith("line2d")]
     assert len(lines) > 4
 
