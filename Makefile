@@ -5,16 +5,16 @@
 #   make test-fast     the inner loop: logic, the C API, commands, and one model against stock; under two minutes
 #   make conformance   only upstream's conformance programs
 #   make machines      paged against stock on processors that Debian's qemu-user emulates, x86-64 and Arm
-#   make bench         paged against stock, in turn
+#   make bench         decode and prefill speed, paged against stock
 #   make lint          ruff, mypy, clang-format
 #   make docs          the site of docs/, into build/docs; fails on a broken link
 #   make fuzz          10,000 damaged inputs of each kind (FUZZ="--seed 2 --only gguf"); minutes
 #   make sanitize      the native tests with ASan and UBSan, then with TSan (SANITIZE=address); builds llama.cpp again
 #   make soak          everything at once for SOAK_MINUTES=20, logits compared with stock's (SOAK="--only forks")
-#   make clean         remove what was built, but for the downloaded llama-cpp-python and its wheel
+#   make clean         remove what was built, except the downloaded llama-cpp-python and its wheel
 #
-# Each sets up what it needs first, in .venv and build/. Wanted of the machine: Python 3.11 with venv, a C and C++
-# compiler, make. The first time takes minutes, as it compiles llama-cpp-python; later ones take seconds.
+# Each target first sets up what it needs in .venv and build/. The machine needs Python 3.11 or newer with venv, a C and
+# C++ compiler, and make. The first set-up takes minutes, since it compiles llama-cpp-python; later ones take seconds.
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -36,7 +36,7 @@ WHEELS  := build/wheel-$(VERSION)
 LIBRARY := rotary_llamacpp/lib/libggml-rotary.so
 NATIVE  := CMakeLists.txt $(shell find native -type f)
 
-# For the pip that builds wheels, and for tests that start the build again.
+# Exported for the pip that builds wheels and for tests that run the build again.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
@@ -54,7 +54,7 @@ test-fast: setup
 conformance: setup programs
 	$(PY) -m pytest -m conformance
 
-# Builds llama.cpp twice: about twenty minutes of one core, then minutes. MACHINES names some of them.
+# Builds llama.cpp twice (about twenty minutes of one core), then runs for minutes. MACHINES selects machines by name.
 machines: $(VENV)/.made $(SDIST)/PKG-INFO
 	@$(PY) -m tests.machines.run $(SDIST)/vendor/llama.cpp $(MACHINES)
 
@@ -103,7 +103,7 @@ $(VENV)/.made:
 $(SDIST)/PKG-INFO: | $(VENV)/.made
 	@$(PY) setup.py -q llama_cpp > /dev/null
 
-# Its own build directory, so that an interrupted build goes on where it stopped.
+# In a build directory of its own, so that an interrupted build resumes.
 $(WHEELS)/.made: | $(SDIST)/PKG-INFO
 	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF $${CMAKE_ARGS:-}" \
 	    $(PY) .ci/progress.py "llama-cpp-python $(VERSION)" build/llama-cpp-python.log \

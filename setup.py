@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Builds libggml-rotary.so with CMake and puts it, with rotary.h, into the package.
+"""Build libggml-rotary.so with CMake and put it, with rotary.h, into the package.
 
-What is not here is in pyproject.toml. The pinned llama-cpp-python is the exception, so that its number
-stands in rotary_llamacpp/pinned.py alone.
+Metadata is in pyproject.toml, except the requirements: the version of llama-cpp-python comes from
+rotary_llamacpp/pinned.py, the only place that states it.
 
-The library needs headers of the pinned llama.cpp: from the environment variable ROTARY_LLAMA_CPP_DIR, else
-from the llama-cpp-python sdist unpacked in build/sdist, else from one that pip downloads to there.
-`python setup.py llama_cpp` does only that and prints the directory.
+The headers of the pinned llama.cpp come from the directory ROTARY_LLAMA_CPP_DIR, else from the
+llama-cpp-python sdist unpacked in build/sdist, which pip downloads if it is missing. `python setup.py
+llama_cpp` only finds or downloads that source and prints its llama.cpp directory.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class BuildFailed(BaseError):
 
 
 def pin(name: str) -> str:
-    """Value of the plain assignment `name` in pinned.py, which needs our library to be imported."""
+    """Value assigned to `name` in pinned.py, read as text: importing it needs the library built here."""
     text = (ROOT / PACKAGE / "pinned.py").read_text()
     found = re.search(rf'^{name} = "([^"]+)"', text, re.MULTILINE)
     if not found:
@@ -67,7 +67,7 @@ def llama_cpp_dir() -> Path:
     if not archive.is_file():
         download_sdist(version)
     check_sdist(archive)
-    # Unpacked beside its place and moved there, so that an interrupted run leaves no half of a source behind.
+    # Unpack to a temporary folder and rename it, so that an interrupted run leaves no incomplete source.
     part = SDIST_DIR / f".{stem}.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -83,12 +83,12 @@ def llama_cpp_dir() -> Path:
 
 
 def download_sdist(version: str) -> None:
-    """By pip, which knows indexes, proxies and certificates; pyproject.toml asks for one to be there."""
+    """Download by pip, which knows indexes, proxies and certificates; builds require it in pyproject.toml."""
     wanted = f"llama-cpp-python=={version}"
     print(f"downloading the sdist of {wanted} to {SDIST_DIR}", file=sys.stderr, flush=True)
     SDIST_DIR.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
-    environment.pop("PIP_BUILD_TRACKER", None)  # of the pip that runs us
+    environment.pop("PIP_BUILD_TRACKER", None)  # set by the pip that runs this build
     for pips, uvs in (
         ("PIP_INDEX_URL", "UV_DEFAULT_INDEX"),
         ("PIP_INDEX_URL", "UV_INDEX_URL"),
@@ -155,10 +155,10 @@ class BuildNative(build_ext):
         package = ROOT / PACKAGE if self.inplace else Path(self.build_lib).resolve() / PACKAGE
         build = ROOT / "build" / "native"
         cmake = tool("cmake")
-        # A build directory remembers the cmake it was made with; that of an isolated build is gone by now.
+        # A build directory remembers its cmake, which no longer exists after an isolated build.
         if self.stale(build):
             shutil.rmtree(build)
-        # ROTARY_CUDA=ON|OFF and ROTARY_CUDA_ARCHITECTURES=90 of the environment, as CMake has them.
+        # The environment may set the CMake options ROTARY_CUDA=ON|OFF and ROTARY_CUDA_ARCHITECTURES=90.
         cuda = [
             f"-D{name}={os.environ[name]}"
             for name in ("ROTARY_CUDA", "ROTARY_CUDA_ARCHITECTURES")
@@ -189,7 +189,7 @@ class BuildNative(build_ext):
                 f"{Path(command[0]).name}: failed with exit status {result.returncode}, see above"
             )
 
-    # What setuptools asks of a build_ext, for wheels and for editable installs.
+    # setuptools calls these two of a build_ext, for wheels and for editable installs.
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib) / PACKAGE / file) for file in self.native_files()]

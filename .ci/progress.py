@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Run a long build and say how far it is: progress.py NAME LOG COMMAND...
+"""Run a long build and print its progress: progress.py NAME LOG COMMAND...
 
-The command's output goes to LOG; of it only ninja's step counters are shown, one line every few seconds, and
-a line when nothing has changed for a while. If the command fails, the end of LOG follows, and its exit status
-is ours.
+The command's output goes to LOG; only ninja's step counters are printed. If the command fails, the end of LOG
+is printed and the command's exit status is returned.
 """
 
 import re
@@ -13,8 +12,8 @@ import threading
 import time
 from pathlib import Path
 
-EVERY_S = 5.0  # no more often than this
-AT_LEAST_S = 15.0  # and never silent for longer
+EVERY_S = 5.0  # at most one line in this time
+AT_LEAST_S = 15.0  # and at least one in this time
 TAIL_LINES = 40
 
 

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Models larger than memory: decode and prefill of stock llama.cpp and of Rotary, each in a memory cgroup.
+"""Models larger than memory: decode and prefill speed of stock llama.cpp and of Rotary in a memory cgroup.
 
 Each measurement is a process of its own in a fresh cgroup, with the model dropped from the page cache before;
-stock and Rotary take turns. The models are synthetic, a few layers of a real shape: bytes read and computed
-per token are in a real proportion. Stock is taken at its best of the disk's read-ahead and of repacking;
-Rotary runs at its default. The first round tries every variant, the others repeat the best. Logits must equal
-those of stock in memory with the same kernels to the bit, or the benchmark fails.
+stock and Rotary take turns. The models are synthetic, a few layers of a real shape, so that bytes read and
+computed per token are in a real proportion. Stock runs with its best setting of the disk's read-ahead and of
+repacking, Rotary with its defaults. The first round tries every variant, later rounds repeat the best. Logits
+must equal those of stock in memory with the same kernels to the bit, or the benchmark fails.
 
-    python benchmarks/beyond_ram.py --json figures.json
+    python benchmarks/beyond_ram.py --json figures.json    # benchmarks/plots.py draws what this writes
     python benchmarks/beyond_ram.py --types q4_0 --routings calibrated --memory 60% --disks machine
-    python benchmarks/beyond_ram.py --reader        # only what a plain parallel reader gets from the disks
+    python benchmarks/beyond_ram.py --reader        # only the disks' bandwidth for a plain parallel reader
 
-Needs root: cgroups (v1 or v2), read-ahead and mounts are set, and set back whatever ends the run but SIGKILL.
-What the machine does not allow is left out, with the reason. Run it on an idle machine.
+Needs root: it sets cgroups (v1 or v2), read-ahead and mounts, and restores them unless SIGKILL ends the run.
+Disks that the machine does not allow are skipped, with the reason. Run it on an idle machine.
 
-Disks: *machine* is where --dir lies. *fast* is a loop device over memory and stands for NVMe. *slow* is the
-machine's, throttled, and stands for a SATA SSD: a virtual disk served from its host's cache can be as fast as
-NVMe.
+Disks: *machine* is the disk of --dir. *fast* is a loop device over memory and stands for NVMe. *slow* is the
+machine's disk throttled and stands for a SATA SSD: a virtual disk served from its host's cache can be as fast
+as NVMe.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import platform
 import signal
 import sys
@@ -38,9 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 
 from benchmarks import cgroups, disks, report
 from benchmarks.cells import LOCALITY, plan
-from benchmarks.common import MODELS, ProcessFailed, cpu_name, in_process, synthetic
+from benchmarks.common import MODELS, ProcessFailed, cpu_name, in_process, provenance, synthetic
 from benchmarks.disks import Disk
 from benchmarks.rounds import Benchmark
+from rotary_llamacpp.gguf_files.info import ModelInfo
 from rotary_llamacpp.host.machine import available_memory, cpu_count
 from rotary_llamacpp.units import MIB
 
@@ -48,7 +50,7 @@ SHAPE = "qwen3-30b-a3b"
 OVERRIDES = {"ff": 384, "heads": 16, "vocab": 32000}
 LAYERS = {"q4_0": 12, "q8_0": 8}  # 2.3 and 2.8 GB
 
-# For a smoke run: 112 MiB, of which a limit of 60 % still holds the buffers of a small context.
+# For a smoke run: 112 MiB; a limit of 60 % of that still holds the buffers of a small context.
 QUICK_SHAPE = "test"
 QUICK_OVERRIDES = {"layers": 8, "experts": 128}
 QUICK = {
@@ -62,7 +64,7 @@ QUICK = {
 
 @contextlib.contextmanager
 def teardown() -> Iterator[contextlib.ExitStack]:
-    """A stack that is emptied whatever ends the run, undisturbed by further signals."""
+    """A stack of clean-ups that also run if a signal ends the run; further signals do not disturb them."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def stop(number: int, _: object) -> None:
@@ -90,14 +92,14 @@ def set_up_disks(
     reserve_bytes: int,
     slow_mib: int,
 ) -> tuple[dict[str, Disk], dict[str, str]]:
-    """The machine's disk and those asked for; and why, by name, the others are not to be had.
+    """Set up the machine's disk and those in `names`; returns the disks, and why others are missing, by name.
 
     Parameters
     ----------
     fast_bytes : int
-        What the fast disk must hold.
+        Bytes of files that the fast disk must hold.
     reserve_bytes : int
-        Memory to leave beside it.
+        Memory that must be available besides.
     """
     device = disks.block_device(folder)
     what = f"{device.name if device else 'no block device'} under {folder}"
@@ -126,7 +128,7 @@ def set_up_disks(
             missing["fast"] = str(error)
     for disk in found.values():
         if disk.device is not None:
-            with contextlib.suppress(OSError):  # not to be set, in a container for example: measured as it is
+            with contextlib.suppress(OSError):  # it cannot be set, in a container for example: left as it is
                 own = stack.enter_context(disks.kept_read_ahead(disk.device))
                 disks.set_read_ahead(disk.device, own)
                 disk.own_read_ahead = own
@@ -134,7 +136,7 @@ def set_up_disks(
 
 
 def read_plainly(disk: Disk, model: Path, seconds: float) -> None:
-    """Measure the disk's bandwidth on the model's file, in the disk's throttle."""
+    """Measure the disk's bandwidth for a plain reader of the model's file, throttled as the disk is."""
     path = disk.place(model)
     disks.drop(path)
     block_bytes = min(MIB, path.stat().st_size // 8 & -4096)
@@ -176,7 +178,7 @@ def split(allowed: tuple[str, ...] | None = None) -> Callable[..., list[str]]:
 
 
 def parse_memory(context: object, parameter: object, value: str) -> list[float | None]:
-    """Click callback: shares of the model's size, and None for fits."""
+    """Click callback: shares of the model's size; None stands for "fits"."""
     shares: list[float | None] = []
     for item in split()(context, parameter, value):
         try:
@@ -190,7 +192,7 @@ def parse_memory(context: object, parameter: object, value: str) -> list[float |
 
 
 def parse_read_ahead(context: object, parameter: object, value: str) -> list[int | str]:
-    """Click callback: KiB, or own."""
+    """Click callback: numbers of KiB, or "own"."""
     items = split()(context, parameter, value)
     for item in items:
         if item != "own" and not (item.isdigit() and int(item)):
@@ -275,6 +277,13 @@ def main(**options):
         raise click.ClickException(f"{len(failures)} measurements failed: {'; '.join(failures)}")
 
 
+def shape_of(model: Path) -> dict:
+    """Figures of a model for captions."""
+    info = ModelInfo.read(model)
+    names = ("name", "n_layer", "n_expert", "n_expert_used", "expert_bytes")
+    return {name: getattr(info, name) for name in names}
+
+
 def benchmark(
     options: dict, models: dict[tuple[str, str], Path], found: dict[str, Disk], missing: dict[str, str],
     names: list[str], deadline: float,
@@ -286,11 +295,18 @@ def benchmark(
     bench = Benchmark(models, found, job, options["budget"], options["read_ahead"], options["limit_s"])
     cells = plan(options["types"], options["routings"], options["memory"], names, options["every"])
     everything = {
-        "machine": {"cpu": cpu_name(), "kernel": platform.release(), "n_threads": options["threads"]},
+        **provenance(),
+        "machine": {
+            "cpu": cpu_name(),
+            "kernel": platform.release(),
+            "n_threads": options["threads"],
+            "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        },
         "settings": {name: value for name, value in options.items() if name not in ("folder", "json_path")},
         "disks": {disk.name: {"what": disk.what, "bandwidth": disk.bandwidth} for disk in found.values()},
         "skipped": missing,
         "models": {f"{type_} {kind}": path.stat().st_size for (type_, kind), path in models.items()},
+        "shapes": {type_: shape_of(path) for (type_, _), path in models.items()},
         "cells": [{"name": str(cell), **asdict(cell)} for cell in cells],
         "runs": bench.runs,
     }

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""What beyond_ram.py measures: variants of stock and Rotary; cells of model, disk and memory. Pure logic."""
+"""The variants (of stock and Rotary) and cells (of model, disk and memory) that beyond_ram.py measures."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
 
-LOCALITY = {"calibrated": 0.38, "random": None}  # by kind of model: measured on Qwen3-30B-A3B; hardly any
+LOCALITY = {"calibrated": 0.38, "random": None}  # by kind of model; 0.38 was measured on Qwen3-30B-A3B
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run: stock at a read-ahead in KiB (None: as it is), with or without repacking; or Rotary."""
+    """One way to run a model: by stock or by Rotary, with a read-ahead in KiB (None: leave it as it is)."""
 
     system: str  # "stock" or "rotary"
     repack: bool = True
@@ -19,7 +19,7 @@ class Variant:
     prefetch: bool = True
 
     def name(self, repacks: bool) -> str:
-        """As the table has it; `repacks`: whether this type of weights is repacked at all."""
+        """Name for the table; `repacks` tells whether this type of weights is repacked at all."""
         parts = [] if self.read_ahead is None else [f"read-ahead {self.read_ahead}"]
         if repacks and (self.system == "stock" or not self.repack):
             parts.append("repacked" if self.repack else "plain")
@@ -30,7 +30,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """A model on a disk, in a memory limit that is a share of its size, or in the page cache without one."""
+    """A model on a disk under a memory limit (a share of its size), or in the page cache without a limit."""
 
     type: str
     disk: str
@@ -47,10 +47,11 @@ class Cell:
 def plan(
     types: list[str], routings: list[str], memory: list[float | None], disks: list[str], every: bool
 ) -> list[Cell]:
-    """Cells in the order they are measured: by type; in memory first, as the others' reference; by disk.
+    """Cells in the order of measurement: by type; in memory first, as reference for the others; then by disk.
 
-    Unless `every`, "random" and "repeat" only at the first limit, and the machine's disk, beside others, only
-    with "calibrated" at the first limit. "repeat" is a second stream of the runs of "calibrated".
+    Unless `every` is set, "random" and "repeat" are measured only at the first limit, and the machine's disk,
+    if there are others, only with "calibrated" at the first limit. "repeat" is a second stream of the runs of
+    "calibrated".
     """
     limits = [share for share in memory if share is not None]
     cells = []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A memory limit and a disk throttle for one process, by Linux control groups, v1 or v2; needs root.
 
-Groups are made below this process's own, so that no limit around it is escaped. In v1 memory and disk are two
-hierarchies, in v2 one. Knows nothing of what is measured.
+Groups are made below this process's own group, so that its limits stay in force. Memory and disk are two
+hierarchies in v1 and one in v2.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _made: list[Path] = []  # directories that exist now
 def hierarchy(
     controller: str, mountinfo: str | None = None, membership: str | None = None
 ) -> tuple[int, Path, Path]:
-    """Where `controller` is to be had: version, this process's own group, and the mount point.
+    """Find the hierarchy of `controller`; returns version, this process's own group, and the mount point.
 
     Parameters
     ----------
     controller : str
         ``"memory"`` or ``"io"``, which v1 calls blkio.
     mountinfo, membership : str, optional
-        Contents of ``/proc/self/mountinfo`` and ``/proc/self/cgroup``.
+        Contents of ``/proc/self/mountinfo`` and ``/proc/self/cgroup``, which are read by default.
 
     Raises
     ------
     OSError
-        No hierarchy with it is mounted.
+        No hierarchy with that controller is mounted.
     """
     mountinfo = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
     membership = Path("/proc/self/cgroup").read_text() if membership is None else membership
@@ -47,16 +47,16 @@ def hierarchy(
         found.setdefault(each.version, each)
     if not found:
         raise OSError(f"no cgroup hierarchy with {controller} is mounted")
-    own = found[min(found)]  # a controller that v1 has, v2 has not
+    own = found[min(found)]  # v2 cannot use a controller that v1 has
     return own.version, own.folders[0], own.mount
 
 
 def _parent(controllers: list[str]) -> tuple[int, Path]:
-    """The group to make one with `controllers` in; for v1 one controller at a time."""
+    """Version and parent for a new group with `controllers`; v1 takes one controller at a time."""
     version, own, mount = hierarchy(controllers[0])
     if version == 1:
         return version, own
-    # v2 allows children with controllers only where they were delegated, so walk up to there.
+    # v2 allows children with controllers only where these were delegated, so walk up to such a group.
     for folder in (own, *own.parents):
         delegated = (folder / "cgroup.subtree_control").read_text().split()
         if set(controllers) <= set(delegated):
@@ -67,7 +67,7 @@ def _parent(controllers: list[str]) -> tuple[int, Path]:
 
 
 class Group:
-    """Directories of one measurement's group, one for each hierarchy."""
+    """The group of one measurement: a directory in each hierarchy."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -85,11 +85,11 @@ class Group:
 
     @property
     def joined_by(self) -> list[str]:
-        """Files into which a process writes its id to join."""
+        """Files to which a process writes its id to join the group."""
         return [str(folder / "cgroup.procs") for folder in self.folders]
 
     def peak_bytes(self) -> int | None:
-        """Most memory charged so far, page cache included; None if not limited or not known."""
+        """Peak of the memory charged, page cache included; None if there is no limit or it is not known."""
         name = "memory.max_usage_in_bytes" if self.version == 1 else "memory.peak"
         return (
             int((self.memory / name).read_text()) if self.memory and (self.memory / name).exists() else None
@@ -111,7 +111,7 @@ def group(memory_bytes: int | None = None, throttle: tuple[str, int] | None = No
     Parameters
     ----------
     memory_bytes : int, optional
-        Limit on anonymous memory and page cache; there is no swapping.
+        Limit on anonymous memory and page cache together; swapping is turned off.
     throttle : (str, int), optional
         A whole disk as ``"major:minor"``, and the bytes per second that may be read from it.
 
@@ -152,7 +152,7 @@ def _write(path: Path, value: object, optional: bool = False) -> None:
 
 
 def remove(folders: list[Path] | None = None) -> None:
-    """Remove groups, by default all that are left of this process, and end what still runs in them."""
+    """Kill the processes in groups and remove these, by default all that this process has made."""
     for folder in list(_made if folders is None else folders):
         for _ in range(100):
             try:
@@ -172,7 +172,7 @@ def remove(folders: list[Path] | None = None) -> None:
 
 
 def join(files: list[str]) -> None:
-    """Join a group; in the process that is measured."""
+    """Move this process into a group; `files` are its `Group.joined_by`."""
     for file in files:
         Path(file).write_text(str(os.getpid()))
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What the benchmarks share: measuring in a process of its own, the processor's name, synthetic models."""
+"""Shared by the benchmarks: measuring in a process of its own, the processor's name, synthetic models."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -10,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rotary_llamacpp.pinned import LLAMA_CPP_PYTHON
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,17 +35,17 @@ class ProcessFailed(Exception):
 def in_process(
     module: str, function: str, *arguments: object, timeout: float | None = None, root: Path = ROOT
 ) -> dict:
-    """Call `module`.`function` in a fresh interpreter: no run inherits another's memory or threads.
+    """Call `module`.`function` in a fresh interpreter, so that no run inherits another's memory or threads.
 
-    The code is that of the checkout at `root`. Arguments and the result pass as JSON, the result in the last
-    line of standard output.
+    The code is that of the checkout at `root`. Arguments and result are JSON, the result in the last line of
+    standard output.
 
     Raises
     ------
     ProcessFailed
         The process did not end with status 0.
     subprocess.TimeoutExpired
-        It took longer than `timeout` seconds, and was killed.
+        The process took longer than `timeout` seconds and was killed.
     """
     code = (
         f"import json, sys; from {module} import {function}; "
@@ -59,15 +62,35 @@ def in_process(
 
 
 def cpu_name() -> str:
-    """The processor as /proc/cpuinfo names it."""
+    """The processor's name, from /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
 
 
+def provenance() -> dict:
+    """Today's date, the commit of this checkout, None if unknown, and llama-cpp-python's version.
+
+    A commit with changes that are not committed ends in "+".
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return ran.stdout.strip() if ran.returncode == 0 else None
+
+    commit = git("rev-parse", "--short=10", "HEAD")
+    if commit and git("status", "--porcelain", "--untracked-files=no"):
+        commit += "+"
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"date": today, "commit": commit, "llama_cpp_python": LLAMA_CPP_PYTHON}
+
+
 def synthetic(folder: Path, shape: str, type_: str, locality: float | None, **overrides: int) -> Path:
-    """A model of the generator's in `folder`, written once."""
+    """Path of a synthetic model in `folder`, generated unless it is there."""
     from models.synth import synthesize
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,9 +102,9 @@ def synthetic(folder: Path, shape: str, type_: str, locality: float | None, **ov
 
 
 def last_logits(llama: Llama) -> NDArray[np.float32]:
-    """Of the last token; valid until the next is computed.
+    """View of the last token's logits, valid until the next token is computed.
 
-    A view: llama_cpp's own way is a list of the vocabulary's Python numbers, milliseconds for each token.
+    llama_cpp itself returns a list of Python numbers, which takes milliseconds for each token.
     """
     import llama_cpp
     import numpy as np

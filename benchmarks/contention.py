@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What reading a fast disk costs computation: stock's decode in memory, alone and beside a plain reader.
+"""How reading a fast disk slows computation: stock's decode in memory, alone and beside a plain reader.
 
-The fast disk of beyond_ram.py is a loop device over memory, whose reads are copies by this machine's cores.
-So a model whose experts come from it cannot decode faster than the same model in memory beside a reader of as
-many bytes per second, whoever reads them. Rounds in turn, medians.
+Reads from the fast disk of beyond_ram.py, a loop device over memory, are copies by this machine's cores. So a
+model that reads its experts from there cannot decode faster than the same model in memory beside a reader of
+as many bytes per second. Figures are medians over rounds in turn.
 
     python benchmarks/contention.py --rate 1100 MODEL      (as root)
 """
@@ -33,7 +33,7 @@ from rotary_llamacpp.units import MIB
 
 @contextlib.contextmanager
 def reader(path: Path, rate: float) -> Iterator[None]:
-    """Reads `path` over and over by direct I/O, one MiB at a time, at `rate` bytes per second."""
+    """Read `path` over and over by direct I/O, one MiB at a time, at `rate` bytes per second, meanwhile."""
     ending = threading.Event()
 
     def read() -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Speed of `rotary convert` against `cp`, and of paging from the converted model against the original.
 
-Copying: cp, cp with sync of its result, and converting, which syncs too and is timed without the half second
-that Python takes to start; in turn, each onto a quiet disk; with the source in the page cache and not.
-Paging: by direct reads, random tokens, in turn.
+Copying compares cp, cp with a sync of its result, and converting, which syncs too and is timed without the
+half second in which Python starts. They take turns, each on a quiet disk, with the source in the page cache
+and without. Paging compares decode of random tokens with direct reads, in turn.
 
-    python benchmarks/convert.py                            a model of the generator's, of 2 GiB
+    python benchmarks/convert.py                            a synthetic model of 2 GiB
     python benchmarks/convert.py MODEL --budget 25%
 """
 
@@ -30,7 +30,7 @@ from rotary_llamacpp.units import MIB
 
 
 def timed(source: str, target: str, verify: bool) -> dict:
-    """Convert, in this process; how long it took."""
+    """Convert in this process; returns how many seconds it took."""
     from rotary_llamacpp.conversion.convert import Options, convert
 
     begin = time.perf_counter()
@@ -39,7 +39,7 @@ def timed(source: str, target: str, verify: bool) -> dict:
 
 
 def ways(source: Path, target: Path) -> dict[str, Callable[[], float]]:
-    """Each way to copy; returns seconds."""
+    """The ways to copy, by name: functions that return seconds."""
     plain = ["cp", str(source), str(target)]
 
     def programs(*commands: list[str]) -> float:
@@ -60,7 +60,7 @@ def ways(source: Path, target: Path) -> dict[str, Callable[[], float]]:
 
 
 def quiet(target: Path) -> None:
-    """Remove what a way has written, and wait until the disk has nothing left to write."""
+    """Remove `target` and wait until the disk has nothing left to write."""
     target.unlink(missing_ok=True)
     os.sync()
     time.sleep(1)
@@ -69,7 +69,7 @@ def quiet(target: Path) -> None:
 def copying(
     source: Path, target: Path, rounds: int, prepare: Callable[[Path], None]
 ) -> dict[str, list[float]]:
-    """MiB/s of each way and round; `prepare` is done with the source before each."""
+    """MiB/s of each way to copy, by round; `prepare` is called with the source before each."""
     rates: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, way in ways(source, target).items():
@@ -80,13 +80,13 @@ def copying(
 
 
 def paged(model: str, budget: str, repack: bool, n_decode: int, n_threads: int) -> dict:
-    """Time random tokens, one by one, paged by direct reads.
+    """Time the decode of random tokens, paged by direct reads.
 
     Returns
     -------
     dict
         ``decode`` in tokens per second, ``read_bandwidth`` in bytes per second, ``bytes_read``,
-        ``bytes_paged`` and ``in_place``, the share of what was read that needed no copy.
+        ``bytes_paged`` and ``in_place``, the share of the bytes read that needed no copy.
     """
     import numpy as np
 
@@ -119,7 +119,7 @@ def paged(model: str, budget: str, repack: bool, n_decode: int, n_threads: int) 
 
 
 def copy_table(source: Path, target: Path, rounds: int) -> None:
-    """Print rates, and their medians of the rounds' own ratios: other load changes from round to round."""
+    """Print rates and ratios; a ratio is the median of those of each round, since other load varies."""
     click.echo("| copy, source | MiB/s | of cp | of cp, sync | spread |")
     click.echo("|---|---|---|---|---|")
     for state, prepare in {"in the page cache": fill_cache, "on disk": drop}.items():
@@ -136,7 +136,7 @@ def copy_table(source: Path, target: Path, rounds: int) -> None:
 
 
 def paging_table(source: Path, target: Path, rounds: int, budget: str, n_decode: int, n_threads: int) -> None:
-    """Print how the two are paged."""
+    """Print the speed of paging from the source and from the converted model."""
     click.echo(
         "| paged by direct reads | decode tok/s | spread | disk MiB/s | MiB read of paged | in place |"
     )

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Decode and prefill speed of paged against stock, in turn on this machine.
+"""Decode and prefill speed, paged against stock, on this machine.
 
 Each measurement is a process of its own: it loads the model, evaluates a prompt, then decodes greedily. A
 round runs every configuration once, so that a slow spell of the machine hits all of them; figures are medians
-over rounds, and ratios are to stock with the same kernels, repacking included. The generated text must be the
-same everywhere, or the benchmark fails. Run it on an idle machine: with more runnable threads than cores,
-ggml's barriers measure the scheduler.
+over rounds, and ratios are to stock with the same kernels, repacking included. All configurations must
+generate the same text, or the benchmark fails. Run it on an idle machine: with more runnable threads than
+cores, ggml's barriers measure the scheduler.
 
-With --against another built checkout of this project runs the same, in turn with this one.
+With --against, another built checkout of this project runs the same configurations in turn with this one.
 
     python benchmarks/decode.py models/tiny-moe-q8_0.gguf
     python benchmarks/decode.py models/tiny-moe-q8_0.gguf --against ../before

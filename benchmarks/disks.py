@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Disks to measure on: their devices, read-ahead and plain bandwidth, and a fast one made of memory.
 
-Linux only; making a disk and setting read-ahead need root. Knows nothing of what is measured.
+Linux only; making a disk and setting read-ahead need root.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CLONE_NEWNS = 0x00020000  # sched.h
 
 
 def block_device(path: Path) -> Path | None:
-    """/sys directory of the disk under a file: not of a partition, and None if there is none.
+    """/sys directory of the whole disk (not the partition) that holds a file; None if there is none.
 
     A file system without a block device (tmpfs, btrfs, overlay) has an anonymous device number, major 0.
     """
@@ -45,13 +45,13 @@ def get_read_ahead(device: Path) -> int:
 
 
 def set_read_ahead(device: Path, kib: int) -> None:
-    """Set it; a file takes it over when it is opened."""
+    """Set the device's read-ahead in KiB; it applies to files that are opened later."""
     (device / "queue" / "read_ahead_kb").write_text(str(kib))
 
 
 @contextlib.contextmanager
 def kept_read_ahead(device: Path) -> Iterator[int]:
-    """Yields the read-ahead as it is, and sets it again at the end."""
+    """Yield the read-ahead in KiB, and restore it at the end."""
     own = get_read_ahead(device)
     try:
         yield own
@@ -60,10 +60,10 @@ def kept_read_ahead(device: Path) -> Iterator[int]:
 
 
 def drop(path: Path) -> None:
-    """Drop a file from the page cache; nobody may have it mapped."""
+    """Drop a file from the page cache; no process may have it mapped."""
     file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)  # dirty pages stay otherwise
+        os.fsync(file)  # dirty pages would stay
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
@@ -79,7 +79,7 @@ def fill_cache(path: Path) -> None:
 
 @dataclass
 class Disk:
-    """Where models are read from."""
+    """A disk from which models are read."""
 
     name: str
     what: str
@@ -87,11 +87,11 @@ class Disk:
     device: Path | None  # in /sys
     throttle: tuple[str, int] | None = None  # see cgroups.group
     own_read_ahead: int | None = None  # KiB; None if it cannot be set
-    holds_one: bool = False  # a copy of one model at a time
+    holds_one: bool = False  # only one model fits at a time, which is copied there
     bandwidth: float | None = None  # bytes per second of the plain reader
 
     def place(self, model: Path) -> Path:
-        """Path of the model on this disk, copied there if it is not yet."""
+        """Path of the model on this disk, where it is copied if necessary."""
         path = self.folder / model.name
         if self.holds_one and not path.exists():
             for other in self.folder.glob("*.gguf"):
@@ -105,18 +105,18 @@ class Disk:
 def plain_reader(
     path: str, seconds: float = 3.0, in_flight: int = 8, block_bytes: int = MIB, groups: tuple[str, ...] = ()
 ) -> dict:
-    """What a plain parallel reader gets from the disk, past the page cache: O_DIRECT at random offsets.
+    """Measure the disk's bandwidth for a plain parallel reader: O_DIRECT reads at random offsets.
 
     Parameters
     ----------
     path : str
         File to read.
     in_flight : int
-        Threads, one read each.
+        Number of threads, each with one read in flight.
     block_bytes : int
-        Size and alignment of a read; less in a file that is smaller.
+        Size and alignment of a read.
     groups : sequence of str
-        ``cgroup.procs`` files of a group to join first, one that throttles the disk.
+        ``cgroup.procs`` files of a group to join first, to be throttled with it.
 
     Returns
     -------
@@ -137,7 +137,7 @@ def plain_reader(
         try:
             file = os.open(path, os.O_RDONLY | os.O_DIRECT)
             try:
-                with mmap.mmap(-1, block_bytes) as buffer:  # page-aligned, as O_DIRECT wants it
+                with mmap.mmap(-1, block_bytes) as buffer:  # page-aligned, as O_DIRECT requires
                     while time.perf_counter() - begin < seconds:
                         n_bytes += os.preadv(file, [buffer], order.randrange(blocks) * block_bytes)
             finally:
@@ -158,7 +158,7 @@ def plain_reader(
 
 
 def _own_mounts() -> None:
-    """Mounts made from now on are seen by this process and its children only, and end with them."""
+    """Give this process a mount namespace: later mounts are seen only here, and end with the process."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS) != 0:
         error = ctypes.get_errno()
@@ -176,17 +176,17 @@ def _command(*arguments: object) -> None:
 
 @contextlib.contextmanager
 def fast_disk(n_bytes: int) -> Iterator[Path]:
-    """An ext4 on a loop device over a file in a tmpfs of its own, for `n_bytes` of files; yields its folder.
+    """Mount an ext4 for `n_bytes` of files on a loop device over a new tmpfs; yields its folder.
 
-    Its memory is this process's. The mounts are private, so they and the loop device end even with a killed
-    process.
+    The memory is charged to this process. The mounts are private, so that they and the loop device disappear
+    even if the process is killed.
 
     Raises
     ------
     OSError
-        Memory, loop devices, mkfs.ext4 or the right to mount are wanting; the message says which.
+        Memory, loop devices, mkfs.ext4 or the right to mount are missing; the message says which.
     """
-    size = n_bytes + n_bytes // 32 + 32 * MIB  # with the file system's own blocks
+    size = n_bytes + n_bytes // 32 + 32 * MIB  # the file system's own blocks included
     _own_mounts()
     with contextlib.ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rotary-bench-")))

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Paging experts to a GPU against everything that stock llama.cpp can do with the same card, side by side.
 
-Made for a bare machine with a GPU, CMake, nvcc and no network. What it needs is packed where there is one:
+Made for a machine with a GPU, CMake and nvcc but no network. Pack what it needs on a machine with a network:
 
-    python benchmarks/gpu.py pack                      writes build/gpu-pack, some 10 MB, to be carried along
+    python benchmarks/gpu.py pack                      writes build/gpu-pack, some 10 MB, to be copied along
 
-and there, from the root of the source, each command going on where the last one stopped:
+and then, on the machine with the GPU, in the root of the source:
 
     python3 benchmarks/gpu.py build                    llama.cpp with ggml-cuda for this card, and Rotary
     python3 benchmarks/gpu.py test                     tests/gpu
     python3 benchmarks/gpu.py models                   Qwen3-30B-A3B's and Mixtral 8x22B's shapes, Q4_0
     python3 benchmarks/gpu.py measure --json out.json  the table
 
-A smaller card is stood for by the budgets. `measure --dry-run` goes through everything with a tiny model on
-the CPU and the installed llama_cpp; its figures mean nothing.
+The budgets stand for smaller cards. `measure --dry-run` runs everything with a tiny model on the CPU and the
+installed llama_cpp; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WHEELS = (
     "typing_extensions", "pyyaml", "requests", "urllib3", "idna", "certifi", "charset-normalizer", "pytest",
     "pluggy", "iniconfig", "packaging", "pygments",
 )  # fmt: skip
-# Of llama.cpp, what its libraries for CPU and CUDA are built from.
+# The parts of llama.cpp from which its libraries for CPU and CUDA are built.
 SOURCES = (
     "CMakeLists.txt",
     "LICENSE",
@@ -76,7 +76,7 @@ def main() -> None:
     pass
 
 
-# ---- carrying
+# ---- packing
 
 
 @main.command(help="Gather what a machine without a network needs.")
@@ -138,7 +138,7 @@ def build(arch: str, flash_attention: bool, jobs: int, no_cuda: bool) -> None:
                 tar.extractall(WORK if name == "llama.cpp" else SITE)
         for wheel in PACK.glob("*.whl"):
             shutil.unpack_archive(wheel, SITE, "zip")
-        # Rotary asks for its version, which the source's folder does not tell.
+        # Rotary asks for the installed version of llama-cpp-python, which only metadata tell.
         about = SITE / f"llama_cpp_python-{pinned.LLAMA_CPP_PYTHON}.dist-info" / "METADATA"
         about.parent.mkdir()
         about.write_text(
@@ -149,7 +149,7 @@ def build(arch: str, flash_attention: bool, jobs: int, no_cuda: bool) -> None:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if Path(nvcc).exists():
         os.environ.setdefault("CUDACXX", nvcc)
-    # A toolkit need not be where the loader looks.
+    # The loader may not know the toolkit's folder, so that it becomes part of the RPATH.
     toolkit = Path(nvcc).resolve().parent.parent / "lib64"
     native = WORK / "build-llama"
     run(
@@ -164,7 +164,7 @@ def build(arch: str, flash_attention: bool, jobs: int, no_cuda: bool) -> None:
     for library in native.glob("bin/*.so*"):
         (LIBRARIES / library.name).unlink(missing_ok=True)
         shutil.copy2(library, LIBRARIES, follow_symlinks=False)
-    # ggml says "unknown" of a commit that it cannot see, and Rotary then goes by the version.
+    # This ggml is built without git and reports commit "unknown"; Rotary then compares versions.
     ours = WORK / "build-rotary"
     run(
         "cmake", "-S", ROOT, "-B", ours, f"-DROTARY_LLAMA_CPP_DIR={LLAMA}",
@@ -177,7 +177,7 @@ def build(arch: str, flash_attention: bool, jobs: int, no_cuda: bool) -> None:
 
 
 def environment() -> None:
-    """Have this process's children use what has been built here, if it has."""
+    """Set the environment so that child processes use the libraries built here, if there are any."""
     if LIBRARIES.is_dir():
         os.environ["LLAMA_CPP_LIB_PATH"] = str(LIBRARIES)
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(SITE)])
@@ -226,16 +226,16 @@ def model_of(shape: str, type_: str) -> Path:
 
 
 class BufferTypeOverride(ctypes.Structure):
-    """llama.h's llama_model_tensor_buft_override: where weights with such names go; an empty one ends."""
+    """llama_model_tensor_buft_override of llama.h; an array of them ends with an empty one."""
 
     _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """One variant in this process: decode and prefill in tokens per second, medians, and Rotary's figures.
+    """Measure one variant in this process: medians of decode and prefill in tokens per second, statistics.
 
-    `job`: model, config (of Llama's ``rotary``; None for stock), experts_on_cpu, op_offload, n_gpu_layers,
-    prompts, batches, n_decode, rounds, n_threads.
+    `job` has the keys model, config (for Llama's ``rotary``; None for stock), experts_on_cpu, op_offload,
+    n_gpu_layers, prompts, batches, n_decode, rounds, n_threads.
     """
     import numpy as np
 
@@ -330,7 +330,7 @@ def pinned_copy() -> dict[str, float | None]:
 
 
 def variants(budgets: list[str], least: float, inner: str | None) -> dict[str, dict[str, Any]]:
-    """What is compared, by name: its job's fields, and its environment. No budgets below `least` %."""
+    """The variants to compare, by name: fields of the job, and environment; no budgets below `least` %."""
     plain: dict[str, Any] = {"config": None, "experts_on_cpu": False, "op_offload": True, "environment": {}}
     found = {
         "resident": plain,
@@ -339,7 +339,7 @@ def variants(budgets: list[str], least: float, inner: str | None) -> dict[str, d
     }
     for budget in budgets:
         if float(budget.rstrip("%")) < least:
-            continue  # not one token's experts
+            continue  # too small for the experts of one token
         config = {"budget": budget, "pin": "on", "verbose": False, **({"inner": inner} if inner else {})}
         host = {"ROTARY_DEVICE_LOOKUPS": "0"}
         found[f"rotary, host, {budget}"] = {**plain, "config": config, "environment": host}
@@ -380,7 +380,7 @@ def measure_all(
     base.update(rounds=rounds, n_decode=n_decode, n_threads=threads)
     if dry_run:
         base.update(prompts=[32, 64], rounds=1, n_decode=4, n_gpu_layers=0)
-    if json_path and json_path.exists():  # go on with what is missing
+    if json_path and json_path.exists():  # measure only what is missing
         everything["models"] = json.loads(json_path.read_text())["models"]
     machine = everything["machine"]
     link = number(machine["link"])
@@ -410,7 +410,7 @@ def measure_all(
 
 
 def gpu() -> dict[str, str]:
-    """The card, as nvidia-smi names it."""
+    """Name and driver of the card, from nvidia-smi."""
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True, check=True)
@@ -430,7 +430,7 @@ def number(value: float | None, form: str = ".1f") -> str:
 
 
 def table(model: Path, results: dict[str, Any]) -> list[str]:
-    """Rows of variants. Link GB/s: bytes paged in per token, by what the token takes longer than resident."""
+    """Table of all variants. "link GB/s": bytes paged per token, divided by its time over "resident"."""
     done = {name: result for name, result in results.items() if "failed" not in result}
     some = next(iter(done.values()), {"prefill": {}, "decode": {}})
     prompts, batches = list(some["prefill"]), list(some["decode"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The measured process of beyond_ram.py: load, prompt, tokens one by one. Prints nothing."""
+"""The measured process of beyond_ram.py: load a model, prompt it, decode token by token. Prints nothing."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def measure(job: dict) -> dict:
     ----------
     job : dict
         ``model``; ``rotary``, the argument of `Llama`; ``repack``, for stock; ``groups`` to join;
-        ``streams``, of "calibrated", "random" (both random tokens) and "repeat"; ``n_prompt``, ``n_warm``,
-        ``n_decode``, ``n_threads``; ``give_up_s``, by stream.
+        ``streams``, a choice of "calibrated", "random" (both random tokens) and "repeat"; ``n_prompt``,
+        ``n_warm``, ``n_decode``, ``n_threads``; ``give_up_s``, the seconds for a stream, by stream.
 
     Returns
     -------
     dict
-        ``anonymous_bytes`` that loading took, ``prefill`` in tokens per second and, by stream, ``decode`` in
-        tokens per second, the ``hash`` of the last logits, ``stats``, and whether it was ``cut`` short.
+        ``load_s``, ``anonymous_bytes`` that loading took, ``prefill`` in tokens per second, ``prefill_stats``
+        and, by stream, ``decode`` in tokens per second, ``n_timed``, the ``hash`` of the last logits,
+        ``stats``, and whether the stream was ``cut`` short.
     """
 
     from rotary_llamacpp import Llama
@@ -82,7 +83,7 @@ def measure(job: dict) -> dict:
 
 
 def preset(name: str, **fields: object) -> None:
-    """Let llama_cpp's `name`, a function that returns default params, return them with `fields` set."""
+    """Replace llama_cpp's `name`, which returns default params, by a function that also sets `fields`."""
     import llama_cpp.llama_cpp as llama_api
 
     stock_params = getattr(llama_api, name)
@@ -97,7 +98,7 @@ def preset(name: str, **fields: object) -> None:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that is no file's."""
+    """Resident memory of this process that is not backed by a file."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -105,7 +106,7 @@ def anonymous_bytes() -> int:
 
 
 def n_context(job: dict) -> int:
-    """The same for every job of a run: the context's size may choose kernels."""
+    """Context size, equal for all jobs of a run since the choice of kernels may depend on it."""
     return job["n_prompt"] + 2 * (job["n_warm"] + job["n_decode"]) + 8
 
 
@@ -122,12 +123,12 @@ def tokens_of(job: dict, n_vocab: int) -> tuple[list[int], dict[str, list[int]]]
 
 
 def without_layers(stats: dict) -> dict:
-    """The totals of `rotary_stats`."""
+    """The totals of `rotary_stats`, without the figures of each layer."""
     return {name: value for name, value in stats.items() if name != "layers"}
 
 
 def overlaps(job: dict) -> dict[str, float | None]:
-    """Lag-1 overlap of the routing of each stream's timed tokens, by stock."""
+    """Lag-1 overlap of the routing of each stream's timed tokens, as stock llama.cpp routes them."""
     import llama_cpp
     import numpy as np
 

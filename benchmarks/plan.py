@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What ``rotary plan --measure`` predicts against what runs measure, on this machine's CPU.
+"""Speed predicted by ``rotary plan --measure`` against measured speed, on this machine's CPU.
 
     python benchmarks/plan.py model.gguf
 
-Stock and Rotary by budget, with the model in the page cache and with direct reads. Each round calibrates in a
-process of its own, as ``--measure`` does, and then runs every configuration once; predictions are from the
-median rates, measurements are medians. What ran while other processes took more than --others of the
-processors is run again; in a container nobody can tell, and nothing is. Hit rates are expected by the default
-curve; the last column predicts decode from the run's own hit rate instead, to tell the two errors apart.
+Runs stock, and Rotary by budget, with the model in the page cache and with direct reads. Each round
+calibrates in a process of its own, as ``--measure`` does, and then runs every configuration once; predictions
+use the median rates, measurements are medians. A run during which other processes took more than --others of
+the processors is repeated, but not in a container, where that cannot be seen. Predictions use the default
+curve of hit rates; the last column predicts decode from the measured hit rate, to tell the two errors apart.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script i
 import click
 
 from benchmarks.common import ProcessFailed, cpu_name, in_process
+from benchmarks.disks import fill_cache
 from rotary_llamacpp.host.machine import busy_seconds, cpu_count
 from rotary_llamacpp.planning import plan as plans
 from rotary_llamacpp.planning.hits import Hits
@@ -44,14 +45,14 @@ RATES = (
 
 
 def calibrate(model: str, threads: int) -> dict[str, Any]:
-    """The machine that ``--measure`` finds."""
+    """The machine's rates as ``--measure`` finds them."""
     return asdict(plans.make(model, vram="0", measure=True, threads=threads).case.machine)
 
 
 def predict(
     model: str, rates: dict[str, float], run: dict[str, Any], budget: str | None, store: str, n: int, m: int
 ) -> tuple[Option, Option]:
-    """The option as planned, and with the hit rate that was measured."""
+    """The planned option, with the expected hit rate and with the measured one."""
     plan = plans.make(
         model, vram="0", budget=budget or "auto", store=store, n_ctx=n + m + 8, prompt=n, answer=m
     )
@@ -63,7 +64,7 @@ def predict(
 
 
 def undisturbed(others_share: float, module: str, function: str, *arguments: object) -> dict[str, Any]:
-    """As `in_process`, again while others take more of the processors than that, 20 times at the most."""
+    """Call `in_process`, up to 20 times, until others take no more than `others_share` of the processors."""
     allowed = others_share * cpu_count()
     for _ in range(20):
         _wait_for_idle(allowed)
@@ -79,16 +80,8 @@ def undisturbed(others_share: float, module: str, function: str, *arguments: obj
     raise click.ClickException("other processes kept the processors busy; run it on an idle machine")
 
 
-def _into_page_cache(path: str) -> None:
-    """Direct reads leave nothing of it there, and a run that begins so is slower in all that it does."""
-    block = bytearray(16 << 20)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(block):
-            pass
-
-
 def _wait_for_idle(allowed: float, seconds: float = 1800, sample: float = 3) -> None:
-    """Until no more than `allowed` processors have been busy for a moment, or in vain."""
+    """Wait until at most `allowed` processors are busy during a sample, or give up after `seconds`."""
     begin = time.monotonic()
     while time.monotonic() - begin < seconds:
         busy = busy_seconds()
@@ -130,7 +123,7 @@ def main(
                 config = {"budget": cell[0], "store": cell[1], "verbose": False} if cell[0] else None
                 arguments = (model, config, n_prompt, n_decode, threads)
                 if cell[1] == "mmap":
-                    _into_page_cache(model)
+                    fill_cache(Path(model))  # direct reads leave nothing there, and a run would start slower
                 runs[cell].append(undisturbed(others, "benchmarks.decode", "measure", *arguments))
         except ProcessFailed as error:
             raise click.ClickException(f"failed: {error}") from None

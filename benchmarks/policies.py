@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Eviction policies and prefetch on routing traces, against LRU and against the optimum: one table a trace.
+"""Eviction policies and prefetch on routing traces, against LRU and the optimum: two tables for each trace.
 
-    python benchmarks/policies.py qwen.route.csv gemma.route.csv     traces, as `rotary trace` or CSV
-    python benchmarks/policies.py --model models/tiny-moe-q8_0.gguf  one recorded for it, too
+    python benchmarks/policies.py qwen.route.csv gemma.route.csv     traces of `rotary trace`, or CSV
+    python benchmarks/policies.py --model models/tiny-moe-q8_0.gguf  also records a trace of this model
 
-Hit rates are of decode, warm from prefill. "closed" is the share of the gap between LRU and Belady. "knows n"
-is a policy that is told the routing of the next n tokens, and is lfu beyond: what online policies lack. Folds
-are closed shares on parts of a trace: its even and odd layers, the first and second half of its decode.
+Hit rates are those of decode after prefill. "closed" is the share of the gap between LRU and Belady that a
+policy closes. "knows n" is a policy that is told the routing of the next n tokens and is lfu beyond them,
+which shows how much online policies lose. The folds are closed shares on parts of a trace: its even and odd
+layers, the first and second half of its decode.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ PROMPTS = ["In the beginning", "The whale", "It was a dark night, and", "My dear
 
 
 class Certain(Router):
-    """A router that is never wrong: what any predictor could do."""
+    """A router that is never wrong: the upper limit for any predictor."""
 
     accuracy = 1.0
 
 
 def knowing(trace: Trace, n: int) -> policies.Factory:
-    """The policy that knows the next n tokens of this trace."""
+    """A policy that knows the routing of the next n tokens of this trace."""
     rows = {layer: trace.experts[trace.layer == layer].tolist() for layer in trace.layers}
 
     class Knows(policies.Lfu):
@@ -64,7 +65,7 @@ def knowing(trace: Trace, n: int) -> policies.Factory:
 
 
 def folds(trace: Trace) -> dict[str, Trace]:
-    """Parts of a trace: some layers, or prefill and some of the decode."""
+    """Parts of a trace: even or odd layers, or prefill and half of the decode."""
     decode = trace.phase == DECODE
     half = np.median(np.unique(trace.step[decode]))
     later = trace.select(~decode | (trace.step > half))
@@ -81,7 +82,7 @@ def folds(trace: Trace) -> dict[str, Trace]:
 
 
 def closed(trace: Trace, policy: policies.Factory | str, n_slots: list[int], adaptive: bool = False) -> float:
-    """Share of the gap between LRU and Belady, both with as many slots in each layer."""
+    """Share of the hit-rate gap between LRU and Belady that the policy closes; 1.0 if there is no gap."""
     lru = simulation.replay(trace, "lru", n_slots).hit_rate or 0.0
     best = simulation.belady(trace, n_slots).hit_rate or 0.0
     found = simulation.replay(trace, policy, n_slots, adaptive=adaptive).hit_rate or 0.0
@@ -89,7 +90,7 @@ def closed(trace: Trace, policy: policies.Factory | str, n_slots: list[int], ada
 
 
 def cost_us(trace: Trace, policy: str, n_slots: list[int], adaptive: bool) -> float:
-    """Microseconds of a request in native code, the slot table included: the median of five replays."""
+    """Microseconds per request in native code, the slot table included; the median of five replays."""
     index = np.searchsorted(trace.layers, trace.layer).astype(np.int32)
     ids = np.ascontiguousarray(trace.experts, np.int32)
     times = []

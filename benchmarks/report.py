@@ -14,32 +14,32 @@ Figure = Callable[[dict], float | None]
 
 
 def select(runs: list[dict], **wanted: object) -> list[dict]:
-    """The runs with these values."""
+    """The runs whose fields have these values."""
     return [run for run in runs if all(run[name] == value for name, value in wanted.items())]
 
 
 def variant_of(run: dict) -> Variant:
-    """The variant that a run is of."""
+    """The variant that a run measured."""
     return Variant(run["system"], run["repack"], run["read_ahead"], run["prefetch"])
 
 
 def prefill(run: dict) -> float | None:
-    """Prefill in tokens per second; None if the run did not end."""
+    """Prefill in tokens per second; None if the run did not finish."""
     return run.get("prefill")
 
 
 def decode(stream: str) -> Figure:
-    """Decode of a stream in tokens per second."""
+    """A figure: decode of a stream in tokens per second."""
     return lambda run: run.get("streams", {}).get(stream, {}).get("decode")
 
 
 def stat(stream: str, name: str) -> Figure:
-    """A value of `rotary_stats` after a stream; None where the library does not know it."""
+    """A figure: a value of `rotary_stats` after a stream; None where the library does not know it."""
     return lambda run: run.get("streams", {}).get(stream, {}).get("stats", {}).get(name)
 
 
 def median(runs: list[dict], figure: Figure) -> float | None:
-    """Median over the runs that have the figure; None if none has."""
+    """Median over the runs that have the figure; None if no run has it."""
     values = [value for value in map(figure, runs) if value is not None]
     return statistics.median(values) if values else None
 
@@ -47,7 +47,7 @@ def median(runs: list[dict], figure: Figure) -> float | None:
 def best(runs: list[dict], figure: Figure) -> tuple[Variant | None, float | None]:
     """The variant with the highest median among those measured most often, and that median.
 
-    A variant tried in the first round only is not compared with medians: its one run could be a lucky one.
+    A variant that only the first round ran is not compared with medians, since its single run may be lucky.
     """
     by_variant: dict[Variant, list[float]] = {}
     for run in runs:
@@ -60,7 +60,7 @@ def best(runs: list[dict], figure: Figure) -> tuple[Variant | None, float | None
 
 
 def ratio(value: float | None, of: float | None) -> float | None:
-    """A quotient, None where it has none."""
+    """`value` / `of`; None if either is unknown or `of` is 0."""
     return value / of if value is not None and of else None
 
 
@@ -68,7 +68,7 @@ def ratio(value: float | None, of: float | None) -> float | None:
 
 
 def rows(everything: dict) -> list[dict]:
-    """A row for each stream of each cell that is shown, with the medians and what follows from them."""
+    """A row for each stream of each cell that is shown."""
     return [
         row(everything, cell, stream)
         for cell in everything["cells"]
@@ -80,11 +80,11 @@ def rows(everything: dict) -> list[dict]:
 def row(everything: dict, cell: dict, stream: str) -> dict:
     """The figures of one stream in one cell.
 
-    Rotary's decode is that of its best layout with prefetch on; `missed_bytes` per token are those
-    with prefetch off, which fetches nothing in vain. `roofline` is the share of the speed at which either
-    computing alone (stock in memory, same layout) or reading what is missed at the disk's plain bandwidth
-    would be all there is. `read_share`, of that bandwidth, can exceed 1 on a throttled disk: short spells of
-    reading come through faster.
+    Rotary's decode is that of its best layout with prefetch on; `missed_bytes` per token are those with
+    prefetch off, which reads nothing in vain. `roofline` is the share reached of the speed that computing
+    alone (stock in memory, same layout) or reading the missed bytes at the disk's plain bandwidth would
+    allow, whichever is lower. `read_share` of that bandwidth can exceed 1 on a throttled disk, which lets
+    short bursts through faster.
     """
     runs = select(everything["runs"], cell=cell["name"])
     repacks = everything["repacks"].get(cell["type"], True)
@@ -99,7 +99,7 @@ def row(everything: dict, cell: dict, stream: str) -> dict:
     ours: Variant | None = None
     for name, figure in (("decode", speed), ("prefill", prefill)):
         if name == "prefill" and stream != cell["streams"][0]:
-            continue  # the same runs
+            continue  # the streams of a cell share their prefill
         variants = {}
         for system, those in (("stock", stock), ("rotary", rotary)):
             variants[system], found[f"{name}_{system}"] = best(those, figure)
@@ -118,7 +118,7 @@ def row(everything: dict, cell: dict, stream: str) -> dict:
         return found
 
     on = select(rotary, repack=ours.repack, outcome="measured")
-    off = select(runs, system="rotary", prefetch=False, outcome="measured")  # of one layout
+    off = select(runs, system="rotary", prefetch=False, outcome="measured")  # all of one layout
     off_layout = off[0]["repack"] if off else ours.repack
     n_tokens = everything["settings"]["n_decode"]
     for name in (
@@ -146,7 +146,7 @@ def row(everything: dict, cell: dict, stream: str) -> dict:
 
 
 def reading(stream: str) -> Figure:
-    """Bytes per second while a read was outstanding; None if nothing was read past the page cache."""
+    """A figure: bytes per second while a read was outstanding; None if nothing was read by direct I/O."""
 
     def figure(run: dict) -> float | None:
         n_bytes, us = stat(stream, "bytes_read")(run), stat(stream, "read_us")(run)
@@ -160,7 +160,7 @@ def reading(stream: str) -> Figure:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that rows should reach: at least the first level, better each further one."""
+    """A figure that rows should reach: the first level at least, each further level is better."""
 
     name: str
     figure: str
@@ -169,7 +169,7 @@ class Target:
     memory: tuple[float | None, ...] | None = None  # None: every limit
 
     def applies(self, row: dict) -> bool:
-        """Whether the target is about this row."""
+        """Whether the target applies to this row."""
         if row["routing"] not in self.routings or (
             self.figure.startswith("prefill") and self.figure not in row
         ):
@@ -191,7 +191,7 @@ TARGETS = (
 
 
 def targets(found: list[dict]) -> list[dict]:
-    """For each target and disk the lowest figure and which levels it meets; what has no figure is named."""
+    """For each target and disk the lowest figure, the levels it meets, and the rows without a figure."""
     results = []
     for target in TARGETS:
         about = [row for row in found if target.applies(row)]

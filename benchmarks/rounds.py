@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rounds of beyond_ram.py: runs variants in cells, each a process in a cgroup, and keeps the figures."""
+"""Rounds of beyond_ram.py: run the variants of each cell, each in a process in a cgroup; keep the figures."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from benchmarks.cells import Cell, Variant
 from benchmarks.common import ProcessFailed, in_process
 from benchmarks.disks import Disk, drop, fill_cache, set_read_ahead
 
-GIVE_UP = 1.5  # stock is not decoded to the end once it has taken this many times as long as its best so far
+GIVE_UP = 1.5  # stop decoding with stock once it has taken this many times as long as its best so far
 
 
 @dataclass
 class Benchmark:
-    """What is measured, how, and all runs so far."""
+    """The models and disks to measure, the settings, and all runs so far."""
 
     models: dict[tuple[str, str], Path]  # by type and kind
     disks: dict[str, Disk]
-    job: dict  # what all measurements have in common, see measurement.measure
+    job: dict  # fields common to all measurements, see measurement.measure
     budget: str
     read_ahead: list[int | str]
     limit_s: float
@@ -43,7 +43,7 @@ class Benchmark:
         ------
         click.ClickException
             The logits are not those of stock in memory, or Rotary did not page, or a run without a memory
-            limit did not end: all others would be in vain.
+            limit did not finish, which makes all other runs useless.
         """
         disk = self.disks[cell.disk]
         model = disk.place(self.models[cell.type, cell.kind])
@@ -77,7 +77,7 @@ class Benchmark:
         return run
 
     def record(self, cell: Cell, variant: Variant) -> dict:
-        """What identifies a run."""
+        """The fields that identify a run, with the outcome "measured"."""
         return {
             "cell": str(cell), "type": cell.type, "disk": cell.disk, "memory": cell.memory, "kind": cell.kind,
             **asdict(variant), "round": self.round, "outcome": "measured",
@@ -96,7 +96,7 @@ class Benchmark:
         return f"round {self.round}, {cell}: {variant.system}, {name}"
 
     def say(self, cell: Cell, variant: Variant, run: dict) -> None:
-        """One line of progress."""
+        """Print a line of progress; raises ClickException if a run without a memory limit did not finish."""
         said = run["outcome"]
         if said == "measured":
             rates = [
@@ -114,7 +114,7 @@ class Benchmark:
             click.echo(run["error"], err=True)
 
     def check(self, cell: Cell, variant: Variant, run: dict) -> None:
-        """Refuse other logits than stock's in memory with the same layout, and Rotary not paging."""
+        """Raise unless the logits are those of stock in memory with the same layout and Rotary pages."""
         references = self.of(
             type=cell.type, kind=cell.kind, memory=None, system="stock", repack=variant.repack,
             outcome="measured",
@@ -135,11 +135,11 @@ class Benchmark:
     # ---- rounds
 
     def of(self, **wanted: object) -> list[dict]:
-        """Runs so far with these values."""
+        """The runs so far whose fields have these values."""
         return report.select(self.runs, **wanted)
 
     def explore(self, cell: Cell) -> None:
-        """The first round: every variant of stock; of Rotary both layouts, and prefetch off."""
+        """Run the first round: every variant of stock, both layouts of Rotary, and prefetch off."""
         best_s: dict[str, float] = {}
         for variant in self.stock_variants(cell):
             known = self.known_failure(cell, variant)
@@ -170,7 +170,7 @@ class Benchmark:
                 self.run(cell, Variant("rotary", best.repack, prefetch=False))
 
     def stock_variants(self, cell: Cell) -> list[Variant]:
-        """Of the first round; those that copy the weights come last."""
+        """Variants of stock for the first round; those that copy the weights come last."""
         if cell.memory is None:
             return [Variant("stock", repack) for repack in self.layouts(cell.type)]
         own = self.disks[cell.disk].own_read_ahead
@@ -184,9 +184,10 @@ class Benchmark:
         return (False, True) if self.repacks.get(type_, True) else (True,)
 
     def known_failure(self, cell: Cell, variant: Variant) -> dict | None:
-        """A run that shows that this one would fail too.
+        """An earlier run that shows that this variant would fail too, or None.
 
-        Copies that do not fit do so at no read-ahead, nor, if the run was killed, with any disk or routing.
+        Copies of the weights that do not fit do not fit at any read-ahead and, if that run was killed, on no
+        disk and with no routing.
         """
         if cell.memory is None or not variant.repack or not self.repacks[cell.type]:
             return None
@@ -197,7 +198,7 @@ class Benchmark:
         return None
 
     def best(self, cell: Cell, system: str) -> list[Variant]:
-        """The variants that decoded and prefilled fastest, one or two, the first stream counting."""
+        """The one or two variants with the fastest decode of the first stream and the fastest prefill."""
         runs = self.of(cell=str(cell), system=system, prefetch=True)
         found = [report.best(runs, report.decode(cell.streams[0])), report.best(runs, report.prefill)]
         return list(dict.fromkeys(variant for variant, _ in found if variant is not None))
@@ -212,12 +213,12 @@ class Benchmark:
         ]
 
     def expected_s(self, cell: Cell) -> float:
-        """What a later round of this cell will take, judged by the runs so far."""
+        """Seconds that a later round of this cell is expected to take, from the runs so far."""
         seconds = [run["seconds"] for run in self.of(cell=str(cell), outcome="measured")]
         return len(self.kept(cell)) * sum(seconds) / max(len(seconds), 1)
 
     def all_rounds(self, cells: list[Cell], rounds: int, deadline: float) -> None:
-        """Every cell once in a round, so that a slow spell of the machine hits all of them."""
+        """Run all rounds; each has every cell once, so that a slow spell of the machine hits all of them."""
         for self.round in range(1, rounds + 1):
             for cell in cells:
                 if self.round == 1:

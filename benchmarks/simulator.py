@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What the simulator predicts against what runs measure: decode in tokens per second, by budget and policy.
+"""Decode speed predicted by the simulator against measured speed, by budget and policy.
 
     python benchmarks/simulator.py models/tiny-moe-q8_0.gguf --store mmap
     python benchmarks/simulator.py model.gguf --store direct --throttle 500 --ahead none,router  # as root
 
-Greedy output is the same whatever is resident, so one recorded routing stands for all runs. Three runs, all
-with LRU and nothing ahead, calibrate the model of time: the smallest budget, one in the middle, and all
-experts there but for one a layer. They give the time of computing a token, of a lookup that waits, and the
-link's bandwidth. The others are predicted; of routers, which a trace cannot apply, the share of right guesses
-is taken from the run. Measured in turn, medians. --throttle limits the disk, in MiB/s, and the link is as
-fast as that then.
+Greedy output does not depend on which experts are resident, so that one recorded routing serves all runs.
+Three runs with LRU and without prefetch calibrate the model of time: one with the smallest budget, one with a
+medium budget, one with all experts but one per layer. They give the time to compute a token, the time of a
+lookup that waits, and the link's bandwidth. All other runs are predicted. A trace cannot apply routers; their
+accuracy is taken from the run. Runs take turns, figures are medians. --throttle limits the disk, in MiB/s,
+and sets the link's bandwidth.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PROMPT = "In the beginning"
 def measure(
     model: str, config: dict[str, Any], n_decode: int, threads: int, groups: list[str]
 ) -> dict[str, float]:
-    """Seconds of decoding n_decode tokens greedily after PROMPT, warm, and the hit rate; within `groups`."""
+    """Time greedy decode of `n_decode` tokens after PROMPT in `groups`; returns seconds and hit rate too."""
     from rotary_llamacpp import Llama
 
     join(groups)
@@ -64,7 +64,7 @@ def measure(
 
 
 def calibrate(found: list[Outcome], us: list[float], us_a_byte: float | None) -> list[float]:
-    """Microseconds of a token, a wait and a byte that explain the times best, none of them below 0."""
+    """Fit the microseconds of a token, a wait and a byte, none of them negative, to measured times."""
     if us_a_byte is not None:
         rest = [each_us - each.n_bytes * us_a_byte for each_us, each in zip(us, found, strict=True)]
         return [*_explain([[each.tokens, each.waits] for each in found], rest), us_a_byte]

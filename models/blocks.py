@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Weights written directly as valid GGUF blocks: random payload, chosen scale, no quantisation pass.
 
-`Pool` is for the bulk (experts): one random pool of blocks in memory, of which every matrix gets a
-stretch with its own start, so that writing is a copy. `dense` is for the small rest, where single columns
-must have chosen values. Knows block layouts (ggml-common.h), nothing of models or files.
+`Pool` is for the bulk, the experts: one random pool of blocks in memory, from which each matrix is copied
+beginning at a block of its own. `dense` is for the small rest, where single columns must have chosen values.
+This module knows block layouts (ggml-common.h), but neither models nor files.
 """
 
 import numpy as np
@@ -20,8 +20,8 @@ TYPES = {
     "q6_k": Q.Q6_K,
     "mxfp4": Q.MXFP4,
 }
-PAYLOAD_RMS = 73.3  # of integers uniform in -127..127
-MXFP4_RMS = 5.852  # of kvalues_mxfp4
+PAYLOAD_RMS = 73.3  # root mean square of integers uniform in -127..127
+MXFP4_RMS = 5.852  # root mean square of kvalues_mxfp4
 
 
 def to_bf16(values):
@@ -30,7 +30,7 @@ def to_bf16(values):
 
 
 def _half(values):
-    """Little-endian bytes of fp16 `values` (n,): (n, 2) uint8. None becomes 0, which would erase a block."""
+    """Little-endian fp16 bytes (n, 2) uint8 of `values` (n,), none of them 0, which would erase a block."""
     halves = np.maximum(np.abs(values), 6e-8) * np.sign(values)
     return halves.astype("<f2").view(np.uint8).reshape(-1, 2)
 
@@ -44,7 +44,7 @@ def random_blocks(kind, n, std, rng):
         (n, bytes per block), uint8.
     """
     size, n_bytes = GGML_QUANT_SIZES[kind]
-    # Scales differ from block to block, by up to 25 %, as in a real file.
+    # As in a real file, scales differ between blocks, by up to 25 %.
     scale = std * rng.uniform(0.75, 1.25, n)
     # q4_0 and q6_K have one code more below zero than above; signed scales keep the mean at 0.
     signed = scale * rng.choice((-1.0, 1.0), n)
@@ -86,7 +86,7 @@ def random_blocks(kind, n, std, rng):
 
 
 class Pool:
-    """A random pool of blocks; matrix number i is the stretch that starts at its own block of the pool.
+    """A random pool of blocks; matrix number i is read from the pool beginning at a block of its own.
 
     Parameters
     ----------

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""How much of a synthetic router's input is static, remembered and new, for a wanted routing overlap.
+"""Find the strength of a synthetic router's shared input that gives a wanted routing overlap.
 
-The generator's router logits are a sum of three random parts, as the hidden state of a real model has
-them: a *static* part, equal for all tokens (popular experts), a *memory* part, a weighted mean over
-the tokens so far (here: layer 0's attention, whose weights depend on distance only), and the *token's own*
-part. This module simulates that sum and searches the strengths; it does not touch files or llama.cpp.
+The generator's router logits are a sum of three random parts, like the hidden state of a real model: a
+*static* part, equal for all tokens (popular experts), a *memory* part, a weighted mean over the tokens so far
+(here: layer 0's attention, whose weights depend on distance only), and the *token's own* part. This module
+simulates that sum and searches the strength of the first two; it does not touch files or llama.cpp.
 
 The ratio of static to memory strength was fitted to a real decode trace of Qwen3-30B-A3B (128 experts, 6
 used, 128 tokens): overlap 38 % at lag 1, about 27 % from lag 6 on, and the LRU hit rates in models/README.md.
@@ -29,7 +29,7 @@ def attention_kernel(n, head_dim, freq_base):
 
 
 class Simulation:
-    """The three-part router with fixed random parts, to be evaluated at any strength."""
+    """A three-part router whose random parts are fixed, to be evaluated at any strength."""
 
     def __init__(self, n_expert, weights, warm=32, layers=24):
         rng = np.random.default_rng(0)
@@ -40,7 +40,7 @@ class Simulation:
         self.shared = STATIC * rng.standard_normal((layers, n_expert), dtype=np.float32) + MEMORY * memory
 
     def choose(self, strength, n_used):
-        """Chosen experts (tokens, layers, n_used)."""
+        """Experts chosen at this strength: (tokens, layers, n_used)."""
         logits = self.own + np.float32(strength) * self.shared
         return np.argpartition(-logits, n_used - 1, axis=2)[:, :, :n_used]
 
@@ -57,7 +57,7 @@ def strength_for(target, n_expert, n_used, head_dim, freq_base):
     Returns
     -------
     float
-        Factor of both STATIC and MEMORY; 0 is routing by the token alone.
+        Factor of both STATIC and MEMORY; at 0 the token alone decides the routing.
     """
     chance = n_used / n_expert
     if not chance <= target <= 0.9:

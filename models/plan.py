@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""What a synthetic MoE model consists of: shapes, tensors, and for each tensor the function that writes it.
+"""Plan of a synthetic MoE model: its shape, its tensors, and for each tensor a function that writes the data.
 
-Opens no files and knows no command line (synth.py does).
+Files and the command line are in synth.py.
 
-Layout of the hidden state, on which all scales below rest (`Axes`): 32 *static* dimensions, which every
-token embedding fills with the same constant; *token* dimensions, random per token, to which layer 0's
-attention adds its memory of the last tokens; and *free* dimensions, into which experts and the other layers
-write. Routers read the first two, so routing is governed by embeddings and layer 0 alone (see locality.py) at
-any depth; the output matrix reads the last two, so a wrong expert changes the logits and hardly the routing.
+All scales below rest on the layout of the hidden state (`Axes`): 32 *static* dimensions, which every token
+embedding fills with the same constant; *token* dimensions, random per token, to which layer 0's attention
+adds a memory of the last tokens; and *free* dimensions, to which experts and the other layers write.
+Routers read static and token dimensions, so that embeddings and layer 0 alone decide the routing at any
+depth (see locality.py). The output matrix reads token and free dimensions, so that a wrong expert changes
+the logits but hardly the routing.
 """
 
 from dataclasses import dataclass
@@ -19,58 +20,43 @@ from gguf.quants import quantize
 
 from models.blocks import PAYLOAD_RMS, TYPES, Pool, dense, payload
 from models.locality import KERNEL_GAIN, MEMORY, STATIC
-from rotary_llamacpp.planning.shapes import SHAPES as KNOWN
+from rotary_llamacpp.planning import shapes
 
-LEAK = 0.02  # of what experts and later attention write, the share that reaches token dimensions
+LEAK = 0.02  # share of the experts' and later attention's output that reaches token dimensions
 ROUTER_GAIN = 2.0  # spread of router logits: the chosen experts' weights then differ as in real models
 LOGIT_STD = 2.0
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Dimensions in the words of the command line; `arch` is llama.cpp's architecture name."""
+class Shape(shapes.Shape):
+    """A shape of the package with what only a file needs; only DIMENSIONS and `arch` determine the model."""
 
-    arch: str
-    layers: int
-    embd: int
-    heads: int
-    heads_kv: int
-    head_dim: int
-    ff: int
-    experts: int
-    used: int
-    vocab: int
-    ctx: int
-    freq_base: float
+    freq_base: float = 1e6  # base of the rotary frequencies
     fused: bool = False  # gate and up in one tensor; only hy_v3 of these architectures loads it
-    routers: str = "f32"  # their type; what is made by hand may have others
+    routers: str = "f32"  # type of the routers; some models have others
 
 
-# Base of the rotary frequencies, which a plan of memory does not need.
 _FREQ_BASE = {"llama": 1e6, "qwen3moe": 1e6, "gpt-oss": 150000.0}
-
-
-def _known(name):
-    """A well-known model as rotary_llamacpp.shapes has it."""
-    its = KNOWN[name]
-    return Shape(
-        its.arch, its.layers, its.embd, its.heads, its.heads_kv, its.head_dim, its.ff, its.experts, its.used,
-        its.vocab, its.ctx, _FREQ_BASE[its.arch],
-    )  # fmt: skip
-
-
 SHAPES = {
-    **{name: _known(name) for name, its in KNOWN.items() if its.arch in _FREQ_BASE},
-    "test": Shape("qwen3moe", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096, 1e6),
-    "test-llama": Shape("llama", 4, 256, 4, 2, 64, 256, 8, 2, 512, 4096, 1e6),
-    "test-gpt-oss": Shape("gpt-oss", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096, 150000.0),
-    "test-shared": Shape("hy_v3", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096, 1e6),
+    **{
+        name: Shape(**vars(known), freq_base=_FREQ_BASE[known.arch])
+        for name, known in shapes.SHAPES.items()
+        if known.arch in _FREQ_BASE
+    },
+    "test": Shape("qwen3moe", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096),
+    "test-llama": Shape("llama", 4, 256, 4, 2, 64, 256, 8, 2, 512, 4096),
+    "test-gpt-oss": Shape("gpt-oss", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096, freq_base=150000.0),
+    "test-shared": Shape("hy_v3", 4, 256, 4, 2, 64, 256, 16, 4, 512, 4096),
 }
+DIMENSIONS = (
+    "layers", "embd", "heads", "heads_kv", "head_dim", "ff", "experts", "used", "vocab", "ctx", "freq_base",
+    "fused", "routers",
+)  # fmt: skip
 MODEL_TYPES = (*TYPES, "q4_k_m")  # q4_k_m: q4_k, and q6_k for every other layer's down experts
 
 
 class Axes:
-    """Where the static, token and free dimensions lie, and column scales by them."""
+    """Positions of the static, token and free dimensions, and column scales by them."""
 
     def __init__(self, embd):
         self.groups = embd // 32
@@ -99,9 +85,9 @@ class Tensor:
 
 
 class Plan:
-    """All tensors of one model, in file order, each with its writer.
+    """All tensors of one model in file order.
 
-    Every tensor draws from a generator seeded by (seed, its number): data do not depend on sharding.
+    Each tensor draws from a generator seeded by (seed, its number), so that data do not depend on sharding.
     """
 
     def __init__(self, shape, kind_name, seed, strength):
@@ -113,7 +99,7 @@ class Plan:
         self.signs = np.random.default_rng((seed, 1)).choice((-100, 100), 32).astype(np.int8)
         self.kind = kind
         self.pools = {}
-        self.matrices = {}  # matrices written from each pool so far planned
+        self.matrices = {}  # number of planned matrices, by pool
         self.tensors = []
         self._build()
 
@@ -130,7 +116,7 @@ class Plan:
         self._add(name, dims, Q.F32, lambda file: file.write(data.tobytes()))
 
     def _dense(self, name, rows, cols, segments):
-        """A dense matrix from (rows, column scales) segments of random integers."""
+        """Add a dense matrix of (rows, column scales) segments of random integers."""
         rng = self._rng()
 
         def write(file):
@@ -141,7 +127,7 @@ class Plan:
         self._add(name, (rows, cols), self.dense_kind, write)
 
     def _experts(self, name, rows, cols, segments, kind=None):
-        """Expert matrices, each of (rows, standard deviation) segments, straight from the pools."""
+        """Add expert matrices, each of (rows, standard deviation) segments copied from the pools."""
         kind = kind or self.kind
         plan = []
         for n_rows, std in segments:
@@ -158,7 +144,7 @@ class Plan:
         self._add(name, (self.shape.experts, rows, cols), kind, write)
 
     def fill_pools(self):
-        """Make the pools, once all matrices are counted: larger ones for larger models."""
+        """Make the pools once all matrices are counted; larger models get larger pools."""
         target = 2**25 if sum(t.n_bytes for t in self.tensors) > 2**28 else 2**21
         for number, ((kind, std), matrices) in enumerate(self.matrices.items()):
             n_blocks = max(target // GGML_QUANT_SIZES[kind][1], 2 * matrices)
@@ -185,7 +171,7 @@ class Plan:
         self._output()
 
     def _output(self):
-        """Logits read token and free dimensions; row 0 (end of text) reads the constant, for about -10."""
+        """Add the output matrix. Row 0 (end of text) reads the constant, for a logit of about -10."""
         s, axes = self.shape, self.axes
         rng = self._rng()
 
@@ -204,10 +190,13 @@ class Plan:
         self._add("output.weight", (s.vocab, s.embd), self.dense_kind, write)
 
     def _attention(self, il, blk):
-        """Scores depend on distance only: queries equal keys and read the constant. Values read the token
-        dimensions; layer 0 returns them there as memory, later layers write to the free dimensions."""
+        """Add the attention of a layer.
+
+        Scores depend on distance only: queries equal keys and read the constant. Values read the token
+        dimensions; layer 0 writes them back there as memory, later layers write to the free dimensions.
+        """
         s, axes = self.shape, self.axes
-        # Attention score of a token with itself is KERNEL_GAIN: by the norms where such exist, else by scale.
+        # A token's attention score with itself is KERNEL_GAIN, set by the norms if any, else by scale.
         key_std = (KERNEL_GAIN / s.head_dim**0.5) ** 0.5
         normed = s.arch in ("qwen3moe", "hy_v3")
         self._vector(blk + "attn_norm.weight", s.embd)
@@ -218,8 +207,8 @@ class Plan:
         def keys(file, repeat):
             key_rng = np.random.default_rng(state)
             for _ in range(s.heads_kv):
-                # Each component is +-key_std, no more random than that: all rotary frequencies then weigh the
-                # same, as attention_kernel assumes.
+                # Each component is +-key_std, so that all rotary frequencies have the same weight, as
+                # attention_kernel assumes.
                 values = payload(key_rng, s.head_dim, s.embd).copy()
                 values[:, :32] = self.signs * key_rng.choice((-1, 1), (s.head_dim, 1))
                 head = dense(self.dense_kind, values, columns).tobytes()
@@ -314,7 +303,7 @@ def chunks(rows, cols, values=2**23):
 
 
 def check(shape, kind_name):
-    """Raise ValueError where llama.cpp would not load the shape or the block layout does not fit."""
+    """Raise ValueError if llama.cpp would not load the shape, or blocks do not fit into its rows."""
 
     def refuse(what, limit, remedy):
         raise ValueError(f"{shape.arch} shape: {what}; {limit}; {remedy}.")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Record which experts stock llama.cpp routes to, and summarise such a trace. Measures; changes nothing.
+"""Record which experts stock llama.cpp routes to, and summarise such a trace.
 
-Recording uses the `cb_eval` callback of llama_context_params: llama.cpp asks for every graph node whether
-it is wanted (`ask`), and calls again with its data. CPU only: the data is read where the tensor lies.
+Recording uses the `cb_eval` callback of llama_context_params: llama.cpp asks about every graph node whether
+its data is wanted (`ask`), and if so calls again with the data. CPU only: data is read where the tensor lies.
 
     python -m models.routing models/tiny-moe-q8_0.gguf --tokens 256
     python -m models.routing some.route.csv
@@ -45,7 +45,7 @@ def observer(ll, seen):
     def observe(pointer, ask, _):
         tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
         if not tensor.name.startswith(b"ffn_moe_topk-"):
-            return not ask  # asked: not wanted; shown anyhow: go on
+            return not ask  # if asked: not wanted; if shown its data: go on
         if not ask:
             last = tensor.data + (tensor.ne[1] - 1) * tensor.nb[1]
             seen[int(tensor.name[13:])] = list((ctypes.c_int32 * tensor.ne[0]).from_address(last))
@@ -64,7 +64,7 @@ def record(
     path : path-like
         GGUF file (the first shard of a split one).
     temperature : float
-        The model's own samples are decoded at this temperature, unless `random_tokens`: then uniform ones.
+        Temperature at which tokens are sampled from the logits, unless `random_tokens` are decoded.
 
     Returns
     -------
@@ -119,7 +119,7 @@ def record(
 
 
 def read_csv(path):
-    """Decode phase of a `route_trace v1` CSV; returns the trace as `record` does, and n_expert."""
+    """Read the decode phase of a `route_trace v1` CSV; returns a trace like `record`'s, and n_expert."""
     n_expert, tokens = None, {}
     with open(path) as file:
         for line in file:
@@ -162,7 +162,7 @@ def lru_hit_rate(trace, capacity):
 
 
 def usage_entropy(trace, n_expert):
-    """Mean over layers of the entropy of expert use, as a share of the even use's (1.0)."""
+    """Mean over layers of the entropy of expert use; 1.0 if all experts are used equally."""
     entropies = []
     for il in range(trace.shape[1]):
         p = np.bincount(trace[:, il].ravel(), minlength=n_expert) / trace[:, il].size
@@ -192,7 +192,7 @@ def summary(trace, n_expert):
 
 
 def expert_count(path):
-    """n_expert of a GGUF file, by reading its metadata."""
+    """n_expert of a GGUF file, from its metadata."""
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Write synthetic MoE models: real shapes and valid GGUF, random weights, routing as local as asked.
+"""Write synthetic MoE models: valid GGUF of real shapes with random weights and routing of chosen locality.
 
-For tests and benchmarks of expert paging, where only shapes, bytes and routing matter: the text such a model
-writes means nothing. Blocks are written directly (blocks.py), in constant memory, about at the disk's speed.
+For tests and benchmarks of expert paging, where only shapes, bytes and routing matter; the text such a model
+generates means nothing. Blocks are written directly (blocks.py), in constant memory, at about disk speed.
 
     python -m models.synth out.gguf --shape qwen3-30b-a3b --type q4_k_m --locality 0.38
     python -m models.synth out.gguf --shape test --layers 8 --experts 32 --type q8_0 --shards 3
@@ -10,16 +10,16 @@ writes means nothing. Blocks are written directly (blocks.py), in constant memor
 
 import os
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
 from gguf import GGUFWriter, TokenType
 
 from models.locality import strength_for
-from models.plan import MODEL_TYPES, SHAPES, Plan, check
+from models.plan import DIMENSIONS, MODEL_TYPES, SHAPES, Plan, check
 
-ALIGNMENT = 32  # of tensor data; the format's default, which GGUFWriter assumes too
+ALIGNMENT = 32  # of tensor data: the format's default, which GGUFWriter assumes too
 
 
 def byte_letters():
@@ -110,7 +110,7 @@ def write_file(path, shape, tensors, number, count, total, name):
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    # The data goes behind what GGUFWriter wrote: it would want each tensor whole in memory.
+    # GGUFWriter wants each tensor whole in memory, so that data is appended without it.
     with open(temporary, "ab", buffering=2**20) as file:
         for tensor in tensors:
             file.write(bytes(-file.tell() % ALIGNMENT))
@@ -141,12 +141,11 @@ def synthesize(path, shape="test", *, type="q4_0", seed=0, locality=None, shards
         The same arguments and seed give the same bytes.
     locality : float or None
         Wanted mean share of a token's experts that the previous token used too (0.38 was measured on
-        Qwen3-30B-A3B); None or 0: each token routes for itself, which gives about n_used / n_expert.
+        Qwen3-30B-A3B); with None or 0 the token alone decides, which gives about n_used / n_expert.
     shards : int
         Number of files.
     **overrides
-        Dimensions to change: layers, embd, heads, heads_kv, head_dim, ff, experts, used, vocab, ctx,
-        freq_base, fused, routers.
+        Dimensions to change, of `models.plan.DIMENSIONS`.
 
     Returns
     -------
@@ -163,11 +162,11 @@ def synthesize(path, shape="test", *, type="q4_0", seed=0, locality=None, shards
         raise ValueError(
             f"shape: no {shape!r}; known are {', '.join(SHAPES)}; choose one and override dimensions."
         )
-    unknown = set(overrides) - {f.name for f in fields(SHAPES[shape])} | set(overrides) & {"arch"}
+    unknown = set(overrides) - set(DIMENSIONS)
     if unknown:
         raise ValueError(
-            f"{shape}: cannot override {', '.join(sorted(unknown))}; the dimensions of Shape except "
-            "arch can be; see models/plan.py."
+            f"{shape}: cannot override {', '.join(sorted(unknown))}; dimensions are {', '.join(DIMENSIONS)}; "
+            "choose among these."
         )
     final = replace(SHAPES[shape], **overrides)
     check(final, type)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Tests by room: what they need to run is what parts them."""
+"""Tests, in folders by what they need to run."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models and runs that several tests share. Synthetic models are made once per session and arguments."""
+"""Models and runs that several tests share. A synthetic model is made once per session and arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rotary_llamacpp.native import binding as _native
 from tests import skips
 from tests.support import HANG_S, ROOT, compiled, write_all
 
-# Of what the user has set, these are for tests.
+# The only variables of these prefixes that tests take from the user's environment.
 FOR_TESTS = ("ROTARY_LLAMA_CPP_DIR", "ROTARY_LIBRARY", "ROTARY_TESTS_CXXFLAGS", "OMP_THREAD_LIMIT")
 
 
@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def name_skip(report: Any, config: pytest.Config) -> Any:
-    """The report of a test or of a module; of a skip that is not expected, one of a failure."""
+    """Turn the report of an unexpected skip, of a test or of a module, into a failure."""
     if config.getoption("--named-skips") and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if not skips.is_expected(report.nodeid, reason):
@@ -53,17 +53,17 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Any:
 
 
 def pytest_configure() -> None:
-    """The user's settings of ours, of llama.cpp's and of terminals are not what is tested."""
+    """Remove the user's settings of Rotary, llama.cpp and terminals from the environment."""
     for name in list(os.environ):
         ours = name.startswith(("ROTARY_", "GGML_", "LLAMA_", "OMP_")) and name not in FOR_TESTS
         if ours or name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
             del os.environ[name]
-    # Else threads spin for each other, for minutes on a busy machine.
+    # Else waiting threads spin, for minutes on a busy machine.
     os.environ["OMP_WAIT_POLICY"] = "passive"
 
     from hypothesis import HealthCheck, settings  # not for the processes that tests start
 
-    # No example is late, on however slow a machine.
+    # No deadline, as machines may be slow.
     settings.register_profile("any machine", deadline=None, suppress_health_check=list(HealthCheck))
     settings.load_profile("any machine")
 
@@ -74,7 +74,7 @@ def native() -> _native.Library:
     return _native.load()
 
 
-# A shell lets what it runs in the background ignore this, and so would every process that a test interrupts.
+# Shells start background processes with SIGINT ignored, which processes that tests interrupt would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -87,7 +87,7 @@ def tiny_model() -> Path:
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a synthetic model: 4 layers, 16 experts of which 4 are used, unless told otherwise."""
+    """Make a synthetic model; by default it has 4 layers and 16 experts, of which 4 are used."""
     folder = tmp_path_factory.mktemp("models")
     made: dict[str, Path] = {}
 
@@ -102,7 +102,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama of one layer without experts."""
+    """A model of architecture llama with one layer and no experts."""
     shape = replace(SHAPES["test-llama"], experts=0, used=0, layers=1, embd=64, heads=1, heads_kv=1, ff=64)
     path = tmp_path_factory.mktemp("dense") / "dense.gguf"
     writer = GGUFWriter(path, "llama")
@@ -120,15 +120,15 @@ def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lora_adapter(tmp_path: Path) -> Callable[[Path, tuple[str, ...]], Path]:
-    """Makes a random LoRA adapter for the tensors of a model whose names contain one of some."""
-    from tests.support import paged  # which loads llama.cpp: not before pytest_configure()
+    """Make a random LoRA adapter for those tensors of a model whose names contain one of the given ones."""
+    from tests.support import paged  # loads llama.cpp, which must come after pytest_configure()
 
     return functools.partial(paged.write_adapter, tmp_path / "adapter.gguf")
 
 
 @pytest.fixture(scope="session")
 def stock_trace() -> Callable[..., dict[str, np.ndarray]]:
-    """Runs tracing.py with stock llama_cpp, once for each model and options."""
+    """Run tracing.py with stock llama_cpp, once for each model and set of options."""
     from tests.support import paged
 
     made: dict[str, dict[str, np.ndarray]] = {}
@@ -145,7 +145,7 @@ def stock_trace() -> Callable[..., dict[str, np.ndarray]]:
 
 @pytest.fixture
 def exact(native: _native.Library, stock_trace: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-    """Runs a model paged; every bit of every logit is stock's, by the same kernels. Returns the figures."""
+    """Run a model paged, check that its logits are those of stock to the bit, and return the statistics."""
     from tests.support import paged
 
     def run(model: Path, n_prompt: int, rotary: Any, n_decode: int = 12, **options: Any) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def exact(native: _native.Library, stock_trace: Callable[..., Any]) -> Callable[
 
 @pytest.fixture
 def rotary_command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command line in a process of its own."""
+    """Run the command line in a process of its own."""
 
     def run(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
@@ -178,21 +178,21 @@ def late(native: _native.Library, tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.fixture(scope="session")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """The environment of a process whose disk obeys compiled.Disk, by how it reads: "threads", "io_uring"."""
+    """Environments of processes whose disk obeys compiled.Disk, by way of reading: "threads", "io_uring"."""
     environment = compiled.preload(tmp_path_factory.mktemp("disk"), compiled.HERE / "faulty_disk.c")
     return {io: {**environment, "ROTARY_IO": io} for io in ("threads", "io_uring")}
 
 
 @pytest.fixture(scope="session")
 def short_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
-    """The environment of a process in which a function of the system obeys compiled.Shortage."""
+    """Make the environment of a process in which a given system function obeys compiled.Shortage."""
     environment = compiled.preload(tmp_path_factory.mktemp("shortage"), compiled.HERE / "exhaustion.c")
     return lambda function, io="threads": {**environment, "EXHAUST": function, "ROTARY_IO": io}
 
 
 @pytest.fixture
 def shared_trace() -> Callable[[str], traces.Trace]:
-    """Loads the recorded routing of a real model, where the checkout has it beside it."""
+    """Load the recorded routing of a real model from a folder beside the checkout, if it is there."""
 
     def load(name: str) -> traces.Trace:
         path = ROOT.parent / "shared" / "traces" / f"{name}.route.csv"

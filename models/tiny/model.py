@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The tiny MoE language model in PyTorch: exactly what llama.cpp's `qwen3moe` graph computes.
+"""The tiny MoE language model in PyTorch, computing exactly what llama.cpp's `qwen3moe` graph computes.
 
 Per layer: RMSNorm, grouped-query attention with RMSNorm on each query and key head and NEOX rotary
 positions, RMSNorm, softmax router, the best `n_expert_used` probabilities renormalised to sum 1, SwiGLU
-experts. No biases, no shared expert, output matrix tied to the token embedding. Knows nothing of data,
-training or files.
+experts. There are no biases and no shared expert; the output matrix is tied to the token embedding.
 """
 
 from dataclasses import dataclass
@@ -34,9 +33,9 @@ class Config:
 class ExpertMLP(torch.autograd.Function):
     """SwiGLU of every (token, chosen expert) pair, one matrix product per expert on its tokens.
 
-    Written by hand since autograd would allocate a gradient of all experts for each one it touches.
-    Takes x (T, d), order (T*k,) the pairs sorted by expert, counts (E,) pairs per expert, w_gate_up
-    (E, 2f, d) and w_down (E, d, f); returns (T, k, d).
+    Written by hand, since autograd would allocate a gradient of all experts for each expert used.
+    `forward` takes x (T, d), order (T*k,) the pairs sorted by expert, counts (E,) pairs per expert, w_gate_up
+    (E, 2f, d) and w_down (E, d, f); it returns (T, k, d).
     """
 
     @staticmethod
@@ -151,7 +150,7 @@ class TinyMoE(nn.Module):
         self.register_buffer("sin", angle.sin().float(), persistent=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                # What is added to the residual stream starts smaller, so depth does not inflate it.
+                # Matrices that write to the residual stream start smaller, so that depth does not inflate it.
                 last = name.endswith(("attn_output.weight", "w_down"))
                 nn.init.normal_(p, std=p.shape[-1] ** -0.5 * ((2 * c.n_layer) ** -0.5 if last else 1.0))
         nn.init.normal_(self.token_embd.weight, std=0.05)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Train the tiny MoE model on a CPU until a wall-clock limit. Does not fetch data and does not export.
+"""Train the tiny MoE model on a CPU until a wall-clock limit.
 
     python -m models.tiny.train --data build/tiny-data --out build/tiny-run --minutes 70
 
-The learning rate follows the clock, not the steps: warm-up, constant, then linear decay over the last
-part of `--minutes`, so that a slower machine trains less but still ends with a finished schedule.
-`--out` gets checkpoint.pt (written every few minutes, atomically; the run resumes from it, time spent
-included) and loss.csv.
+The learning rate follows the clock, not the steps: warm-up, constant, then linear decay over the last part of
+`--minutes`, so that a slower machine trains less but still completes the schedule. Writes loss.csv and
+checkpoint.pt to `--out`; the checkpoint is replaced atomically every few minutes, and a run resumes from it,
+time spent included.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Run:
             print(f"resumed at step {self.step}, {self.seconds / 60:.1f} min", flush=True)
 
     def save(self):
-        """Replace the checkpoint; there is never a moment without a whole one."""
+        """Replace the checkpoint; at every moment there is a complete one."""
         temporary = f"{self.checkpoint}.tmp"
         state = {
             "model": self.model.state_dict(),

@@ -7,7 +7,8 @@
 //
 // Threading: every function may be called from any thread. rotary_last_error() is per thread.
 // Errors: functions that can fail return a negative enum rotary_status (or NULL) and leave one line of text for
-// rotary_last_error(), in the form "<object>: <what failed, with values>; <limit>; <what to do>".
+// rotary_last_error(), in the form "<object>: <what failed, with values>; <limit>; <what to do>". Those that return
+// nothing leave the same for rotary_last_status().
 //
 // The binding reads this file without a preprocessor: only declarations between the markers BEGIN API and END API,
 // no macros in them, no conditional compilation.
@@ -15,9 +16,9 @@
 #ifndef ROTARY_H
 #define ROTARY_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-
 
 #ifdef __cplusplus
 extern "C" {
@@ -66,11 +67,9 @@ int32_t rotary_abi_version(void);
 // Size in bytes of the struct of this name in this header ("rotary_config", "rotary_stats", ...); 0 if there is none.
 size_t rotary_sizeof(const char * struct_name);
 
-// ggml_version() and ggml_commit() of the source this library was compiled against, and the machine it was built for
-// ("x86_64", "aarch64", ...). Static strings.
+// ggml_version() and ggml_commit() of the source this library was compiled against. Static strings.
 const char * rotary_built_ggml_version(void);
 const char * rotary_built_ggml_commit(void);
-const char * rotary_built_machine(void);
 
 // Whether the CPU backend of the ggml in this process runs on this processor: 0 if computing a small graph in a child
 // process ends with an illegal instruction; else 1, also if no child process can be started.
@@ -180,7 +179,7 @@ typedef struct rotary_stats {
     int32_t  store;              // enum rotary_store
     int32_t  io;                 // enum rotary_io
     int32_t  reserved;
-    // counters since the pool was opened or rotary_pool_reset_counters(). A request is one token's use of one expert.
+    // From here on, counters since the pool was opened or rotary_pool_reset_counters(). A request is one token's use of one expert.
     uint64_t lookups;            // times a layer's routing was resolved
     uint64_t device_lookups;     // lookups resolved by the inner device: the host did not wait
     uint64_t requests;
@@ -232,7 +231,8 @@ typedef struct rotary_layer_stats {
 // Open a pool on `device`. Paged weights that llama.cpp then loads on the device belong to this pool, until it is
 // closed or another is opened. While none is open, weights go to a pool configured by the environment: ROTARY_BUDGET,
 // ROTARY_MARGIN, ROTARY_REPACK, ROTARY_DIRECT, ROTARY_STORE, ROTARY_STAGING, ROTARY_PIN, ROTARY_POLICY, ROTARY_PREFETCH
-// (0, 1 or a predictor), ROTARY_SPLIT ("even" or "adaptive"). NULL on error.
+// (0, 1 or a predictor), ROTARY_SPLIT ("even" or "adaptive"). For every pool, ROTARY_RAM limits the tier in RAM,
+// and ROTARY_IO=threads reads without io_uring. NULL on error.
 rotary_pool * rotary_pool_open(int32_t device, const rotary_config * config);
 
 // Close the pool to further weights and drop the caller's reference. Slots are freed once the model's buffers are too.
@@ -335,12 +335,16 @@ int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool 
 typedef struct rotary_cache rotary_cache;
 
 // `policy` is a name; `own`, if not NULL, is used instead. With `adaptive`, slots are rebalanced between layers, none
-// of which falls below `least` slots. NULL with this thread's error.
+// of which falls below `min_slots`. NULL with this thread's error.
 rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, int32_t n_layers, int32_t n_expert,
-                                const int32_t * n_slots, int32_t adaptive, int32_t least);
+                                const int32_t * n_slots, int32_t adaptive, int32_t min_slots);
 void           rotary_cache_free(rotary_cache * cache);
 
-// As rotary_slots_resolve(), for ids[n_tokens][n_used] and the router's weights, or NULL.
+// The table of one layer, owned by the cache. NULL if there is no such layer.
+rotary_slots * rotary_cache_layer(rotary_cache * cache, int32_t layer);
+
+// As rotary_slots_resolve(), for ids[n_tokens][n_used] and the router's weights, or NULL. ROTARY_ERR_ARG also
+// if there is no such layer.
 int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t * ids, const float * weights,
                              int32_t n_used, int32_t n_tokens, int32_t * slot_ids, rotary_load * loads);
 
@@ -362,9 +366,6 @@ void               rotary_foresight_learn(rotary_foresight * foresight, int32_t 
                                           const float * pairs, const float * popularity_before, int64_t n_tokens);
 int32_t            rotary_foresight_name(rotary_foresight * foresight, int32_t layer, int32_t ahead, int32_t * experts,
                                          int32_t n);
-
-// The table of one layer, owned by the cache. NULL if there is no such layer.
-rotary_slots * rotary_cache_layer(rotary_cache * cache, int32_t layer);
 
 // END API
 

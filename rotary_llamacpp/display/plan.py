@@ -9,7 +9,7 @@ from ..planning.options import Option, at_budgets
 from ..planning.plan import Plan
 from ..planning.roofline import Case, Cost
 from ..units import GIB, percent, size, span
-from .drawing import axes, svg
+from .drawing import axes, headline, label_lines, styled, svg
 from .tables import columns
 
 _PLOTTED = (0.05, 0.0625, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -126,14 +126,41 @@ def write_plot(plan: Plan, output: str) -> None:
     points = at_budgets(plan.case, _PLOTTED) if plan.case.print.layers else []
     if not points:
         raise RotaryError(f"{output}: no budget can run here, so there is nothing to plot; see the plan")
-    drawn = axes(title=f"{plan.case.print.name}: decode by budget", xlabel="GiB for experts", ylabel="tok/s")
+    case = plan.case
     budgets = [(option.budget_bytes or 0) / GIB for _, option in points]
     rates = [option.decode.rate for _, option in points if option.decode]
-    drawn.plot(budgets, rates, marker="o", label=points[0][1].name)
+    place = "VRAM" if case.machine.vram_bytes else "memory"
+    with styled():
+        drawn = axes(
+            xlabel=f"{place} for experts, GiB (all of them are {case.print.expert_bytes / GIB:.1f} GiB)",
+            ylabel="decode, tokens per second",
+        )
+        headline(drawn.get_figure(), f"{case.print.name}: expected speed by budget", [_machine_line(case)])
+        drawn.plot(budgets, rates, marker="o", clip_on=False, label=points[0][1].name)
+        for rate, names in _levels(plan).items():
+            drawn.plot([0, max(budgets)], [rate, rate], label="\n".join(names))
+        drawn.set_xlim(0, max(budgets))
+        drawn.set_ylim(0, 1.05 * drawn.get_ylim()[1])
+        label_lines(drawn)
+        figure = svg(drawn)
+    with writing(output) as file:
+        file.write(figure.encode())
+
+
+def _levels(plan: Plan) -> dict[float, list[str]]:
+    """Speeds of stock's options and their names; options whose lines would lie on each other share one."""
+    levels: dict[float, list[str]] = {}
     for option in plan.options:
         if option.decode is not None and not option.is_rotary:
-            drawn.plot([min(budgets), max(budgets)], [option.decode.rate] * 2, label=option.name)
-    drawn.set_ylim(bottom=0)
-    drawn.legend()
-    with writing(output) as file:
-        file.write(svg(drawn).encode())
+            rate = option.decode.rate
+            near = next((known for known in levels if abs(known - rate) < 0.01 * rate), rate)
+            levels.setdefault(near, []).append(f"stock: {option.name}")
+    return levels
+
+
+def _machine_line(case: Case) -> str:
+    machine = case.machine
+    parts = [f"{size(machine.ram_bytes)} of memory", f"disk {_rate(machine.disk_rate)}"]
+    if machine.vram_bytes:
+        parts = [f"{size(machine.vram_bytes)} of VRAM", f"link {_rate(machine.link_rate)}", *parts]
+    return f"{', '.join(parts)}; context of {case.request.n_ctx} tokens; hit rates by {case.hits.source}"

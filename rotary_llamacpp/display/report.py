@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..simulation import Link, misses_of, slots_for
 from ..simulation.comparison import check_names, compare_trace
 from ..traces import DECODE, Trace, load
 from ..units import MIB, decimal, parse_rate, percent, ratio
-from .drawing import EXTRA, axes, svg
+from .drawing import EXTRA, INK, MUTED, PAPER, axes, label_lines, styled, svg
 
 _WINDOW = 16  # tokens
 
@@ -69,11 +69,12 @@ def report(
     except ImportError as error:
         raise RotaryError(f"jinja2: cannot be imported, {error}; {EXTRA}") from error
 
-    def figure(drawn: Any) -> Any:
-        return Markup(_inline(svg(drawn)))
+    def figure(draw: Callable[..., Any], *of: Any) -> Any:
+        with styled():
+            return Markup(_inline(svg(draw(*of))))
 
     share = sorted(budgets)[len(budgets) // 2]
-    popularity = figure(_popularity(trace))  # first, so that a missing matplotlib is noticed early
+    popularity = figure(_popularity, trace)  # first, so that a missing matplotlib is noticed early
     timed = compare_trace(trace, [policies[-1]], [share], link, ["none", *predictors], depth)
     timed = [row for row in timed if row["policy"] != "belady"]
     sizes = sorted({f"{n_bytes / MIB:.2f}" for n_bytes in trace.expert_bytes.values()}, key=float)
@@ -83,6 +84,8 @@ def report(
         .from_string(template)
         .render(
             name=str(trace.about.get("model", "a model")).rsplit("/", 1)[-1],
+            ink=INK,
+            paper=PAPER,
             trace=trace,
             n_decoded=trace.tokens(DECODE),
             sizes=" to ".join(dict.fromkeys((sizes[0], sizes[-1]))),
@@ -91,10 +94,10 @@ def report(
             link=link,
             depth=depth,
             popularity=popularity,
-            policies=figure(_by_budget(compare_trace(trace, policies, budgets, None))),
-            over_time=figure(_over_time(trace, policies, share)),
+            policies=figure(_by_budget, compare_trace(trace, policies, budgets, None)),
+            over_time=figure(_over_time, trace, policies, share),
             prefetch=[_prefetch(row) for row in timed],
-            times=figure(_times(timed, link)),
+            times=figure(_times, timed, link),
         )
     )
     return page
@@ -118,9 +121,10 @@ def _popularity(trace: Trace) -> Any:
         chosen = trace.experts[rows & (trace.layer == layer)]
         count = np.bincount(chosen[chosen >= 0], minlength=trace.n_expert)
         shares.append(-np.sort(-100 * count / max(len(chosen), 1)))
-    drawn = axes(xlabel="experts, most often chosen first", ylabel="layer")
-    image = drawn.imshow(np.sqrt(shares), aspect="auto", cmap="Blues", interpolation="nearest")
-    bar = drawn.get_figure().colorbar(image, label="% of tokens")
+    drawn = axes(xlabel="experts of the layer, most often chosen first", ylabel="layer")
+    image = drawn.imshow(np.sqrt(shares), aspect="auto", cmap="cividis", interpolation="nearest")
+    drawn.grid(visible=False)
+    bar = drawn.get_figure().colorbar(image, label="chosen by, % of tokens")
     ticks = [tick for tick in bar.get_ticks() if tick <= bar.vmax]
     bar.set_ticks(ticks, labels=[f"{tick**2:.3g}" for tick in ticks])
     drawn.set_yticks([0, len(trace.layers) - 1], labels=[trace.layers[0], trace.layers[-1]])
@@ -128,26 +132,28 @@ def _popularity(trace: Trace) -> Any:
 
 
 def _by_budget(rows: Sequence[dict[str, Any]]) -> Any:
-    drawn = axes(xlabel="% of the experts", ylabel="hit rate, %", ylim=(0, 100))
+    drawn = axes(xlabel="budget, % of the experts", ylabel="hit rate, %", ylim=(0, 100))
     for policy in dict.fromkeys(row["policy"] for row in rows):
         points = sorted((row["budget"], row["hit_rate"] or 0) for row in rows if row["policy"] == policy)
-        drawn.plot(*(100 * np.array(points)).T, marker="o", markersize=3, label=policy)
-    drawn.legend()
+        drawn.plot(*(100 * np.array(points)).T, marker="o", clip_on=False, label=policy)
+    drawn.margins(x=0)
+    label_lines(drawn)
     return drawn
 
 
 def _over_time(trace: Trace, policies: Sequence[str], share: float) -> Any:
     tokens = np.cumsum(np.concatenate([[True], (np.diff(trace.step) != 0) | (np.diff(trace.sequence) != 0)]))
     requests = np.bincount(tokens, (trace.experts >= 0).sum(axis=1))[1:]
-    drawn = axes(xlabel="tokens", ylabel="hit rate, %", ylim=(0, 100))
+    drawn = axes(xlabel="tokens since the start of the trace", ylabel="hit rate, %", ylim=(0, 100))
     for policy in policies:
         misses = np.bincount(tokens, misses_of(trace, policy, slots_for(trace, share)))[1:]
         rate = 100 * (1 - _moving_sum(misses) / _moving_sum(requests))
         drawn.plot(np.arange(1, len(rate) + 1), rate, linewidth=1, label=policy)
     first = np.concatenate([[True], np.diff(tokens) > 0])
     for end in np.flatnonzero(np.diff(trace.phase[first].astype(int)) == 1) + 1:
-        drawn.axvline(end, color="#888", linestyle="--", linewidth=1)
-    drawn.legend()
+        drawn.axvline(end, color=MUTED[0], linestyle=":", linewidth=1)
+    drawn.margins(x=0)
+    label_lines(drawn)
     return drawn
 
 
@@ -170,11 +176,12 @@ def _prefetch(row: dict[str, Any]) -> list[str]:
 def _times(rows: Sequence[dict[str, Any]], link: Link) -> Any:
     names = [row["predictor"] for row in rows]
     computing, stall_ms = link.compute_us / 1000, [row["stall_us"] / 1000 for row in rows]
-    drawn = axes(height=0.9 + 0.3 * len(rows), xlabel="ms")
+    drawn = axes(height=0.9 + 0.3 * len(rows), xlabel="time of one token, ms")
+    drawn.grid(visible=False, axis="y")
     drawn.barh(names, computing, label="computing")
     bars = drawn.barh(names, stall_ms, left=computing, label="waiting for experts")
     drawn.bar_label(bars, [f"{computing + each:.2f} ms" for each in stall_ms], padding=3)
     drawn.margins(x=0.12)
     drawn.invert_yaxis()
-    drawn.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    drawn.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return drawn

@@ -63,12 +63,12 @@ class Cache:
         )  # fmt: skip
         if self._own is not None:
             self._own.check()
-        if n < 0:
+        if n == self.lib.c.ROTARY_ERR_ARG:
             raise RotaryError(
                 f"layer {layer}: {len(ids)} tokens want more experts than {self.n_slots[layer]} slots "
                 "hold, or experts that do not exist; replay fewer tokens at a time"
             )
-        return [(load.expert, load.slot, load.evicted) for load in self._loads[0:n]]
+        return [(load.expert, load.slot, load.evicted) for load in self._loads[0 : self.lib.check(n)]]
 
     def replay(self, layers: Any, ids: Any, weights: Any = None) -> Any:
         """Look up int32 rows `ids` [n, n_used], -1 for none, of `layers` [n] in turn; return misses [n]."""
@@ -80,11 +80,12 @@ class Cache:
         )  # fmt: skip
         if self._own is not None:
             self._own.check()
-        if status < 0:
+        if status == self.lib.c.ROTARY_ERR_ARG:
             raise RotaryError(
                 "trace: a row wants more experts than slots hold, or experts that do not exist; "
                 f"there are {min(self.n_slots)} slots; replay it with more"
             )
+        self.lib.check(status)
         return ffi.unpack(misses, len(ids))
 
     def is_resident(self, layer: int, expert: int) -> bool:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The command line and what it draws on terminals."""
+"""The command line and its output on terminals."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Bars of progress on a terminal that is gone."""
+"""Progress bars on a terminal that disappears."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rotary_llamacpp.display.bars import bars
 
 
 class Screen(io.StringIO):
-    """A terminal that is there, until `error` is set."""
+    """A terminal whose writes fail once `error` is set."""
 
     error: OSError | None = None
     n_lost = 0

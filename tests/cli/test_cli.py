@@ -103,8 +103,8 @@ def test_run_json(native, tiny_model, rotary_command):
     assert found["tokens_per_second"] > 0 and found["prompt_tokens_per_second"] > 0
     assert 0 < found["hit_rate"] < 1 and found["bytes_paged"] > 0
     assert found["n_slots"] == 4 and found["inner_device"] == "CPU" and found["interrupted"] is False
-    # 4 experts a token in 6 layers; the last generated token is not decoded, and the last layer computes only
-    # the positions whose logits are wanted.
+    # Each token uses 4 experts in each of 6 layers. The last generated token is not decoded, and the last
+    # layer computes only the positions whose logits are wanted.
     n_decoded = found["prompt_tokens"] + found["completion_tokens"] - 1
     assert found["requests"] == 4 * (5 * n_decoded + found["completion_tokens"])
 
@@ -158,7 +158,7 @@ def test_zero_tokens(native, tiny_model, rotary_command):
 def test_interrupting_prints_the_figures(native, synthetic):
     model = synthetic(layers=16, type="q8_0", vocab=4096)
     command = [sys.executable, "-m", "rotary_llamacpp", "run", str(model), "-p", "abc", "-n", "4000"]
-    running = subprocess.Popen(  # greedily, as chance would end the text now and then
+    running = subprocess.Popen(  # greedily: random sampling would sometimes end the text early
         [*command, "--temp", "0", "--budget", "min", "--threads", "1"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -217,7 +217,7 @@ def test_backend_path(native, rotary_command):
 
 @pytest.fixture
 def refusal(rotary_command):
-    """Runs a command that must be refused; returns the one line it says."""
+    """Run a command that must be refused; returns the only line of its message."""
 
     def run(*arguments, **environment):
         ran = rotary_command(*arguments, **environment)

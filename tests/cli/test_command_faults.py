@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The command where things are broken around it: llama_cpp that cannot be imported, Ctrl-C at any moment of
-its start, outputs that are closed or full, files that are none. One line each, never a traceback."""
+"""The command in a broken environment: llama_cpp cannot be imported, Ctrl-C comes during start-up, outputs
+are closed or full, files are not what they should be. Each ends in one line, never in a traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rotary_llamacpp.__main__ import main as start
 from tests.support import ROOT
 from tests.support.processes import python
 
-# What is found first on the module path of a process: a llama_cpp that fails as installations do.
+# Modules that come first on the path: a llama_cpp that fails as broken installations do.
 _BROKEN = {
     "a missing library": "raise RuntimeError(\"Failed to load shared library '/x/libllama.so': libgomp.so.1: "
     'cannot open shared object file: No such file or directory")',
@@ -30,7 +30,7 @@ _BROKEN = {
 
 @pytest.fixture(params=[*_BROKEN, "another library", "no library", "no package"])
 def broken(request, tmp_path):
-    """The environment of a process whose llama_cpp cannot be imported, and a word of why."""
+    """Environment of a process whose llama_cpp cannot be imported, and a word that messages must contain."""
     folder = tmp_path / "broken"
     (folder / "llama_cpp").mkdir(parents=True)
     if request.param in _BROKEN:
@@ -47,7 +47,7 @@ def broken(request, tmp_path):
             "sys.meta_path.insert(0, Hidden())\n"
         )
         return {"PYTHONPATH": f"{folder}:{ROOT}"}, "No module named"
-    if request.param == "another library":  # that loads, and has nothing of llama.cpp
+    if request.param == "another library":  # loads, but has no function of llama.cpp
         compiler = shutil.which("cc")
         if compiler is None:
             pytest.skip("no C compiler")
@@ -139,14 +139,14 @@ def test_interrupted_at_any_import(module, tiny_model, tmp_path, rotary_command)
 
 
 def test_interrupts_that_are_ignored_stay_so(tiny_model, tmp_path, rotary_command):
-    # As in a shell's background, or under nohup.
+    # As for a background process of a shell.
     (tmp_path / "sitecustomize.py").write_text(_INTERRUPTED + "signal.signal(signal.SIGINT, signal.SIG_IGN)")
     ran = rotary_command("info", tiny_model, PYTHONPATH=f"{tmp_path}:{ROOT}", INTERRUPT_AT="numpy")
     assert ran.returncode == 0 and ran.stderr == "" and "experts" in ran.stdout
 
 
 def test_a_load_that_is_interrupted_ends_in_one_line(native, tiny_model, tmp_path, rotary_command):
-    # In the callback of llama.cpp's that says how much is loaded: what is raised there is lost, and printed.
+    # The signal arrives in llama.cpp's progress callback, from which ctypes prints exceptions and drops them.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "def profiler(frame, event, _):\n"
@@ -169,7 +169,7 @@ def test_a_load_that_is_interrupted_ends_in_one_line(native, tiny_model, tmp_pat
 
 @pytest.fixture
 def shell(tiny_model):
-    """Runs a line of the shell's, with $rotary and $model in it."""
+    """Run a line in a shell in which $rotary and $model are set."""
 
     def run(line, **environment):
         rotary = f"{sys.executable} -m rotary_llamacpp"
@@ -209,12 +209,12 @@ def test_outputs_that_are_closed(native, shell, command):
 
 
 def test_names_that_are_no_text(native, tiny_model, tmp_path, shell):
-    # Linux' names are bytes: a model named in Latin-1 is shown, though llama.cpp's Python cannot load it.
+    # File names are bytes: `info` reads a model named in Latin-1, though llama-cpp-python cannot load it.
     odd = os.fsencode(tmp_path) + b"/mod\xe8le.gguf"
     try:
         shutil.copy(tiny_model, odd)
     except OSError:
-        pytest.skip("a file system whose names are text")
+        pytest.skip("this file system accepts only names that are text")
     for command, language in (
         ("info {}", "C.UTF-8"), ("info {}", "C"), ("info {}x", "C.UTF-8"),
         ("convert --dry-run {} {}.out", "C"), ("convert {} {}.out", "C.UTF-8"),
@@ -234,7 +234,7 @@ def test_names_that_are_no_text(native, tiny_model, tmp_path, shell):
     assert "UTF-8" in ran.stderr and "rename" in ran.stderr
 
 
-def test_text_that_the_terminal_has_no_letters_for(native, tmp_path, shell, synthetic):
+def test_text_that_the_terminal_has_no_letters_for(native, shell):
     ran = shell(
         '$rotary plan gpt-oss-20b --vram 0 --ram 64GiB --trace "/no/größe"',
         LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict",
@@ -251,7 +251,7 @@ def test_a_name_with_a_line_break_is_one_line(rotary_command):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs the command in this process; what would be a traceback is an error of the test."""
+    """Run the command in this process, where an unhandled exception fails the test."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["rotary", *map(str, arguments)])
@@ -277,7 +277,7 @@ def test_files_that_are_none(native, tiny_model, tmp_path, command, kind):
     elif kind in ("empty", "secret"):
         file.touch(mode=0 if kind == "secret" else 0o666)
     if kind == "secret" and os.access(file, os.R_OK):
-        pytest.skip("who runs this may read anything")
+        pytest.skip("this user may read any file")
     for arguments in (
         ("info", file), ("run", file, "-p", "x"), ("plan", file), ("convert", file, out),
         ("trace", file, "--prompts", prompts, "-o", out),
@@ -312,7 +312,7 @@ def test_outputs_that_cannot_be_files(native, tiny_model, tmp_path, command):
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1e400", "-1"])
-def test_numbers_that_are_none(tmp_path, command, value):
+def test_numbers_that_are_none(command, value):
     for arguments in (
         ("run", "x", "-p", "x", f"--temp={value}"),
         ("trace", "x", "--prompts", "x", "-o", "x", f"--temp={value}"),
@@ -323,6 +323,6 @@ def test_numbers_that_are_none(tmp_path, command, value):
     ):  # fmt: skip
         ran = command(*arguments)
         assert ran.returncode == 2 and "Traceback" not in ran.stderr, (arguments, ran.stderr)
-        # click has floats of its own, and says what it makes of them.
+        # click parses floats itself and prints the parsed value.
         said = rf"(?<![\w.-])({re.escape(value)}|{re.escape(str(float(value)))})(?![a-z])"
         assert re.search(said, ran.stderr), (arguments, ran.stderr)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Polled counters: what is a difference, what is None, and how far a prompt is."""
+"""Polled counters: differences between polls, rates that are None, and the progress of a prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rotary_llamacpp.runtime.figures import Figures, n_ubatches, prompt_share
 
 
 class Model:
-    """A Llama whose counters are given: 2 layers, batches of 8 in graphs of 5 tokens."""
+    """A stand-in for Llama with settable counters: 2 layers, batches of 8 in graphs of 5 tokens."""
 
     n_batch = 8
     context_params = SimpleNamespace(n_ubatch=5)
@@ -30,7 +30,7 @@ class Model:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that polls see, in seconds."""
+    """The clock that polls read, in seconds; set `now`."""
     seconds = SimpleNamespace(now=10.0)
     monkeypatch.setattr(figures, "time", SimpleNamespace(monotonic=lambda: seconds.now))
     return seconds
@@ -65,7 +65,7 @@ def test_each_interval_has_its_own_rates(clock):
 
 def test_prompt_share():
     model = Model()
-    # 18 tokens: graphs of 5, 3, 5, 3 and 2 tokens, each looks up 2 layers.
+    # 18 tokens are graphs of 5, 3, 5, 3 and 2 tokens, each with a lookup in each of 2 layers.
     for model.lookups, share in ((0, 0), (5, 0.5), (10, 1), (12, 1)):
         assert prompt_share(model, 18, model.rotary_stats()) == share
     assert prompt_share(model, 18, {"path": "mapped"}) is None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Live figures on a pseudo-terminal: what each phase shows, and that it leaves a clear line."""
+"""Live figures on a pseudo-terminal: what each phase shows, and that the line is cleared afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.terminals import Terminal
 
 
 class Model:
-    """What Live asks of a Llama: 4 layers, batches of 8 in graphs of 5 tokens."""
+    """A stand-in for Llama with what Live reads: 4 layers, batches of 8 in graphs of 5 tokens."""
 
     n_batch = 8
     context_params = SimpleNamespace(n_ubatch=5)
@@ -40,7 +40,7 @@ class Model:
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Puts standard error on a terminal; returns a function that waits for a text, and gives all up to it."""
+    """Put stderr on a terminal; returns a function that waits for a text and returns the output up to it."""
     monkeypatch.setattr(live, "_INTERVAL_SECONDS", 0.01)
     with Terminal(n_columns=100) as made, os.fdopen(os.dup(made.theirs), "w", buffering=1) as stream:
         end = 0
@@ -50,7 +50,7 @@ def terminal(monkeypatch):
             start, end = end, made.wait_for(re.escape(text), end)
             return made.text[start:end]
 
-        def begin():  # not before the test runs: pytest itself replaces the stream between set-up and call
+        def begin():  # to be called by the test: pytest replaces the stream between set-up and call
             monkeypatch.setattr(sys, "stderr", stream)
             return shown_until
 
@@ -64,7 +64,7 @@ def test_phases(terminal):
         shown_until("loading: 0 %")
         watcher.loading(0.5)
         shown_until("loading: 50 %")
-        watcher.prompt(model, 18)  # graphs of 5, 3, 5, 3 and 2 tokens, each looks up 4 layers
+        watcher.prompt(model, 18)  # graphs of 5, 3, 5, 3 and 2 tokens, each with a lookup in 4 layers
         model.stats.update(lookups=10, hit_rate=0.25)
         shown = shown_until("prompt: 50 %")
         shown += shown_until("\r")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The panel: frames from made-up figures at several widths, and runs through a pseudo-terminal, on whose
-screen nothing but log messages and the text is left."""
+"""The panel: frames from made-up figures at several widths, and runs on a pseudo-terminal, after which only
+log messages and the text are left on the screen."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ ALWAYS = ("tokens", "tok/s", "hits", "layers", "time", "moved", "slots")
 
 
 class Model:
-    """A Llama with made-up counters. In each step all layers but the last have 8 requests, layer il with
-    il mod 9 hits; the last one is never asked."""
+    """A stand-in for Llama with made-up counters.
+
+    In each step every layer il has 8 requests and il mod 9 hits, except the last, which has none.
+    """
 
     model_path = "/models/made-up.gguf"
     n_batch = 8
@@ -56,7 +58,7 @@ class Model:
         ]
         layers[-1].update(requests=0, hits=0)
         hits, requests = (sum(layer[name] for layer in layers) for name in ("hits", "requests"))
-        # A step takes a second, of which 250 ms stall, 125 ms paging, 62.5 ms waiting for a device.
+        # A step takes a second, of which 250 ms are stall, 125 ms paging, 62.5 ms waiting for a device.
         moved = {"bytes_paged": n << 20, "bytes_read": n << 21}
         spent = {"stall_us": 250_000 * n, "page_us": 125_000 * n, "wait_us": 62_500 * n}
         rate = hits / requests if requests else None
@@ -68,7 +70,7 @@ class Model:
 
 @pytest.fixture
 def shown(monkeypatch):
-    """Makes a frame after some polls, as lines of text; checks that it fits."""
+    """Make a frame after some polls, as lines of text; checks that it fits the terminal."""
 
     def make(model, width, height=60, n_polls=3, symbols=UNICODE, text="", **view):
         now = SimpleNamespace(now=0.0)
@@ -112,7 +114,7 @@ def test_a_character_for_each_layer(shown, width, n_layers):
     first = next(i for i, line in enumerate(drawn) if line.startswith("layers"))
     rows = [line[10:] for line in drawn[first : first + -(-n_layers // (width - 10))]]
     strip = "".join(rows)[: n_layers + 1].partition(" ")[0]
-    # Eighths: 8 of 8 is as high as 7 of 8.
+    # There are eight levels: 8 of 8 is as high as 7 of 8.
     levels = [UNICODE.levels[min(7, il % 9)] for il in range(n_layers - 1)]
     assert strip == "".join(levels) + UNICODE.nothing
     assert ("lowest 0.0 % in layer 0" in " ".join(drawn)) == (n_layers > 1)
@@ -121,7 +123,7 @@ def test_a_character_for_each_layer(shown, width, n_layers):
 def test_the_sparkline_has_a_character_for_each_poll(shown):
     model = Model(2)
     assert " " * 57 + "▁▁▁" in shown(model, 200)[3]
-    # 0 to 8 hits of 8 in nine layers: half, so four eighths up.
+    # 0 to 8 hits of 8 in nine layers are half on average: the fifth of eight levels.
     assert shown(Model(10), 200, n_polls=70)[3].endswith("average  " + "▅" * 60)
     assert " " * 10 + "▅" * 30 in shown(Model(10), 40, n_polls=70), "the last that fit"
     assert shown(Model(1), 200)[3].endswith("···"), "not one request"
@@ -129,9 +131,9 @@ def test_the_sparkline_has_a_character_for_each_poll(shown):
 
 
 def test_the_bar_of_times_is_as_long_as_the_sparkline(shown):
-    bar = "█" * 15 + "▓" * 7 + "▒" * 4 + "░" * 34  # of 60: 15, 7.5, 3.75
+    bar = "█" * 15 + "▓" * 7 + "▒" * 4 + "░" * 34  # 15, 7.5 and 3.75 of 60, rest
     assert any(line.endswith(bar) for line in shown(Model(3), 200))
-    # Counted when it was over, though it had begun before the last poll: no more than all of the time.
+    # A stall is counted when it ends, even if it began before the last poll: shares never exceed the time.
     longer = Model(3)
     counted = longer.rotary_stats
     longer.rotary_stats = lambda: {**counted(), "stall_us": 9_812_500 * longer.n_steps}
@@ -174,7 +176,7 @@ def test_without_unicode(shown):
 def test_the_text_is_broken_between_words():
     tail = Tail()
     tail.add("In the beginning  was\n\n  the word-that-is-too-long 漢字漢字漢字\x1b[2J")
-    # Wide characters take two columns; ESC could clear the screen.
+    # Wide characters take two columns; the escape character is replaced, as it could clear the screen.
     assert tail.lines(10)[-6:] == ["  the", "word-that-", "is-too-lon", "g", "漢字漢字漢", "字 [2J"]
     assert len(tail.lines(10)) == 6
 
@@ -196,7 +198,7 @@ def test_text_that_comes_piece_by_piece_is_broken_as_if_it_came_at_once(width):
 
 
 def screen(raw: str, columns: int) -> list[str]:
-    """The lines that a terminal shows of what came out, however long."""
+    """The lines that a terminal of so many columns and any height shows after the output `raw`."""
     rows, y, x = [""], 0, 0
     for found in re.finditer(r"\x1b\[(\??)(\d*)(?:;\d+)*([A-Za-z])|\r|\n|[^\x1b\r\n]", raw):
         private, number, command = found.groups()
@@ -240,7 +242,7 @@ class Running:
     def finish(self):
         returncode = self.process.wait(HANG_S)
         self.terminal.flush()
-        # The terminal is as it was: its modes, and the cursor is shown again.
+        # The terminal is restored: its modes are as before, and the cursor is shown.
         assert termios.tcgetattr(self.terminal.theirs) == self.terminal.before
         assert self.terminal.text.count("\x1b[?25l") == self.terminal.text.count("\x1b[?25h")
         return returncode
@@ -253,7 +255,7 @@ def terminal():
 
 
 def lines_of(text, columns=80):
-    """As a terminal shows it."""
+    """The lines that a terminal shows of a text."""
     return screen(text.replace("\n", "\r\n"), columns)
 
 
@@ -265,7 +267,7 @@ def test_a_run_prints_what_it_prints_without(native, tiny_model, rotary_command,
     for label in ALWAYS:
         assert f"\x1b[1m{label}" in drawn, label
     assert re.search(r"[1-9]\d* of 400", drawn) and "recall" in drawn
-    # All that is left of the panel is nothing: the announcement, the text, the figures.
+    # Nothing of the panel is left: the screen has the announcement, the text and the figures.
     announced, _ = plain.stderr.splitlines()
     left = screen(terminal.text, 80)
     expected = lines_of(f"{announced}\n{plain.stdout}")
@@ -285,9 +287,8 @@ def test_text_that_goes_elsewhere_streams_there(native, tiny_model, rotary_comma
 
 
 def test_ctrl_c_keeps_the_text_and_clears_the_screen(native, synthetic, terminal):
-    # Greedily, as chance would end the text now and then.
     model = synthetic(layers=16, type="q8_0", vocab=4096)
-    run = Running(
+    run = Running(  # greedily: random sampling would sometimes end the text early
         terminal, model, "-p", "abc", "-n", 4000, "--temp", 0, "--budget", "min", "--threads", 1, "--live"
     )
     terminal.wait_for(r"[1-9]\d* of 4000")
@@ -323,7 +324,7 @@ def test_options_that_leave_no_room(rotary_command, tiny_model, other):
 
 
 def test_log_messages_appear_above(terminal, monkeypatch):
-    """From several threads, while the panel changes its height, and too long for a line."""
+    """Log messages, some longer than a line, arrive while another thread draws a panel of changing height."""
     monkeypatch.setattr(panel, "_INTERVAL_SECONDS", 0.002)
     stderr = os.fdopen(os.dup(terminal.theirs), "w", buffering=1)
     monkeypatch.setattr(sys, "stderr", stderr)
@@ -345,7 +346,7 @@ def test_log_messages_appear_above(terminal, monkeypatch):
                 model.n_steps += 1
                 messages.append(f"notice {i}, " + "long " * (i % 3 * 12) + "end")
                 logger.warning(messages[-1])
-                if i % 3:  # the others come while the same is drawn
+                if i % 3:  # the others come before the panel is drawn again
                     terminal.wait_for("Ctrl-C stops", len(terminal.text))
             terminal.wait_for("19 of 20")
             assert "\x1b[1mlayers" in terminal.text

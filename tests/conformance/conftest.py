@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The programs are there, or nothing here can be tested."""
+"""Skip the conformance tests unless upstream's programs are built."""
 
 from __future__ import annotations
 

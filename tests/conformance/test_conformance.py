@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Upstream's own tests and programs, unchanged, on ROTARY0 with too few slots for the experts they use.
+"""Upstream's own tests and programs, unchanged, on ROTARY0 with fewer slots than they use experts.
 
 The programs come from tests/conformance (`make conformance`). test-llama-archs compares every architecture
-with the plain CPU: a small NMSE passes. test-backend-ops does so for single operations. Both run over the CPU
-as inner device and over llama.cpp's RPC server on loopback, whose memory no pointer can read, like a GPU's.
+with the plain CPU; a small NMSE passes. test-backend-ops does so for single operations. The inner device is
+the CPU, or llama.cpp's RPC server on loopback, whose memory, like a GPU's, no pointer can read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ pytestmark = [pytest.mark.conformance, pytest.mark.slow]
 PROGRAMS = ROOT / "build" / "conformance" / "bin"
 LIBRARY = ROOT / "rotary_llamacpp" / "lib" / "libggml-rotary.so"
 
-# Of the pinned llama.cpp: configurations test-llama-archs runs on one device. It lists 57 of MoE models, and
-# itself leaves one out on every device (arch_supported()).
+# Configurations that test-llama-archs of the pinned llama.cpp runs on one device. It lists 57 of MoE models
+# and skips one on every device (arch_supported()).
 N_CONFIGURATIONS = 133
 N_MOE = 57
 MOE_LEFT_OUT = ["llama-embed"]
 
-# test-backend-ops quantises its weights first; without those that take it minutes.
+# Leaves out the cases whose weights test-backend-ops takes minutes to quantise.
 SMALL_OPS = r"^(?!.*(m=4096|m=2880|k=2048|k=4096|n_mats=1024|iq3_s.*n_mats=512))"
 FEW_TYPES = SMALL_OPS + r".*type_a=(f16|q4_0|q4_K|mxfp4),"
 
@@ -41,8 +41,8 @@ TAIL_CHARS = 6000
 
 @pytest.fixture(scope="module")
 def rpc_server() -> Iterator[str]:
-    """An RPC server on a free port of the loopback interface; its endpoint as ROTARY_INNER wants it."""
-    for _ in range(10):  # another may take the port meanwhile
+    """Endpoint, for ROTARY_INNER, of an RPC server on a free port of the loopback interface."""
+    for _ in range(10):  # another process may take the port meanwhile
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -73,16 +73,14 @@ def listens(port: int) -> bool:
 def run(
     program: str, *args: str, preload: str | None = None, backend: bool = True, **rotary: str
 ) -> tuple[str, str]:
-    """Run a program with the backend and the given ROTARY_<NAME>s; what it wrote to stdout and stderr.
+    """Run a program with the backend and the given ROTARY_<NAME>s; returns its stdout and stderr.
 
-    Whatever ROTARY_* this process has is not passed on.
+    ROTARY_*, GGML_* and LLAMA_* variables of this process are not passed on.
     """
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("ROTARY_", "GGML_", "LLAMA_"))
     }
-    environment["OMP_WAIT_POLICY"] = (
-        "passive"  # else threads spin for each other, for minutes on a busy machine
-    )
+    environment["OMP_WAIT_POLICY"] = "passive"  # else waiting threads spin, for minutes on a busy machine
     if backend:
         environment |= {"GGML_BACKEND_PATH": str(LIBRARY), "ROTARY_STATS": "1"}
         environment |= {f"ROTARY_{key.upper()}": value for key, value in rotary.items()}
@@ -102,7 +100,7 @@ def run(
         pytest.fail(
             f"{program}: not done in {HANG_S} s; it said last:\n{tail(output.decode(errors='replace'))}"
         )
-    # llama.cpp colours its words.
+    # Remove llama.cpp's colours.
     stdout, stderr = (
         re.sub(r"\x1b\[[0-9;]*m", "", text.decode(errors="replace"))
         for text in (result.stdout, result.stderr)
@@ -117,7 +115,7 @@ def tail(text: str) -> str:
 
 
 def counters(stderr: str) -> dict[str, int]:
-    """Sums over the pools of the counters that ROTARY_STATS prints."""
+    """The counters that ROTARY_STATS prints, summed over the pools."""
     lines = [line for line in stderr.splitlines() if line.startswith("rotary:") and "misses=" in line]
     assert lines, f"no line of counters; stderr ends with:\n{tail(stderr)}"
     total: dict[str, int] = {}
@@ -130,13 +128,13 @@ def counters(stderr: str) -> dict[str, int]:
 
 
 def check_archs(**rotary: str) -> dict[str, int]:
-    """Every configuration passes on ROTARY0, with two slots for eight experts; the counters of the pools."""
+    """Check that every configuration passes on ROTARY0 with two slots for eight experts; returns counters."""
     stdout, stderr = run(
         "test-llama-archs", "-b", "ROTARY0", "-s", "1", preload="preload", budget="min", **rotary
     )
     # | qwen3moe| AMD EPYC|   MoE|   OK (0.00e+00)|    OK|
     rows = re.findall(r"^\| *([\w-]+)\|[^|]*\| *(MoE|Dense)\| *(\w+)[^|]*\| *(\w*)", stdout, re.MULTILINE)
-    ran = [row for row in rows if row[2] != "SKIP"]  # upstream has no fixture for the rest, on any device
+    ran = [row for row in rows if row[2] != "SKIP"]  # upstream has no fixture for these on any device
     failed = [row for row in ran if row[2] != "OK" or row[3] not in ("OK", "SKIP")]
     assert not failed, f"failed: {failed}\n{tail(stdout)}"
     assert len(ran) == N_CONFIGURATIONS
@@ -149,7 +147,7 @@ def check_archs(**rotary: str) -> dict[str, int]:
 
 def test_archs() -> None:
     total = check_archs(inner="CPU", direct="1")
-    # Nearly all of its batches want more experts than there are slots; none of those may be paged in waves.
+    # Nearly all batches want more experts than there are slots; none of these may be paged in waves.
     assert total["waves"] == 0 and total["bypassed"] > 1000
     assert total["misses"] > total["bypassed"], "the smallest batches are paged"
 
@@ -163,14 +161,14 @@ def test_archs_in_waves() -> None:
 def test_archs_over_rpc(rpc_server: str) -> None:
     total = check_archs(inner=rpc_server)
     assert total["waves"] > 0 and total["evictions"] > 0
-    assert total["bypassed"] == 0  # what lies behind RPC cannot read the mapping
+    assert total["bypassed"] == 0  # an RPC server cannot read the mapping
 
 
 # ---- test-backend-ops ----------------------------------------------------------------------------
 
 
 def check_ops(params: str, n_least: int, **rotary: str) -> dict[str, int]:
-    """The tests of MUL_MAT_ID with these `params` pass, `n_least` or more, weights paged; the counters."""
+    """Check that the tests of MUL_MAT_ID with `params`, at least `n_least`, pass paged; returns counters."""
     stdout, stderr = run(
         *("test-backend-ops", "test", "-b", "ROTARY0", "-o", "MUL_MAT_ID,MUL_MAT_ID_FUSION", "-p", params),
         preload="preload_paged",
@@ -195,15 +193,15 @@ def test_ops_over_rpc(rpc_server: str) -> None:
 # ---- stock programs ------------------------------------------------------------------------------
 
 
-# llama-completion of a build without GGML_BACKEND_DL, such as ours, calls ggml_backend_load_all(), which
-# reads GGML_BACKEND_PATH, only when it is to look for a device by name. llama-bench always does.
+# llama-completion of a build without GGML_BACKEND_DL, such as this one, calls ggml_backend_load_all(), which
+# reads GGML_BACKEND_PATH, only to look for a device by name. llama-bench always calls it.
 MODEL = ["-m", str(ROOT / "models" / "tiny-moe-q8_0.gguf")]
 GENERATE = [*MODEL, "-p", "In the beginning", "-n", "48", "--temp", "0", "-ngl", "99", "-t", "2", "-no-cnv"]
 ON_ROTARY = ["-dev", "ROTARY0"]
 
 
 def check_same(paged: str, stock: str) -> None:
-    """The texts are equal, but for a last few words that llama.cpp may not have written (its issue 22142)."""
+    """Check that the texts are equal, except last words that llama.cpp may have lost (its issue 22142)."""
     n = min(len(paged.rstrip()), len(stock.rstrip()))
     assert paged[:n] == stock[:n]
     assert len(paged[:n].split()) >= 25

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Every architecture of upstream's generator of models there and back, and the logits of those with experts.
+"""Models of every architecture, split and merged again, and the logits of those with experts.
 
-The models come from test-llama-archs (`make conformance`). Stock llama_cpp computes, in its own process.
+The models come from test-llama-archs (`make conformance`); stock llama_cpp computes in a separate process.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ pytestmark = [pytest.mark.conformance, pytest.mark.slow]
 
 N_SAVED = 128  # models that the pinned llama.cpp saves
 N_SAVED_MOE = 55
-# Upstream counts them among the MoE architectures; their models have no expert tensors.
+# MoE architectures by upstream's count, whose models have no expert tensors.
 WITHOUT_EXPERTS = ["ernie4_5-moe.gguf", "paddleocr-moe.gguf"]
 N_TOKENS = 32
 
 
 def logits_of(paths: list[Path]) -> list[np.ndarray]:
-    """Logits of the same tokens of several models."""
+    """Logits of several models for the same tokens, each (N_TOKENS, n_vocab)."""
     import llama_cpp.llama_cpp as api
 
     @api.llama_log_callback
@@ -41,7 +41,7 @@ def logits_of(paths: list[Path]) -> list[np.ndarray]:
     found = []
     for path in paths:
         params = api.llama_model_default_params()
-        params.use_extra_bufts = False  # what is repacked depends on where it lies
+        params.use_extra_bufts = False  # repacking depends on where weights lie
         model = api.llama_model_load_from_file(str(path).encode(), params)
         assert model, f"{path} is not loaded"
         options = api.llama_context_default_params()
@@ -67,14 +67,17 @@ def logits_of(paths: list[Path]) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Upstream's models, of 1 to 30 MiB."""
+    """The models that test-llama-archs saves, of 1 to 30 MiB."""
     folder = tmp_path_factory.mktemp("archs")
     run("test-llama-archs", "-s", "1", "-o", str(folder), backend=False)
     return sorted(folder.iterdir())
 
 
 def assert_same_logits(models: list[list[Path]]) -> None:
-    """Of the files of each model; their folders go. In one process: to begin takes longer than a model."""
+    """Check that all files of a model give the same logits, then remove the folders of the copies.
+
+    One process computes all models, as its start takes longer than a model.
+    """
     logits = iter(apart(logits_of, [path for paths in models for path in paths]))
     for path, *others in models:
         one = next(logits)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What several tests of conversions use."""
+"""Fixtures for tests of conversions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tests.support.conversions import MIB
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies a MiB at a time, and notes each 2 MiB."""
+    """Copy 1 MiB at a time, and note progress in the journal every 2 MiB."""
     monkeypatch.setattr(copying, "CHUNK_BYTES", MIB)
     monkeypatch.setattr(copying, "_NOTE_BYTES", 2 * MIB)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Conversion from end to end: what the result holds, and that stock llama.cpp computes the same with it."""
+"""Conversion from end to end: what the result contains, and that stock llama.cpp computes the same."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_experts_are_together_and_aligned_and_all_else_is_kept(tiny_model, tmp_p
     assert tensor_bytes([header]) == tensor_bytes([read_header(tiny_model)])
     assert fields_of(out) == fields_of(tiny_model)
     assert said[-1].startswith("verified: 74 tensors")
-    # 34816 bytes an expert are 8.5 pages: half of them cannot begin on one, and none ends on one.
+    # Experts of 34816 bytes are 8.5 pages: none can both begin and end at a page.
     assert "0 of 576 expert matrices are whole pages" in said[0] and "576 are 34816 bytes" in said[0]
 
 
@@ -93,7 +93,7 @@ def test_split_merged_and_split_again_are_equal(synthetic, tmp_path):
     assert fields_of(merged) == fields_of(first[0]) == fields_of(model)
     history = array_strings(raw_fields(read_header(second[0]))[HISTORY_KEY], HISTORY_KEY)
     assert len(history) == 3 and f"in {len(first)} files" in history[1]
-    # and back to what llama.cpp itself writes: the default alignment
+    # And back to the default alignment, as llama.cpp writes files.
     (plain,) = convert(merged, tmp_path / "plain.gguf", Options(alignment=32))
     assert read_header(plain).alignment == 32 and tensor_bytes([read_header(plain)]) == whole[0]
 

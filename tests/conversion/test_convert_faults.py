@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Conversions that fail: nothing is left, and what is said."""
+"""Conversions that fail: they leave no file, and their messages."""
 
 from __future__ import annotations
 

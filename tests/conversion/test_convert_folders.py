@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Hugging Face folders, with a converter that stands in for llama.cpp's; test_hugging_face.py has that."""
+"""Hugging Face folders, with a stand-in for llama.cpp's converter; test_hugging_face.py runs the real one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def results(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As much of a Hugging Face folder as is looked at before the converter."""
+    """The part of a Hugging Face folder that is read before the converter runs."""
     made = tmp_path / "folder"
     made.mkdir()
     (made / "config.json").write_text("{}")
@@ -43,9 +43,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:
-    """A llama.cpp source whose converter is `body`, and whose imports are there.
+    """Install a llama.cpp source whose converter is `body` and can be imported.
 
-    Has a line for each time it ran.
+    Returns a log with the process id of each run, one per line.
     """
     source, log = tmp_path / "source", tmp_path / "log"
     source.mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_found_before(
 @pytest.mark.usefixtures("small_steps")
 @pytest.mark.parametrize("changed", [None, "folder/config.json", "results/out.gguf.folder.part"])
 def test_an_interrupted_one_goes_on(folder, results, tiny_model, tmp_path, monkeypatch, changed):
-    """From the GGUF that was made, if that and all files of the folder are what they were."""
+    """It resumes from the GGUF that was made, if that and all files of the folder are unchanged."""
     log = stand_in(tmp_path, monkeypatch, copying(tiny_model))
     os.truncate(folder / "model.safetensors", 22 * MIB)
     real = os.copy_file_range
@@ -124,7 +124,7 @@ def test_an_interrupted_one_goes_on(folder, results, tiny_model, tmp_path, monke
     if changed:
         with open(tmp_path / changed, "r+b") as file:
             file.write(b"[]")
-    else:  # both temporary files have all the space they want
+    else:  # both temporary files already have all the space they need
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": MIB}))
     said: list[str] = []
     (out,) = convert(folder, results / "out.gguf", say=said.append)
@@ -194,7 +194,7 @@ def test_the_converter_ends_with_its_parent(folder, results, tiny_model, tmp_pat
     process.send_signal(how)
     assert process.wait() == -how
     until(lambda: has_ended(log.read_text().strip()))
-    # If it went on: what it writes is not in the next one's file.
+    # Even if the old converter still wrote, it would not write to the file of the next conversion.
     with open(made, "r+b") as theirs:
         stand_in(tmp_path, monkeypatch, copying(tiny_model))
         (out,) = convert(folder, results / "out.gguf")
@@ -210,7 +210,7 @@ def until(done: Callable[[], bool]) -> None:
 
 
 def has_ended(pid: str) -> bool:
-    """Whether a process is gone, or would be if its new parent asked how it ended: not each init does."""
+    """Whether a process is gone or a zombie: not every init reaps orphans."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What conversions may write: nobody else's files, and all names of the result or none."""
+"""Where conversions write: they leave files of others alone, and the result gets all its names or none."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_one_conversion_at_a_time(tmp_path, monkeypatch):
     held.close(remove=True)
 
     def late(fd: int, how: int) -> None:
-        """Between opening and locking, who held it is done."""
+        """Between opening and locking, the previous holder finishes."""
         monkeypatch.setattr(fcntl, "flock", real)
         note_path(out).unlink()
         real(fd, how)
@@ -111,7 +111,7 @@ def test_a_file_system_without_locks(tiny_model, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("small_steps")
 def test_a_journal_means_files_beside_it(tiny_model, tmp_path, monkeypatch):
-    """Begun from one folder, gone on with from another, where a file has the same name."""
+    """A conversion is begun in one folder and resumed from another that has files of the same names."""
     real = os.copy_file_range
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -147,7 +147,7 @@ def test_what_another_conversion_left_goes_at_once(tiny_model, tmp_path, monkeyp
 
 @pytest.fixture
 def another_thread() -> Iterator[None]:
-    """Takes what signals the main thread does not."""
+    """Run a thread that receives the signals that the main thread blocks."""
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
     thread.start()
@@ -202,7 +202,7 @@ def test_a_file_made_meanwhile_is_left(tiny_model, tmp_path, monkeypatch):
 
 
 def test_what_does_not_matter_fails_nothing(tiny_model, tmp_path, monkeypatch):
-    """A folder that cannot be synced, nobody to hear what is said, and few files that may be open."""
+    """The folder cannot be synced, output is a broken pipe, and few files may be open."""
     real = os.fsync
 
     def fsync(fd: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Conversions that are interrupted, at every kind of moment, and go on."""
+"""Conversions that are interrupted at various moments and resumed."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def test_what_is_left_is_not_trusted_blindly(tiny_model, tmp_path, monkeypatch, 
         {"done": [2**63, 1]},
     ],
 )  # fmt: skip
-def test_a_journal_of_other_values(tiny_model, tmp_path, changes):
-    # As of one that was cut off, only that it was a journal is believed.
+def test_a_journal_of_other_values(tmp_path, changes):
+    # As with a truncated journal, nothing is taken from it, but it is recognised as a journal.
     out = tmp_path / "out.gguf"
     journal = Journal(out, {"a": 1})
     journal.note(0, 4096)
@@ -153,7 +153,7 @@ def test_what_is_quantised_is_kept_when_the_copy_is_interrupted(tiny_model, tmp_
     assert_nothing_else(tmp_path, out)
 
 
-# Copies until more than what is noted already is noted to be durable, says so, and then no further.
+# Copies until the journal notes more progress than at the start, prints "noted", and then stops copying.
 UNTIL_NOTED = """
 import os, sys, threading, time
 from rotary_llamacpp import cli
@@ -212,7 +212,7 @@ def test_signals(tiny_model, tmp_path, how):
 
 
 def _noted(out: Path) -> int:
-    """Bytes that are noted to be durable."""
+    """Bytes that the journal notes as durable; 0 without a readable journal."""
     try:
         return json.loads(note_path(out).read_text())["done"][1]
     except (OSError, ValueError):
@@ -236,7 +236,7 @@ def test_ctrl_c_ends_the_quantiser(synthetic, tmp_path, monkeypatch):
     def interrupt() -> None:
         while not target.exists() and not over.wait(0.001):
             pass
-        started[-1].send_signal(signal.SIGSTOP)  # else it might be done meanwhile
+        started[-1].send_signal(signal.SIGSTOP)  # else it might finish meanwhile
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A Hugging Face folder through the pinned source's own converter, compared with transformers' own logits.
+"""A Hugging Face folder through the pinned llama.cpp's own converter, compared with transformers' logits.
 
-Skipped where what that converter imports is not installed: torch alone is hundreds of megabytes. With it:
+Skipped unless the converter's imports are installed; torch alone is hundreds of megabytes. To install them:
 ``pip install torch transformers sentencepiece safetensors``.
 """
 
@@ -75,5 +75,5 @@ def test_a_folder_computes_what_transformers_computes(mixtral, tmp_path, stock_t
     experts = [tensor for tensor in read_header(out).tensors if "_exps" in tensor.name]
     assert len(experts) == 6 and {(t.type_name, t.shape[2]) for t in experts} == {("BF16", 8)}
     found = stock_trace(out, n_prompt=20, n_decode=1)["logits"][:20]
-    # llama.cpp rounds what enters a BF16 matrix to BF16, transformers here computes in F32.
+    # llama.cpp rounds the input of a BF16 matrix to BF16; transformers computes in F32 here.
     assert ((found - expected) ** 2).mean() < 0.01 * (expected**2).mean()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Conversions that change types: what comes out, and what cannot be."""
+"""Conversions that change types: their results, and requests that are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_experts_and_the_rest_are_quantised_apart(synthetic, tmp_path, stock_tra
     assert {kinds[f"blk.1.ffn_{part}_exps.weight"] for part in ("gate", "up", "down")} == {"Q3_K"}
     assert kinds["blk.1.attn_q.weight"] == kinds["token_embd.weight"] == "Q8_0"
     assert kinds["blk.1.ffn_gate_inp.weight"] == "F32", "routers stay as they are"
-    # The plan, made before, is what came out.
+    # The plan printed beforehand agrees with the result.
     assert f"{out.stat().st_size / 2**20:.1f} MiB in 1 file" in said[0] and "3 tensors F16 -> Q3_K" in said[0]
     assert read_header(out).metadata["general.file_type"] == 12  # MOSTLY_Q3_K_M
     unchanged = {"general.file_type", "general.quantization_version"}
@@ -47,7 +47,7 @@ def test_experts_and_the_rest_are_quantised_apart(synthetic, tmp_path, stock_tra
 
 
 def test_what_is_not_named_keeps_its_bytes(tiny_model, tmp_path):
-    """From a source of another alignment too, at which llama.cpp's quantiser writes what it cannot read."""
+    """The source has an alignment of 4096, with which llama.cpp's quantiser writes files it cannot read."""
     (aligned,) = convert(tiny_model, tmp_path / "aligned.gguf")
     wish = Wish(types=(r"blk\.2\..*_exps=Q4_0",))
     (out,) = convert(aligned, tmp_path / "out.gguf", Options(wish=wish))
@@ -70,7 +70,7 @@ def test_legacy_layouts_are_quantised_alike(synthetic, tmp_path):
 
 
 def write_imatrix(path: Path, shapes: Mapping[str, tuple[int, int]], seed: int = 0) -> Path:
-    """Of these tensors, by their columns and experts."""
+    """Write a random importance matrix; `shapes` has the columns and experts of each tensor."""
     rng = np.random.default_rng(seed)
     writer = GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
@@ -116,7 +116,7 @@ def test_an_importance_matrix_is_heeded(synthetic, tmp_path):
     ],
 )
 def test_importance_matrices_that_do_not_fit(tiny_model, tmp_path, kind, columns, text):
-    """Found before anything is quantised."""
+    """The mismatch is found before anything is quantised."""
     shapes = experts_of(tiny_model)
     del shapes["blk.5.ffn_up_exps.weight"]
     if columns is None:
@@ -145,7 +145,7 @@ def test_a_quantiser_that_fails_leaves_nothing(tiny_model, tmp_path):
 
 
 def test_a_quantiser_that_aborts_ends(tiny_model, tmp_path, monkeypatch):
-    """Of itself: with ggml's backtrace it waits for ever, and what that forked has its output open."""
+    """With ggml's backtrace the quantiser would wait for ever, while a forked child holds its output open."""
     monkeypatch.setitem(quantising.TYPES, "Q8_1", 9)
     wish = Wish("Q4_0", types=(r"blk\.5\.ffn_up_exps=Q8_1",))
     with no_hang(), pytest.raises(ModelError, match=r"not quantised, .*GGML_ASSERT|status -6"):

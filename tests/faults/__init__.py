@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What breaks or runs out under a model that is paged."""
+"""Failures and shortages under a paged model."""

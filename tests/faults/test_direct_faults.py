@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A disk that is slow, gives less than asked, or fails, and files that change under a running model.
+"""A disk that is slow, reads fewer bytes than asked, or fails, and files that change under a running model.
 
-Each run is in a process of its own, which must end by itself, and well: no wrong logit, no signal, an error
-that says what happened, and the next run as exact as any. faulty_disk.c plays the disk; a loop device is a
-real one.
+Each run has a process of its own, which must exit by itself with status 0: logits are right or an error says
+what happened, and the next run is exact. faulty_disk.c plays the disk; a loop device is a real disk.
 """
 
 from __future__ import annotations
@@ -49,8 +48,10 @@ def assert_refused(found, *parts):
 
 
 def run_slowly(model, options):
-    """A run in which a read takes longer than computing a token does, whatever that takes; figures before and
-    after it; by how much reads are delayed."""
+    """Run with reads that take longer than computing a token.
+
+    Returns the trace, the statistics before and after it, and the delay of a read in microseconds.
+    """
     disk = Disk()
     llama = make(model, MIN | {"budget": "50%"}, **options)
     before = llama.rotary_stats()
@@ -64,7 +65,7 @@ def run_slowly(model, options):
 
 
 def test_slow_reads_split_decode(native, synthetic, stock_trace, disk):
-    # Decode waits longer than two passes cost: experts that are there first, then those that are read.
+    # Decode waits longer than two passes cost: the first computes resident experts, the second those read.
     model = synthetic(type="q4_0", embd=512, ff=512, layers=3)
     paged, before, stats, delay_us = apart(run_slowly, model, ONE_BY_ONE, environment=disk["threads"])
     assert_equal(paged, stock_trace(model, n_prompt=PROMPT, n_decode=4, **ONE_BY_ONE))
@@ -86,14 +87,14 @@ def test_slow_reads_in_waves(native, synthetic, stock_trace, disk):
 # ---- short
 
 
-WAYS = {  # the file system says how a direct read must be aligned, or does not, or refuses direct reads
+WAYS = {  # the file system tells how direct reads must be aligned, does not tell, or refuses direct reads
     "direct": {},
     "page": {"no_statx": 1},
     "buffered": {"no_direct": 1},
     "refused": {"no_reads": 1},
     "no io_uring": {"no_uring": errno.EPERM},
 }
-# Repacked slots are copied into; plain ones are read into, ahead of demand too where there are some to spare.
+# Repacked slots are filled by a copy. Plain slots are read into, also by prefetch where slots are to spare.
 WHERE_READ = [("q4_0", "min"), ("q8_0", "50%")]
 
 SHORT = {
@@ -117,7 +118,7 @@ SHORT = {
 
 
 def run_short(model, cases):
-    """For each case: what a run gave, its figures, and how many reads came short, and at odd ends."""
+    """For each case: the result of a run, its statistics, how many reads came short or ended unaligned."""
     disk = Disk()
     found = []
     for way, knobs in cases:
@@ -160,7 +161,7 @@ def test_io_uring_refused(native, synthetic, stock_trace, disk):
 
 
 def run_with_failures(model, rotary, error, starts):
-    """For each start: what a run gave in which from that read on all fail; then a run on the mended disk."""
+    """For each start: the result of a run whose reads all fail from that one on, then of a run without."""
     disk = Disk()
     llama = make(model, rotary, **IN_BATCHES)
     found = []
@@ -177,7 +178,7 @@ def run_with_failures(model, rotary, error, starts):
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize(("kind", "budget"), WHERE_READ)
 def test_failing_reads(native, synthetic, stock_trace, disk, io, prefetch, kind, budget):
-    # From the first read on, from one within a batch's waves, from one in decode.
+    # Reads fail from the first read on, from a read within a batch's waves on, from a read in decode on.
     model = synthetic(type=kind, layers=3)
     stock = stock_trace(model, n_prompt=PROMPT, **IN_BATCHES)
     rotary = {**MIN, "prefetch": prefetch, "budget": budget}
@@ -196,7 +197,10 @@ def test_files_that_end_early(native, synthetic, stock_trace, disk):
 
 
 def run_with_single_failures(model, rotary, starts):
-    """The same, but a single read fails each time; results are compared here, for there are many."""
+    """For each start: how many reads failed in a run with one failing read, its result, and the next run's.
+
+    Logits are compared in this process, since there are many.
+    """
     disk = Disk()
     llama = make(model, rotary, **ONE_BY_ONE)
     stock = trace(llama, 16, 4)
@@ -215,7 +219,8 @@ def run_with_single_failures(model, rotary, starts):
 @pytest.mark.parametrize("io", ["threads", "io_uring"])
 @pytest.mark.parametrize(("kind", "budget"), WHERE_READ)
 def test_single_failures(native, synthetic, stock_trace, disk, io, kind, budget):
-    # A read that failed before it was waited for is tried again; one that fails under a wait is an error.
+    # A read that failed before a lookup waits for it is tried again; a read that fails while waited for is an
+    # error.
     model = synthetic(type=kind, layers=3)
     rotary, starts = {**MIN, "budget": budget}, list(range(0, 44, 6))
     stock, found = apart(run_with_single_failures, model, rotary, starts, environment=disk[io])
@@ -229,7 +234,7 @@ def test_single_failures(native, synthetic, stock_trace, disk, io, kind, budget)
 
 
 def load_with_failures(model, budget):
-    """All experts are resident: their reads fail while the model is made, then while its budget changes."""
+    """Make all experts resident; reads fail while the model is loaded, then while its budget changes."""
     disk = Disk()
     rotary = {"budget": budget, "store": "direct"}
     disk.fail_next(1 << 20, after=2)
@@ -291,7 +296,7 @@ def change(path, how):
 
 
 def change_files(model, folder, store, options):
-    """For each change, what runs gave before it and after it. Says on stderr which one kills, if one does."""
+    """For each change: its file, and the results of runs before and after it. Progress goes to stderr."""
     found = {}
     for number, how in enumerate(CHANGES + GOING_AWAY):
         print(how, file=sys.stderr, flush=True)
@@ -315,7 +320,7 @@ def test_files_that_change(native, synthetic, stock_trace, tmp_path, store, offl
         assert_equal(before, stock)
         for refused in after:
             assert_refused(refused, f"{path}: was changed", "load the model again")
-    for how in GOING_AWAY:  # what was loaded is still there for who has it open
+    for how in GOING_AWAY:  # an open file stays readable
         for each in found[how][1:]:
             assert_equal(each, stock)
 
@@ -377,7 +382,7 @@ def test_a_file_that_changes_under_a_graph(native, synthetic, stock_trace, tmp_p
 
 @pytest.fixture
 def volume(tmp_path):
-    """A file system on a loop device: where it is mounted, and the file that it lies in."""
+    """Mount point of a file system on a loop device, and the image file behind it."""
     if os.geteuid() != 0:
         pytest.skip("only root may have loop devices")
     for tool in ("losetup", "mkfs.ext4", "mount", "umount"):
@@ -404,7 +409,7 @@ def volume(tmp_path):
 
 
 def break_the_device(model, image):
-    """Runs before, while the last three quarters of the device are gone, and after they are back."""
+    """Results of runs before, while the last three quarters of the device are gone, and afterwards."""
     llama = make(model, MIN, **IN_BATCHES)
     found = [attempt(trace, llama, PROMPT)]
     size = os.path.getsize(image)
@@ -439,11 +444,13 @@ def test_a_device_that_fails(native, synthetic, stock_trace, volume, io):
 
 
 def run_until_interrupted(model, waiting):
-    """Says in the file `waiting` that a read of the prompt's waits, which it does until a signal has come;
-    then what became of it, and a run."""
+    """Generate with a read of the prompt that waits until a signal comes, then run again.
+
+    The file `waiting` appears when the read waits.
+    """
     disk = Disk()
     llama = make(model, MIN, **IN_BATCHES)
-    # Python runs handlers of signals in the main thread, which is in the graph; this is told of them at once.
+    # Python runs signal handlers in the main thread, which is in the graph; this pipe is written at once.
     come, told = os.pipe()
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Memory, address space and file descriptors that run out under the library, at every place where it asks.
+"""Memory, address space and file descriptors that run out at every place where the library asks for them.
 
-exhaustion.c fails one of its calls. Each shortage ends in an error that says what happened, or in a fallback
-that is announced; the process lives, and what runs next is exact. Each test runs in a process of its own.
+exhaustion.c fails one of the library's calls. Each shortage ends in an error that says what happened, or in
+an announced fallback; the process survives, and the next run is exact. Each test has a process of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import llama_cpp.llama_cpp as api
 import pytest
 
+from rotary_llamacpp import policies, predictors
 from rotary_llamacpp.native import binding as _native
 from tests.support.compiled import Disk, Shortage
 from tests.support.paged import assert_equal, attempt, make
@@ -33,12 +34,12 @@ DIRECT = {"budget": "50%", "store": "direct"}
 
 
 def open_with_failures(model, rotary, n):
-    """Opens the model again and again, with the 1st, 2nd, ... call failing, and the `n` from there on.
+    """Open the model again and again, failing `n` calls from the 1st, 2nd, ... on, until no call failed.
 
-    Each time: what came of it, the figures, and how many calls failed; to the first time that none did.
+    Returns for each time the result, the statistics, and how many calls failed.
     """
     shortage = Shortage()
-    make(model, rotary, **PLAIN).close()  # what is done once is done
+    make(model, rotary, **PLAIN).close()  # initialisation that happens once per process
     found = []
     while not found or found[-1][2] > 0:
         shortage.begin(at=len(found) + 1, n=n)
@@ -54,7 +55,7 @@ def open_with_failures(model, rotary, n):
 
 
 def check_all(found, stock, least):
-    """That every shortage was survived, exactly or with an error of one line; what was said in each."""
+    """Check that each shortage ended in exact logits or in an error of one line; returns what was said."""
     assert len(found) > least, "there were calls to fail"
     texts = []
     for result, stats, _ in found:
@@ -97,9 +98,9 @@ def test_files(native, synthetic, stock_trace, short_of):
 
 
 def fail_each_place(shortage, run, known=0):
-    """Runs with the first allocation of each place in the library failing, and the run after each.
+    """Run with the first allocation of each place in the library failing; returns that run and the next.
 
-    Of the places met so far, the first `known` are left out. The last line on stderr names the place.
+    The first `known` places are left out. The last line on stderr names the place.
     """
     found = []
     site = known + 1
@@ -135,7 +136,7 @@ def open_and_run(model, rotary, threads_left=-1, enter_error=0, n_prompt=PROMPT)
 
 
 def open_from_every_place(model, rotary, ways):
-    """Opens the model in each of these ways of reading; each place fails that is not met before the last."""
+    """Open the model in each of these ways of reading, then fail each place that only the last reaches."""
     shortage = Shortage()
     for io, threads_left in ways:
         os.environ["ROTARY_IO"] = io
@@ -148,9 +149,9 @@ def open_from_every_place(model, rotary, ways):
 
 
 def open_with_a_ring_that_stops(model, rotary, n_calls):
-    """Opens the model with a ring that fails at the first read, as does one of the first calls from there on.
+    """Open the model with a ring that fails at the first read, and then fail one allocation after that.
 
-    One token's experts are read in place: a read that got lost would be waited for.
+    A single token's experts are read in place, so that a lost read would be waited for.
     """
     os.environ["ROTARY_IO"] = "uring"
     shortage = Shortage()
@@ -168,7 +169,7 @@ def check_error(result):
     kind, text = result
     assert kind in ("LibraryError", "ReadError", "RotaryError", "ValueError"), result
     assert "\n" not in text, result
-    assert "memory" in text or text.startswith("Failed to "), result  # that is what llama-cpp-python says
+    assert "memory" in text or text.startswith("Failed to "), result  # llama-cpp-python's message
 
 
 @pytest.mark.slow
@@ -223,11 +224,90 @@ def test_memory_while_a_model_opens(native, synthetic, stock_trace, short_of, di
         assert after[1]["store"] == "direct"
 
 
+def resolve_in_slots(library):
+    """All that a slot table without a pool can be asked for."""
+    c, ffi = library.c, library.ffi
+    slots = c.rotary_slots_new(8, 2)
+    library.check(c.rotary_last_status())
+    slot_ids, loads = ffi.new("int32_t[]", 2), ffi.new("rotary_load[]", 2)
+    try:
+        n_loads = [c.rotary_slots_resolve(slots, ids, 2, slot_ids, loads) for ids in ([0, 1], [2, 3], [4, 4])]
+        reserved = c.rotary_slots_reserve(slots, 5, [4], 1)
+        library.check(c.rotary_last_status())
+        library.check(c.rotary_slots_end_reservation(slots, 5, True))
+        return n_loads, reserved
+    finally:
+        c.rotary_slots_free(slots)
+
+
+def replay_in_a_cache(library, policy):
+    c, ffi = library.c, library.ffi
+    cache = c.rotary_cache_new(policy.encode(), ffi.NULL, 2, 8, [3, 3], 1, 2)
+    library.check(c.rotary_last_status())
+    try:
+        misses, slot_ids, loads = (
+            ffi.new("int32_t[]", 6),
+            ffi.new("int32_t[]", 4),
+            ffi.new("rotary_load[]", 8),
+        )
+        rows = [0, 1, 2, 3, 4, 5, 6, 7, 0, 2, 4, -1]
+        status = c.rotary_cache_replay(cache, 6, [0, 1] * 3, rows, ffi.NULL, 2, misses)
+        n_loads = c.rotary_cache_resolve(cache, 0, [1, 2, 1, 2], ffi.NULL, 2, 2, slot_ids, loads)
+        library.check(c.rotary_last_status())
+        return status, ffi.unpack(misses, 6), n_loads
+    finally:
+        c.rotary_cache_free(cache)
+
+
+def predict_without_a_pool(library, predictor):
+    c, ffi = library.c, library.ffi
+    foresight = c.rotary_foresight_new(predictor.encode(), ffi.NULL, 2, 8)
+    library.check(c.rotary_last_status())
+    try:
+        experts, shares = ffi.new("int32_t[]", 2), ffi.new("float[]", [0.5] * 64)
+        c.rotary_foresight_learn(foresight, 1, shares, shares, shares, 10)
+        for layer in (0, 1, 0):
+            c.rotary_foresight_note(foresight, layer, [0, 1, 2, 3], 2, 2)
+        n = c.rotary_foresight_name(foresight, 0, 1, experts, 2)
+        library.check(c.rotary_last_status())
+        return ffi.unpack(experts, n)
+    finally:
+        c.rotary_foresight_free(foresight)
+
+
+def ask_from_every_place(function, *args):
+    shortage, library = Shortage(), _native.load()
+
+    def run():
+        library.c.rotary_clear_error()
+        return function(library, *args)
+
+    shortage.begin()
+    usual = run()
+    shortage.end()
+    return usual, fail_each_place(shortage, run)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [(resolve_in_slots,)]
+    + [(replay_in_a_cache, policy) for policy in policies.REFERENCES]
+    + [(predict_without_a_pool, predictor) for predictor in predictors.FROM_ROUTINGS],
+    ids=lambda call: "-".join([call[0].__name__, *call[1:]]),
+)
+def test_memory_without_a_pool(native, short_of, call):
+    usual, found = apart(ask_from_every_place, *call, environment=short_of("malloc"))
+    assert found, "there were places"
+    for site, result, after in found:
+        assert (result[0], after) == ("LibraryError", usual), (site, result)
+        assert result[1].startswith("memory: none is left"), (site, result)
+
+
 # ---- the end of a process
 
 
-def exit_with_a_model(path, store):
-    """A model that is freed by a handler older than the library: after the library's own statics are gone."""
+def exit_with_models(path):
+    """Free models in an exit handler that runs after the library's own static objects are destroyed."""
     libc = ctypes.CDLL(None)
     kept = []
 
@@ -241,10 +321,10 @@ def exit_with_a_model(path, store):
     libc.__cxa_atexit(free, None, None)
     library = _native.load()
     devices = library.device_list([0])
-    for name in (path, path):
+    for _ in range(2):
         params = api.llama_model_default_params()
         params.devices, params.n_gpu_layers = ctypes.cast(devices, ctypes.c_void_p), -1
-        model = api.llama_model_load_from_file(os.fsencode(name), params)
+        model = api.llama_model_load_from_file(os.fsencode(path), params)
         settings = api.llama_context_default_params()
         settings.n_ctx, settings.n_threads, settings.n_threads_batch = OPTIONS["n_ctx"], 1, 1
         context = api.llama_init_from_model(model, settings)
@@ -256,13 +336,13 @@ def exit_with_a_model(path, store):
 
 @pytest.mark.parametrize("store", ["direct", "mmap"])
 def test_models_freed_at_the_end(native, synthetic, store):
-    # What is freed is overwritten at once, so that its use shows.
+    # glibc overwrites freed memory at once, so that use after free shows.
     environment = {
         "ROTARY_BUDGET": "min",
         "ROTARY_STORE": store,
         "MALLOC_PERTURB_": "165",
         "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
     }
-    with Apart(exit_with_a_model, synthetic(type="q8_0"), store, environment=environment) as run:
+    with Apart(exit_with_models, synthetic(type="q8_0"), environment=environment) as run:
         said, errors = run.process.communicate(timeout=120)
         assert (run.process.returncode, said) == (0, "freed\n"), errors[-2000:]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Reads, rings and threads that run out: each call and each call site of the library fails in turn.
+"""Reads, rings and threads that are refused: each call and each call site of the library fails in turn.
 
-A failure ends in a clear error or in a fallback that is announced, and the next run is as exact as any.
+A failure ends in a clear error or in an announced fallback, and the next run is exact.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TWO_THREADS = {"n_threads": 2, "n_threads_batch": 2}
 
 
 def attempt(model, rotary):
-    """Everything that reads: a model is made and runs, its budget changes. Traces, notices, error."""
+    """Load and run a model, change its budget, run again; returns traces, notices and the error."""
     llama = None
     try:
         llama = make(model, rotary, **IN_BATCHES)
@@ -38,7 +38,7 @@ def attempt(model, rotary):
 
 
 def fail_each(model, rotary, most, in_turn):
-    """For each failure, by calls or by sites: what became of it, and of the run after it."""
+    """Fail about `most` calls (`in_turn` "at") or sites ("site") one by one, with a normal run after each."""
     shortage = Shortage()
     shortage.begin()
     first = attempt(model, rotary)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Experts beyond the memory there is: runs within a memory cgroup that is smaller than the model.
+"""Models larger than memory: runs in a memory cgroup that is smaller than the model.
 
-The kernel kills who exceeds such a group, so that surviving is part of what is tested. Needs root and a
-memory controller, of either version, below which groups can be made.
+The kernel kills a process that exceeds its group's limit, so that survival is part of the test. Needs root
+and a cgroup, v1 or v2, below which memory groups can be made.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ class Group:
 
     @property
     def prefix(self):
-        """Before a command, has it run in the group."""
+        """Words that, put before a command, run it in the group."""
         return ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(self.path)]
 
     @property
     def peak(self):
-        """Most bytes it ever had, its page cache included."""
+        """Peak of the bytes charged, page cache included."""
         return self.read("memory.max_usage_in_bytes", "memory.peak")
 
     @property
     def kills(self):
-        """How many processes were killed in it."""
+        """How many processes of the group were killed for lack of memory."""
         lines = (
             (self.path / ("memory.events" if self.is_v2 else "memory.oom_control")).read_text().split("\n")
         )
         return int(dict(line.split() for line in lines if line)["oom_kill"])
 
     def available(self):
-        """Bytes that can still be taken; page cache makes room."""
+        """Bytes that can still be allocated, page cache counted as free."""
         stat = (self.path / "memory.stat").read_text().splitlines()
         counts = {name: int(value) for name, value in map(str.split, stat)}
         names = (
@@ -107,7 +107,7 @@ def group():
                 (path / name).write_text("0")
         yield made
     finally:
-        with no_hang():  # who was killed in it takes a moment to go
+        with no_hang():  # killed processes take a moment to disappear
             while path.exists():
                 with contextlib.suppress(OSError):
                     path.rmdir()
@@ -152,7 +152,7 @@ def test_the_same_model_where_it_fits(large, stock):
 
 
 def read_and_ask(path, library):
-    """Memory that is left once a file has been read, as plans and as paging see it."""
+    """Memory that is available after reading a file, as plans and as paging see it, and the total."""
     from tests.unit.test_machine import native_memory
 
     with open(path, "rb") as file:
@@ -169,7 +169,7 @@ def test_page_cache_is_not_counted_as_taken(group, tmp_path):
     path.write_bytes(os.urandom(MIB) * 256)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it stays charged to who wrote it
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else it stays charged to this process
     for_plans, for_paging, total = apart(read_and_ask, path, str(tmp_path / "host.so"), prefix=group.prefix)
     assert group.peak > 200 * MIB, "the file is charged to the group"
     assert total == GROUP_BYTES
@@ -199,7 +199,7 @@ def test_a_budget_beyond_memory(group, large, budget):
 
 
 def eat(group, most, full, stop):
-    """Take memory a little at a time, leaving a little; say in `full` that it is enough; wait for `stop`."""
+    """Allocate `most` bytes in steps, leaving some memory to the group; then make `full`, wait for `stop`."""
     eaten = []
     while len(eaten) * 4 * MIB < most and not stop.exists():
         if group.available() > 24 * MIB:
@@ -212,9 +212,9 @@ def eat(group, most, full, stop):
 
 
 def run_until(model, rotary, running, shrunk, stop):
-    """Run again and again until `stop` is there, and then until slots have grown; figures after each run.
+    """Run again and again until `stop` exists and slots have grown again; returns traces, slots, statistics.
 
-    Says in `shrunk` that a run has ended with fewer slots than the first.
+    `running` appears after the first run, `shrunk` after a run with fewer slots than the first.
     """
     llama = make(model, rotary, **OPTIONS)
     found, n_slots, stats = [], [], {}
@@ -242,7 +242,7 @@ def test_memory_that_others_take(group, large, stock, tmp_path, budget):
         paged.wait_for(running)
         other = stack.enter_context(Apart(eat, group, EATEN_BYTES, full, stop, prefix=group.prefix))
         other.wait_for(full)
-        paged.wait_for(shrunk)  # the memory is held meanwhile, however long a run takes
+        paged.wait_for(shrunk)  # the other process keeps the memory until then
         stop.write_text("yes")
         assert other.result() == EATEN_BYTES, "it got what it wanted"
         found, n_slots, stats = paged.result()

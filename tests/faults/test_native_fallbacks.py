@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the library falls back to on its own, and that it says so: a warning, and a notice in the stats."""
+"""The library's own fallbacks, each announced by a warning and by a notice in the statistics."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ import pytest
 
 from rotary_llamacpp import Llama
 from rotary_llamacpp.native import pools
-from tests.support.paged import attempt, make
+from tests.support.paged import attempt, logits, make, use_adapter
 from tests.support.processes import ONE_ARENA, apart
 
 pytestmark = pytest.mark.model
 
 
 def run_short_of_memory(model, budget, room_bytes):
-    """Figures of a run whose address space ends between the loading of the model and the allocation of its
-    slots, and what was logged; or the error it ended with."""
+    """Run with `room_bytes` of address space left for the slots; returns the statistics and the log."""
     prepare = pools.Pool.prepare
 
     def prepare_with_little(pool):
@@ -45,7 +44,7 @@ def run_short_of_memory(model, budget, room_bytes):
 
 @pytest.fixture(scope="module")
 def repacked_model(synthetic):
-    """About 200 MiB of experts whose slots are allocated even if all fit, since the CPU repacks them."""
+    """A model with about 200 MiB of experts, which get slots even if all fit, since the CPU repacks them."""
     return synthetic(type="q4_0", embd=1024, ff=1024, layers=8, experts=16)
 
 
@@ -61,7 +60,7 @@ def run_beside_reserved_addresses(model):
 
 
 def test_reserved_addresses_are_no_promise(native, tiny_model):
-    # Sanitizers, garbage collectors and JITs reserve terabytes, which are never taken.
+    # Sanitizers, garbage collectors and JITs reserve terabytes that they never use.
     active = apart(run_beside_reserved_addresses, tiny_model)
     if active is None:
         pytest.skip("no address space can be reserved here")
@@ -85,28 +84,23 @@ def test_a_stated_budget_is_not_lowered(native, repacked_model):
 def test_an_adapter_loaded_after_sizing_is_announced(native, tiny_model, lora_adapter, caplog):
     adapter = lora_adapter(tiny_model, ("ffn_up_exps.weight", "ffn_down_exps.weight"))
 
-    def logits(llama):
-        llama.reset()
-        llama.eval([5, 6, 7])
-        return llama.scores[:3].copy()
-
     options = {"n_ctx": 64, "n_threads": 1, "logits_all": True, "verbose": False}
     stock = Llama(str(tiny_model), rotary=None, lora_path=str(adapter), **options)
-    expected = logits(stock)
+    tokens = [5, 6, 7]
+    expected = logits(stock, tokens)
     stock.close()
 
     llama = Llama(str(tiny_model), rotary="min", **options)
-    without = logits(llama)
+    without = logits(llama, tokens)
     late = api.llama_adapter_lora_init(llama._model.model, str(adapter).encode())
-    adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(late), (ctypes.c_float * 1)(1.0)
-    assert api.llama_set_adapters_lora(llama._ctx.ctx, adapters, 1, scales) == 0
-    assert (logits(llama) == expected).all() and not (without == expected).all()
+    use_adapter(llama, late)
+    assert (logits(llama, tokens) == expected).all() and not (without == expected).all()
     with caplog.at_level(logging.WARNING, "rotary_llamacpp"):
         assert any(
             "was loaded after the slots were sized" in each for each in llama.rotary_stats()["notices"]
         )
     assert "was loaded after the slots were sized" in caplog.text
-    api.llama_set_adapters_lora(llama._ctx.ctx, None, 0, None)
+    use_adapter(llama, None)
     api.llama_adapter_lora_free(late)
-    assert (logits(llama) == without).all()
+    assert (logits(llama, tokens) == without).all()
     llama.close()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Reads where the kernel gives less than usual: no io_uring, an old one, one that it stops, no threads.
+"""Reads on a restricted kernel: io_uring missing, old or failing midway, threads that cannot be started.
 
-Each run is in a process of its own. It is exact, and what it had to do without is said with the reason.
+Each run has a process of its own; it is exact, and a notice says what was missing and why.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ DIRECT = {"budget": "50%", "store": "direct"}
 
 @pytest.fixture
 def io_uring(native, synthetic):
-    """Skips where this kernel or its sandbox has no io_uring to be broken."""
+    """Skip where this kernel or its sandbox has no io_uring."""
     if not has_io_uring():
         pytest.skip("no io_uring here")
     assert apart(run, synthetic(type="q4_0", layers=2, experts=15), {}, {})[1]["io"] == "uring"
 
 
 def run(model, before, after):
-    """Two runs, with knobs turned before the model is made and before the first run."""
+    """Run twice, with the knobs `before` set before the model is loaded and `after` before the first run."""
     if before:
         Disk().set(**before)
     llama = make(model, DIRECT, **IN_BATCHES)
@@ -75,7 +75,7 @@ def test_io_uring_that_cannot_be_used(io_uring, synthetic, stock_trace, disk, kn
 
 
 def break_in_mid_read(model, knobs, n_hold):
-    """Enter fails while the kernel still reads; the reads end when that has been noticed."""
+    """io_uring_enter() fails while `n_hold` reads are in flight; they end once the failure was seen."""
     disk = Disk()
     llama = make(model, DIRECT, **IN_BATCHES)
     found = [attempt(trace, llama, PROMPT)]
@@ -100,17 +100,17 @@ def break_in_mid_read(model, knobs, n_hold):
 @pytest.mark.parametrize(
     ("knobs", "ends"),
     [
-        ({"enter_error": errno.EPERM, "enter_waits": 1}, True),  # it goes on taking reads
+        ({"enter_error": errno.EPERM, "enter_waits": 1}, True),  # the ring still accepts reads
         ({"enter_error": errno.EPERM, "enter_waits": 0}, True),
         ({"enter_error": errno.ENOMEM, "enter_waits": 1, "n_enter_fail": 5}, False),
         ({"enter_error": errno.EAGAIN, "enter_waits": 0, "n_enter_fail": 5}, False),
     ],
     ids=["cannot wait", "cannot enter", "no memory for a while", "busy for a while"],
 )
-@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])  # into the staging area, and straight into slots
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])  # read into staging, and directly into slots
 def test_io_uring_that_stops(io_uring, synthetic, stock_trace, disk, kind, knobs, ends):
     model = synthetic(type=kind, layers=3)
-    # With all entering refused from here on, nothing more is held: what is in flight was handed over before.
+    # If the ring accepts no more reads, none can be held: those in flight were submitted before.
     n_hold = 3 if knobs["enter_waits"] else 0
     found, stats, n_held, n_failed = apart(
         break_in_mid_read, model, knobs, n_hold, environment=disk["io_uring"]
@@ -126,7 +126,7 @@ def test_io_uring_that_stops(io_uring, synthetic, stock_trace, disk, kind, knobs
 
 
 def run_cancelled(model):
-    """A run, one in which the kernel cancels all reads, and one after it."""
+    """Run, run while the kernel cancels all reads, and run again."""
     disk = Disk()
     llama = make(model, DIRECT, **IN_BATCHES)
     found = []
@@ -137,9 +137,9 @@ def run_cancelled(model):
 
 
 def test_io_uring_that_cancels_all_reads(io_uring, synthetic, stock_trace, disk):
-    """As where it can start no thread of its own, at a limit of processes."""
+    """The kernel does so where a limit of processes keeps it from starting its own threads."""
     if tuple(map(int, re.findall(r"[0-9]+", os.uname().release)[:2])) < (6, 10):
-        pytest.skip("the kernel gives no results that are asked for")
+        pytest.skip("the kernel cannot inject results into io_uring")
     model = synthetic(type="q4_0", layers=3)
     found, stats = apart(run_cancelled, model, environment=disk["io_uring"])
     for paged in found:
@@ -149,14 +149,14 @@ def test_io_uring_that_cancels_all_reads(io_uring, synthetic, stock_trace, disk)
     assert any(os.strerror(errno.ECANCELED) in notice for notice in stats["notices"]), stats["notices"]
 
 
-# ---- a sandbox: a real one
+# ---- a sandbox by seccomp
 
 SYSCALLS = {"setup": 425, "enter": 426}  # the same on all architectures
 ARCHITECTURES = {"x86_64", "aarch64", "riscv64", "ppc64le"}
 
 
 def forbid(number, error):
-    """Let a system call fail in this thread, by seccomp(2)."""
+    """Make a system call fail in this thread, by seccomp(2); returns why that is impossible, or None."""
     load, jump_if_equal, give = 0x20, 0x15, 0x06
     program = b"".join(
         struct.pack("HBBI", *instruction)
@@ -177,7 +177,7 @@ def forbid(number, error):
 
 
 def run_forbidden(model, before, after, error):
-    """Runs, with a system call forbidden before the model is made, another before the second."""
+    """Run three times, with a system call forbidden before the model is loaded, or after the first run."""
     why = before and forbid(SYSCALLS[before], error)
     llama = make(model, DIRECT, **IN_BATCHES)
     found = [attempt(trace, llama, PROMPT)]
@@ -186,7 +186,7 @@ def run_forbidden(model, before, after, error):
     return why, found, llama.rotary_stats()
 
 
-@pytest.mark.skipif(platform.machine() not in ARCHITECTURES, reason="io_uring's numbers are not known here")
+@pytest.mark.skipif(platform.machine() not in ARCHITECTURES, reason="io_uring's syscalls are unknown here")
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS], ids=["EPERM", "ENOSYS"])
 @pytest.mark.parametrize(("before", "after"), [("setup", None), ("enter", None), (None, "enter")])
 def test_seccomp_forbids_io_uring(io_uring, synthetic, stock_trace, before, after, error):
@@ -228,7 +228,7 @@ def test_neither_io_uring_nor_threads(io_uring, synthetic, stock_trace, disk):
 
 
 def decode_beside_bad_experts(model, bad, budget, n_tokens):
-    """Experts of some layers cannot be read; how each of several runs ends."""
+    """Run `n_tokens` prompts while the bytes in the range `bad` cannot be read; returns how each run ends."""
     llama = make(model, {"budget": budget, "store": "direct", "staging": 1}, n_batch=1, n_ubatch=1)
     found = [attempt(trace, llama, PROMPT)]
     Disk().set(bad_from=bad[0], bad_to=bad[1])
@@ -246,7 +246,7 @@ def decode_beside_bad_experts(model, bad, budget, n_tokens):
 @pytest.mark.parametrize("io", ["threads", "io_uring"])
 @pytest.mark.parametrize("budget", ["min", "50%", "75%"])
 def test_a_bad_part_of_the_disk(native, synthetic, stock_trace, disk, io, budget):
-    # Prefetches from there fail, and what they held of the staging area is wanted for what can be read.
+    # Prefetches from that part fail, and the staging they took must be free again for reads that succeed.
     model = synthetic(type="q4_0", layers=6)
     bad = [
         each for each in read_header(model).tensors if each.name.startswith("blk.4.") and "_exps" in each.name

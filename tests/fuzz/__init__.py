@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Damaged input for everything that reads some (make fuzz)."""
+"""Damaged input for every reader (make fuzz)."""

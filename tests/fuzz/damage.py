@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Damage to bytes, texts and GGUF headers, drawn from a `random.Random`: one seed, one damage."""
+"""Damage to bytes, texts and GGUF headers, drawn from a `random.Random`, so that a seed repeats it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 from rotary_llamacpp.gguf_files.fields import raw_fields, text_bytes
 from rotary_llamacpp.gguf_files.header import GGUFHeader
 
-# What counts, sizes and offsets go wrong by.
+# Values at which counts, sizes and offsets are likely to go wrong.
 NUMBERS = (
     0, 1, 2, 3, 7, 31, 32, 63, 64, 127, 128, 255, 256, 4095, 4096, 4097, 65535, 65536, 1 << 20, 1 << 24,
     (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 40, 1 << 48, 1 << 60, (1 << 63) - 1, 1 << 63,
@@ -26,14 +26,14 @@ TEXTS = (
 
 
 def number(rng: Random) -> int:
-    """Likely to be wrong; below 2^64."""
+    """A number below 2^64 that readers are likely to get wrong."""
     if rng.random() < 0.3:
         return rng.getrandbits(rng.choice((4, 8, 16, 32, 64)))
     return (rng.choice(NUMBERS) + rng.choice((0, 0, 0, -1, 1))) % (1 << 64)
 
 
 def text(rng: Random, words: tuple[str, ...] = TEXTS) -> str:
-    """A few words in a row."""
+    """One to four of the words, joined."""
     return "".join(rng.choice(words) for _ in range(rng.randint(1, 4)))
 
 
@@ -83,7 +83,7 @@ def spoiled(rng: Random, data: bytes) -> bytes:
 
 
 class Header:
-    """A GGUF header taken apart, to be put together again with something wrong in it."""
+    """A parsed GGUF header, to be encoded again with damage."""
 
     def __init__(self, header: GGUFHeader) -> None:
         self.fields = list(raw_fields(header).items())
@@ -96,9 +96,9 @@ class Header:
         self.data_bytes = header.n_bytes - start
 
     def encoded(self, rng: Random) -> bytes:
-        """With damage of its meaning: values, types, dimensions, offsets, names; or to its bytes; or both."""
+        """Encode with wrong values, types, dimensions, offsets or names, with damaged bytes, or with both."""
         fields, tensors = list(self.fields), list(self.tensors)
-        n_fields, n_tensors = 0, 0  # added to what is announced
+        n_fields, n_tensors = 0, 0  # added to the counts in the header
         how = rng.random()
         if how < 0.75:
             for _ in range(rng.choice((1, 1, 1, 2, 4))):
@@ -122,7 +122,7 @@ class Header:
     def _wrong_meaning(rng: Random, fields: list, tensors: list) -> None:
         what = rng.random()
         if what < 0.5 and fields:
-            # Vocabularies are few fields of many; the numbers are what the rest is computed with.
+            # Most fields are numbers with which readers compute; only a few are vocabularies.
             at = rng.randrange(len(fields))
             key, raw = fields[at]
             how = rng.random()
@@ -158,7 +158,7 @@ class Header:
 
 
 def value(rng: Random) -> bytes:
-    """A field's type and value, of any type."""
+    """Type and value of a field, encoded; the type is random."""
     kind = rng.choice((0, 1, 2, 3, 4, 4, 4, 5, 5, 6, 7, 8, 9, 10, 11, 12))
     if kind == 8:
         return struct.pack("<I", 8) + text_bytes(text(rng))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Gives damaged inputs to everything that reads some, and says what did not end in one line.
+"""Give damaged inputs to every reader, and report those that are not accepted or refused in one line.
 
     python -m tests.fuzz.run [--cases 10000] [--seed 1] [--only gguf,traces] [--jobs 2]
-    python -m tests.fuzz.run --seed 1 --only gguf --case 4711     # that one again, in this process
+    python -m tests.fuzz.run --seed 1 --only gguf --case 4711     # one case again, in this process
 
 A case is drawn from the seed, the target's name and its number, so that each can be repeated alone. Workers
-are processes of limited memory that handle many cases; one that takes too long with a case, or dies of it, is
-replaced, and goes on with the next. Exit status: 0 no fault, 1 faults.
+are processes of limited memory that handle many cases. A worker that takes too long with a case, or dies of
+it, is replaced by one that continues with the next case. Exit status: 0 no fault, 1 faults.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from typing import Any
 
 from tests.support import ROOT
 
-SECONDS = 30.0  # of one case; none takes a tenth of one on an idle machine
-BYTES = 2 << 30  # more than the process has when it is ready
-MAX_FAULTS = 25  # different ones of one target: then it ends
+SECONDS = 30.0  # limit for one case; on an idle machine none takes a tenth of a second
+BYTES = 2 << 30  # address space that a worker may add after its start
+MAX_FAULTS = 25  # different faults of a target after which it ends
 
 NAMES = ("gguf", "load", "traces", "profiles", "journals", "budgets", "environment")
 
 
 def rng_of(seed: int, name: str, number: int) -> Random:
-    """What a case is drawn from."""
+    """The generator that a case is drawn from."""
     return Random(f"{seed}/{name}/{number}")
 
 
@@ -47,10 +47,10 @@ def rng_of(seed: int, name: str, number: int) -> Random:
 
 
 def work(name: str, seed: int, first: int, end: int, folder: Path) -> None:
-    """Handle cases and say so, a line at the begin and a line at the end of each."""
+    """Handle cases in a worker; prints a line of JSON at the beginning and at the end of each."""
     from tests.fuzz.targets import TARGETS
 
-    say = os.fdopen(os.dup(1), "w", buffering=1)  # click's runner and native code have the other
+    say = os.fdopen(os.dup(1), "w", buffering=1)  # click's runner and native code may write to stdout itself
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     target = TARGETS[name](folder)
     has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -78,7 +78,7 @@ class Run:
     def __init__(self, name: str, seed: int, cases: int, folder: Path) -> None:
         self.name, self.seed, self.cases, self.folder = name, seed, cases, folder
         self.counts: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()  # by what they have in common
+        self.faults: Counter[str] = Counter()  # by a text that similar faults share
         self.seconds = 0.0
 
     def run(self) -> Run:
@@ -90,7 +90,7 @@ class Run:
         return self
 
     def _worker(self, first: int) -> int:
-        """Start one and listen; the case to go on with."""
+        """Start a worker and follow its output; returns the number of the case to continue with."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             command = [
                 sys.executable, "-m", "tests.fuzz.run", "--worker", self.name, "--seed", str(self.seed),
@@ -147,7 +147,7 @@ class Run:
             self.counts[outcome] += 1
 
     def _fault(self, number: int, what: str) -> None:
-        """Of many alike the first is told."""
+        """Count a fault, and print it if it is the first of its kind."""
         self.counts["faults"] += 1
         where = what.rpartition(" | ")[2]
         alike = where if where.strip() else re.sub(r"[^a-z ]+", "", what.partition(":")[0] + what[-60:])
@@ -159,7 +159,7 @@ class Run:
 
 
 def fuzz(names: list[str], seed: int, cases: int, jobs: int) -> list[Run]:
-    """Run targets, several at a time."""
+    """Run targets, `jobs` at a time."""
     from tests.fuzz.targets import TARGETS
 
     with tempfile.TemporaryDirectory(prefix="rotary-fuzz-") as folder, ThreadPoolExecutor(jobs) as pool:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What is fuzzed: one class for each kind of input, with damaged ones given to everything that reads it.
+"""The fuzzed inputs: one class for each kind, which damages inputs and gives them to all their readers.
 
-`case` does one damage and returns "accepted" or "refused"; anything it raises is a fault. A reader may refuse
-with a RotaryError of one line, and nothing else. Commands run in this process, through click, as a user would
-type them; what reads the environment and what loads models has a process of its own for each case.
+`case` handles one damaged input and returns "accepted" or "refused"; any exception is a fault. A reader may
+refuse only with a RotaryError of one line. Commands run in this process, through click, as a user would type
+them; cases that read the environment or load a model have a process of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -53,21 +52,20 @@ SMALL = {
     "experts": 8,
     "used": 2,
 }
-NO_PAGING = {"store": "mmap", "prefetch": False}
 
 
 class Fault(Exception):
-    """What a damaged input must not do."""
+    """Behaviour that no damaged input may cause."""
 
 
 def one_line(said: str) -> None:
-    """Of a refusal: for one who reads it in a terminal."""
+    """Check that the text of a refusal is one printable line."""
     if len(said.splitlines()) != 1 or not said.isprintable():
         raise Fault(f"a refusal that is not one line of text: {said[:300]!r}")
 
 
 def refused(call: Callable[[], Any]) -> str:
-    """What a reader did."""
+    """Call a reader; returns whether it accepted or refused."""
     try:
         call()
     except RotaryError as error:
@@ -77,7 +75,7 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def command(*arguments: object) -> str:
-    """What ``rotary`` did, in this process."""
+    """Run ``rotary`` in this process; returns whether it accepted or refused."""
     ran = CliRunner().invoke(main, [str(each) for each in arguments])
     if ran.exception is not None and not isinstance(ran.exception, SystemExit):
         raise ran.exception
@@ -85,7 +83,7 @@ def command(*arguments: object) -> str:
         return ACCEPTED
     said = ran.stderr
     if arguments[0] == "convert" and not said.startswith("Usage: "):
-        said = said[said.rfind("rotary: ") :]  # behind what it is about to do
+        said = said[said.rfind("rotary: ") :]  # after the line that announces the plan
     if ran.exit_code != 2 or not said.startswith(("rotary: ", "Usage: ")):
         raise Fault(f"{arguments[0]}: exit status {ran.exit_code}, {ran.stderr[:300]!r}")
     if said.startswith("rotary: "):
@@ -94,12 +92,12 @@ def command(*arguments: object) -> str:
 
 
 def worst(*outcomes: str) -> str:
-    """Accepted only if everything accepted."""
+    """Return ACCEPTED if all outcomes are, else REFUSED."""
     return REFUSED if REFUSED in outcomes else ACCEPTED
 
 
 def forked(work: Callable[[], str], seconds: float = 20) -> str:
-    """A piece of work in a child; its outcome, or a Fault with what it raised or died of."""
+    """Run `work` in a child process; returns its outcome, or raises a Fault if it raised or died."""
     there, here = os.pipe()
     child = os.fork()
     if child == 0:
@@ -129,14 +127,14 @@ def forked(work: Callable[[], str], seconds: float = 20) -> str:
 
 
 class Target:
-    """One kind of input; `folder` is its own."""
+    """One kind of input; `folder` is for this target alone."""
 
-    share = 1.0  # of the cases asked for: what loads a model each time has fewer
+    share = 1.0  # of the requested cases; smaller for targets that load a model in each
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        warnings.simplefilter("error")  # a line on stderr that nobody has meant
-        warnings.simplefilter("ignore", ResourceWarning)  # not shown to users; numpy's, of damaged archives
+        warnings.simplefilter("error")  # users would see an unintended line on stderr
+        warnings.simplefilter("ignore", ResourceWarning)  # numpy's, for damaged archives; not shown to users
 
     def case(self, rng: Random) -> str:
         raise NotImplementedError
@@ -146,14 +144,14 @@ class Target:
 
 
 def write(path: Path, header: bytes, n_bytes: int) -> Path:
-    """A file of this beginning; the rest is a hole."""
+    """Write a file of `n_bytes` that begins with `header`; the rest is a hole."""
     path.write_bytes(header)
     os.truncate(path, max(len(header), n_bytes))
     return path
 
 
 def one_tensor_an_expert(path: Path) -> Path:
-    """Mixtral's of before April 2024."""
+    """Write a model with one tensor per expert, as Mixtral's files had until April 2024."""
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_expert_count(4)
@@ -166,7 +164,7 @@ def one_tensor_an_expert(path: Path) -> Path:
 
 
 def importance_matrix(path: Path) -> Path:
-    """As llama-imatrix writes them."""
+    """Write an importance matrix as llama-imatrix does."""
     writer = GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
     for name, n_mat in (("blk.0.attn_q.weight", 1), ("blk.0.ffn_up_exps.weight", 8)):
@@ -200,8 +198,8 @@ class Gguf(Target):
         self.bases = [(path, read_header(path)) for path in models]
         self.made = [(path, Header(header), header.n_bytes) for path, header in self.bases]
 
-    def damaged(self, rng: Random) -> tuple[Path, bool]:
-        """A file, and whether it is the first of two shards."""
+    def damaged(self, rng: Random) -> Path:
+        """A file with a damaged header, perhaps the first of two shards."""
         base, header, n_bytes = rng.choice(self.made)
         first = base.name.startswith("split")
         path = self.folder / (f"damaged-{base.name}" if first else "damaged.gguf")
@@ -209,10 +207,10 @@ class Gguf(Target):
             other = base.name.replace("-00001-", "-00002-")
             shutil.copyfile(base.with_name(other), path.with_name(f"damaged-{other}"))
         raw = header.encoded(rng)
-        return write(path, raw, len(raw) + header.data_bytes if rng.random() < 0.9 else n_bytes), first
+        return write(path, raw, len(raw) + header.data_bytes if rng.random() < 0.9 else n_bytes)
 
     def case(self, rng: Random) -> str:
-        path, _ = self.damaged(rng)
+        path = self.damaged(rng)
         memory = ("--vram", rng.choice(("0", "8GiB")), "--ram", rng.choice(("1GiB", "64GiB")))
         refused(lambda: imatrices.load(str(path)))
         refused(lambda: profiles.stored(path))
@@ -224,7 +222,7 @@ class Gguf(Target):
 
 
 class Load(Gguf):
-    """The same headers loaded by llama.cpp with the library under it, without our own reader before."""
+    """Damaged headers loaded by llama.cpp with the library, without the package's own reader before."""
 
     share = 0.1
 
@@ -265,21 +263,21 @@ class Load(Gguf):
         return ACCEPTED
 
     def case(self, rng: Random) -> str:
-        path, _ = self.damaged(rng)
+        path = self.damaged(rng)
         if rng.random() < 0.5:
-            with path.open("r+b") as file:  # weights that are no numbers
+            with path.open("r+b") as file:  # random bytes instead of weights
                 file.seek(min(path.stat().st_size, 20000))
                 file.write(rng.randbytes(min(1 << 16, max(0, path.stat().st_size - 20000))))
         environment = {"ROTARY_BUDGET": rng.choice(("min", "50%", "auto", "3 slots"))}
         environment["ROTARY_STORE"] = rng.choice(("mmap", "direct"))
-        os.environ.update(environment)  # read at registration: see Environment; the pool's own is made anew
+        os.environ.update(environment)  # the pool reads it anew; see Environment for what registration reads
         try:
             return forked(lambda: self.load(path, True))
         except Fault as fault:
             try:
                 forked(lambda: self.load(path, False))
             except Fault:
-                return UPSTREAM  # stock llama.cpp does not outlive it either
+                return UPSTREAM  # stock llama.cpp does not survive it either
             raise fault from None
 
 
@@ -287,7 +285,7 @@ class Load(Gguf):
 
 
 def small_trace(rng: Random) -> traces.Trace:
-    """Of two layers of eight experts."""
+    """A random trace of two layers of eight experts."""
     random = np.random.default_rng(rng.getrandbits(32))
     rows = [(s, int(t > 3), t, il) for s in range(2) for t in range(8) for il in range(2)]
     head = np.array(rows, np.int32)
@@ -299,7 +297,7 @@ def small_trace(rng: Random) -> traces.Trace:
 
 
 class Archives(Target):
-    """Damage to NumPy archives: to their bytes, or to arrays and their JSON that is packed again."""
+    """Damaged NumPy archives: damaged bytes, or archives written from damaged arrays and JSON."""
 
     def spoiled_archive(self, rng: Random, arrays: dict[str, np.ndarray]) -> bytes:
         out = io.BytesIO()
@@ -359,7 +357,7 @@ def wrong_json(rng: Random) -> Any:
 
 
 def spoiled_json(rng: Random, found: Any) -> str:
-    """JSON with a value changed, or its text."""
+    """JSON with changed values or damaged text."""
     if rng.random() < 0.2:
         return spoiled_text(rng, json.dumps(found))
     places: list[tuple[Any, Any]] = []
@@ -388,7 +386,7 @@ def spoiled_json(rng: Random, found: Any) -> str:
 
 
 class Traces(Archives):
-    """Traces of both kinds, and what is made of one: a replay, a profile, a plan."""
+    """Damaged traces of both formats, for replays, profiles and plans."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -435,11 +433,11 @@ class Traces(Archives):
 
 
 class Profiles(Archives):
-    """Profiles beside a model and in one, and what begins with one: a replay, a plan, a conversion, a run."""
+    """Damaged profiles, for replays, plans, conversions and runs."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.library = _native.load()
+        _native.load()
         self.model = synthesize(folder / "model.gguf", "test", **SMALL)
         self.trace = folder / "good.trace"
         trace = small_trace(Random(1))
@@ -449,19 +447,8 @@ class Profiles(Archives):
         with np.load(good) as archive:
             self.arrays = {name: archive[name] for name in archive.files}
 
-    def load(self, path: Path) -> None:
-        """As paging.py does, without a model."""
-        found = profiles.load(path)
-        for layer in found.layers:
-            found.ranked(layer)
-        for i, layer in enumerate(found.layers):
-            if 0 <= layer < 1 << 31:
-                pairs = np.ascontiguousarray(found.pairs[i - 1], np.float32) if i else None
-                self.pool.learn(layer, found.popularity[i], pairs, found.n_tokens)
-                self.pool.warm(layer, found.ranked(layer))
-
     def run(self, path: Path, predictor: str) -> str:
-        """With a model."""
+        """Run a model that begins with the profile."""
         from rotary_llamacpp import Llama
 
         rotary = {"budget": "min", "store": "direct", "prefetch": predictor, "profile": str(path)}
@@ -497,7 +484,7 @@ class Profiles(Archives):
 
 
 class Journals(Target):
-    """Journals of conversions that were interrupted, found by the same conversion and by another."""
+    """Damaged journals of interrupted conversions, found by the same conversion and by others."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -547,14 +534,14 @@ WORDS = (*TEXTS, *("25%", "8GiB", "16 slots", "1.5", "25GB/s", "100", "12", "512
 
 
 class Budgets(Target):
-    """Budgets, sizes and bandwidths as people write them, for Python's readers and the library's."""
+    """Budgets, sizes and bandwidths, for the readers of the package and of the library."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.library = _native.load()
 
     def divide(self, text: bytes, layers: list[tuple[int, int, int]]) -> int:
-        """The library's status; its text is one line."""
+        """Divide a budget by the library; returns its status, and checks that an error's text is one line."""
         ffi, c = self.library.ffi, self.library.c
         slots, taken = ffi.new("int32_t[]", len(layers)), ffi.new("uint64_t *")
         sizes = ffi.new("rotary_layer_size[]", layers)
@@ -612,8 +599,7 @@ def rng_free(layers: list[tuple[int, int, int]]) -> int:
 
 
 class Environment(Target):
-    """Values of the environment at registration, two on average, each time in a process of its own; some of
-    those taken are run with."""
+    """Environment variables, two on average, at registration in a process of its own; some cases also run."""
 
     VALUES: ClassVar = {
         "ROTARY_BUDGET": ("25%", "auto", "min", "off", "3 slots", "1MiB", "100%"),
@@ -656,7 +642,7 @@ class Environment(Target):
             try:
                 llama.eval([1, 2, 3])
                 llama.eval([4])
-            except RuntimeError:  # a budget below one token's experts is refused when the slots are allocated
+            except RuntimeError:  # a budget below one token's experts is refused at the allocation of slots
                 said = library.text(library.c.rotary_last_error())
                 if not said:
                     raise
@@ -686,4 +672,3 @@ TARGETS: dict[str, type[Target]] = {
     "budgets": Budgets,
     "environment": Environment,
 }
-assert sys.version_info >= (3, 11)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A small sample of `make fuzz`: the first damaged inputs of one seed end in one line, or are read."""
+"""A small sample of `make fuzz`: the first damaged inputs of one seed are accepted or refused in one line."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""A machine with a CUDA device (benchmarks/gpu.py runs these)."""
+"""Tests on a CUDA device (benchmarks/gpu.py runs them)."""

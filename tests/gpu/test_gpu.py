@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Paging to a CUDA device, against the same model resident there. Skipped without one.
+"""Paging to a CUDA device, compared with the same model resident there. Skipped without such a device.
 
 Decode runs the same kernels on the same shapes, so its logits are equal to the bit. A prompt in waves
-multiplies fewer rows at a time, for which ggml-cuda chooses other kernels: those logits agree to NMSE 1e-4 at
-half of the positions at least, and in the token that is chosen at all but two.
+multiplies fewer rows at a time, for which ggml-cuda chooses other kernels: at least half of the positions
+agree to NMSE 1e-4, and all but two choose the same token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.tracing import OPTIONS, prompt_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.model]
 
-N_PROMPT, N_DECODE, N_EXPERT = 48, 24, 16
+N_PROMPT, N_DECODE = 48, 24
 MODEL = {"type": "q4_0", "embd": 512, "ff": 512}
 
 
@@ -38,7 +38,7 @@ def card():
 
 
 def run(model, configs, one_by_one, options):
-    """For each config of ``rotary``: the logits of a prompt and of fixed tokens after it, and the figures."""
+    """For each config of ``rotary``: the logits of a prompt and of fixed tokens after it, and statistics."""
     from rotary_llamacpp import Llama
 
     found = []
@@ -59,7 +59,7 @@ def run(model, configs, one_by_one, options):
 
 
 def nmse(found, expected):
-    """The median over positions: a near tie that a router breaks the other way changes one of them."""
+    """Median NMSE over positions: a router that breaks a near tie differently changes a whole position."""
     return float(np.median(((found - expected) ** 2).sum(axis=1) / (expected**2).sum(axis=1)))
 
 
@@ -106,7 +106,7 @@ def test_prompts_in_waves(native, synthetic, budget):
 
 
 def run_in_what_is_left(model, left):
-    """A run with "auto" where all but `left` bytes of the card's memory are taken; the figures."""
+    """Run with budget "auto" while all but `left` bytes of the card's memory are taken."""
     load_llama_cpp()
     cuda = ctypes.CDLL(next(path for path in loaded_libraries() if "libcudart.so" in path))
     free, total, taken = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p()
@@ -127,7 +127,7 @@ def loaded_libraries():
 
 
 def test_a_card_that_is_full(native, synthetic):
-    # The margin that "auto" leaves is larger than what there is: the least number of slots, rather than none.
+    # The margin that "auto" leaves is larger than the free memory: it takes the minimum of slots, not none.
     model = synthetic("test", **{**MODEL, "experts": 64, "layers": 8})
     [(logits, stats)] = apart(run_in_what_is_left, model, 600 << 20)
     assert np.isfinite(logits).all()
@@ -140,7 +140,7 @@ def test_sanitizer(native, synthetic):
         pytest.skip("no compute-sanitizer")
     model = synthetic("test", **{**MODEL, "layers": 2})
     code = f"from tests.gpu.test_gpu import run; run({str(model)!r}, [{{'budget': '50%'}}], False, {{}})"
-    # What the system refuses, such as locking read-only, is no error of ours.
+    # Calls that the system refuses, such as read-only pinning, are not errors of the library.
     options = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
     command = [tool, *options, sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=False)

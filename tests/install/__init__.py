@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Installing, and the patches for what is installed."""
+"""Installing, and the patches for llama-cpp-python."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Installing: from a checkout by pip and uv, a source distribution and a wheel, each into an environment that
-has nothing else. llama-cpp-python itself comes from the wheel that `make setup` keeps."""
+"""Installing: from a checkout by pip and uv, from a source distribution and from a wheel, each into an empty
+environment. llama-cpp-python itself comes from the wheel that `make setup` keeps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WHEELS = ROOT / "build" / f"wheel-{pinned.LLAMA_CPP_PYTHON}"
 
 
 def run(*command, check=True, **environment) -> subprocess.CompletedProcess[str]:
-    """A command without the CUDA part, and without what makes this process find this checkout."""
+    """Run a command without the CUDA part and without the variables by which it would find this checkout."""
     env = {**os.environ, "ROTARY_CUDA": "OFF", **environment}
     for name in ("PYTHONPATH", "ROTARY_LLAMA_CPP_DIR"):
         env.pop(name, None)
@@ -38,20 +38,20 @@ def run(*command, check=True, **environment) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> None:
-    """A package index; without one nothing can be installed."""
+    """Skip unless there is a package index and a wheel of llama-cpp-python."""
     folder = tmp_path_factory.mktemp("index")
     found = run(
         *(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "ninja"), check=False
     )
     if found.returncode != 0:
-        pytest.skip(f"no package index to be had: {found.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"no package index can be reached: {found.stderr.strip().splitlines()[-1]}")
     if not any(WHEELS.glob("llama_cpp_python-*.whl")):
         pytest.skip(f"{WHEELS}: no wheel of llama-cpp-python kept; run: make setup")
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A copy of what is not built of this tree, as a fresh clone has it."""
+    """A copy of the sources, as in a fresh clone."""
     copy = tmp_path / "checkout"
     built = shutil.ignore_patterns("lib", "__pycache__", "*.egg-info")
     for name in ("native", "patches", "rotary_llamacpp"):
@@ -107,7 +107,7 @@ def test_a_checkout_by_pip(index, checkout, environment, tiny_model):
 def test_a_checkout_by_uv(index, checkout, environment, tiny_model):
     python = environment / "python"
     uv = Path(sys.executable).with_name("uv")
-    # It trusts the system's certificates, as pip does.
+    # Let uv trust the system's certificates, as pip does.
     run(uv, "pip", "install", "--python", python, checkout, UV_FIND_LINKS=str(WHEELS), UV_SYSTEM_CERTS="true")
     assert_it_pages(environment, tiny_model)
 
@@ -140,7 +140,7 @@ def test_what_a_source_distribution_holds(dist):
 
 
 def test_what_a_wheel_needs_of_a_system(dist):
-    """Only libraries that every Linux has, and ggml, which the process brings."""
+    """A wheel needs only libraries that every Linux has, and ggml, which the process has loaded."""
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as held:
         assert {"rotary_llamacpp/lib/libggml-rotary.so", "rotary_llamacpp/py.typed"} <= set(held.namelist())
@@ -154,7 +154,7 @@ def test_what_a_wheel_needs_of_a_system(dist):
 
 
 def refused(checkout: Path, program: str, **environment: str) -> str:
-    """What setup.py says last, begun as `program` has it."""
+    """Run `program`, which runs setup.py and must fail; returns the last line on stderr."""
     ran = run(
         *(sys.executable, "-c", f"import os, sys; os.chdir({str(checkout)!r}); {program}"),
         check=False,
@@ -164,7 +164,7 @@ def refused(checkout: Path, program: str, **environment: str) -> str:
     return ran.stderr.strip().splitlines()[-1]
 
 
-LOADED = "import setuptools.command.bdist_wheel, setuptools.command.build_ext"  # as this system does
+LOADED = "import setuptools.command.bdist_wheel, setuptools.command.build_ext"  # before sys.platform changes
 SETUP = "import runpy; sys.argv = ['setup.py', {command!r}]; runpy.run_path('setup.py', run_name='__main__')"
 
 

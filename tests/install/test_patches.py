@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every patch says what it is for, applies exactly to the pinned source, and does what it says."""
+"""Every patch has a complete header, applies exactly to the pinned source, and does what it claims."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 
 
 def apply(patch: Path, root: Path) -> None:
-    """Apply a unified diff (-p1) below `root`. Each line of context must stand where stated: no fuzz."""
+    """Apply a unified diff (-p1) below `root`, without fuzz: context must be exactly at the stated lines."""
     lines = patch.read_text().split("\n---\n", 1)[1].splitlines()
     i = 0
     while i < len(lines):
@@ -85,7 +85,7 @@ def copy_package(source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory to import the patched llama_cpp from; the libraries are the installed ones."""
+    """A folder with the patched llama_cpp and the installed libraries."""
     root = tmp_path_factory.mktemp("patched")
     copy_package(INSTALLED, root)
     apply(DEVICES_PATCH, root)
@@ -148,7 +148,7 @@ def test_same_text(patched: Path) -> None:
     kwargs = {"devices": ["CPU"], "tensor_buft_overrides": {r"ffn_.*_exps": "CPU"}}
     answer, _ = generate(patched, **kwargs)
     assert answer["text"] == stock["text"] != ""
-    assert answer["state"] == kwargs  # what pickling goes by
+    assert answer["state"] == kwargs  # pickling saves them
 
 
 @pytest.mark.model

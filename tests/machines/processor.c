@@ -17,8 +17,8 @@ int main(void) {
     }
     ggml_backend_get_features_t get;
     *(void **) &get = ggml_backend_reg_get_proc_address(reg, "ggml_backend_get_features");
-    for (struct ggml_backend_feature * its = get(reg); its->name != NULL; its++) {
-        printf(strcmp(its->value, "1") == 0 ? "%s " : "%s=%s ", its->name, its->value);
+    for (struct ggml_backend_feature * feature = get(reg); feature->name != NULL; feature++) {
+        printf(strcmp(feature->value, "1") == 0 ? "%s " : "%s=%s ", feature->name, feature->value);
     }
     printf("\n%ld\n", sysconf(_SC_PAGESIZE));
     return 0;

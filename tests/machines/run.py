@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Emulated machines (`make machines`): the library under other processors and page sizes, without io_uring.
+"""Emulated machines (`make machines`): the library on other processors and page sizes, without io_uring.
 
     python -m tests.machines.run LLAMA_CPP [MACHINE...]
 
 Builds the library and upstream's llama-simple for x86-64 and aarch64 in build/machines/<arch>, runs them
-under Debian's qemu-user, and prints one line per machine: greedy text of the committed model, its experts
-paged from the mapping and with direct reads, must equal that of stock llama.cpp on the same machine.
-qemu-user has no io_uring, so the direct store reads with threads there; on this machine, which comes
-first, it takes what there is.
+under Debian's qemu-user, and prints one line per machine. Greedy text of the committed model, paged from the
+mapping and with direct reads, must equal that of stock llama.cpp on the same machine. qemu-user has no
+io_uring, so that direct reads use threads there; this machine, which comes first, may use io_uring.
 
-The column "installed" is the package itself with the llama-cpp-python that was compiled on this machine, if
-it has been: it must run here, and elsewhere run or be refused, because it would die of an illegal
-instruction, by an error.
+The column "installed" tells how the package loads with the llama-cpp-python compiled on this machine: it must
+run here, and on other machines run or raise an error instead of dying of an illegal instruction.
 
 Exit status: 0 if all is well, 1 if not, 2 if something that is needed is missing.
 """
@@ -35,8 +33,8 @@ MODEL = ROOT / "models" / "tiny-moe-q8_0.gguf"
 
 ARGS = ["-m", str(MODEL), "-n", "64", "In the beginning"]
 BUDGETS = ["min", "25%"]
-NO_INSTRUCTIONS = {"LLAMAFILE", "OPENMP", "REPACK"}  # among the features that ggml tells
-MIN_WORDS = 25  # of the text, that something is compared at all
+NO_INSTRUCTIONS = {"LLAMAFILE", "OPENMP", "REPACK"}  # ggml's features that are not instructions
+MIN_WORDS = 25  # of the text, so that the comparison means something
 HANGS_S = 1800
 
 
@@ -44,13 +42,13 @@ HANGS_S = 1800
 class Machine:
     name: str
     arch: str
-    cpu: str | None  # qemu's name; None is no emulation
+    cpu: str | None  # qemu's name; None for no emulation
     page_bytes: int = 4096
 
 
-# qemu 7.2 emulates AVX2 but not AVX-512, which it leaves out of the models that have it, and knows no
-# Neoverse V1 and V2: "max" with their vector lengths stands for them. The page size is the kernel's
-# choice: 16 KiB on the Raspberry Pi 5, 64 KiB on some distributions' servers.
+# qemu 7.2 emulates AVX2 but not AVX-512, which its models of processors with AVX-512 lack. It has no Neoverse
+# V1 and V2: "max" with their vector lengths stands for them. The page size depends on the kernel: 16 KiB on
+# the Raspberry Pi 5, 64 KiB on some distributions' servers.
 MACHINES = [
     Machine("this-machine", platform.machine(), None),
     Machine("qemu64", "x86_64", "qemu64"),
@@ -71,14 +69,14 @@ MACHINES = [
     Machine("Graviton-4", "aarch64", "max,sve128=on,sve-default-vector-length=16"),
 ]
 
-# The variants of llama.cpp's CPU backend that the machines above choose, and one for this machine's AVX-512.
+# The variants of llama.cpp's CPU backend that the machines above choose, and an AVX-512 one for this machine.
 VARIANTS = {
     "x86_64": ["x64", "sse42", "sandybridge", "haswell", "icelake"],
     "aarch64": ["armv8.0_1", "armv8.2_2", "armv8.6_2"],
 }
 
 
-# In this environment's Python.
+# Loads the package, in the Python that runs this.
 LOAD = """if True:
     import numpy
     print("no answer", flush=True)
@@ -93,14 +91,14 @@ LOAD = """if True:
 
 
 class Missing(Exception):
-    """Something that must be installed or made first; the text says what."""
+    """Something must be installed or built first; the text says what."""
 
 
 # ---- what is needed
 
 
 def check_tools(machines: list[Machine]) -> None:
-    """Raise Missing with all that is not there, and the Debian packages that bring it."""
+    """Raise Missing with all programs that are not installed, and the Debian packages that contain them."""
     wanted = {}  # program -> package
     for each in machines:
         if each.cpu is not None:
@@ -118,7 +116,7 @@ def check_tools(machines: list[Machine]) -> None:
 
 
 def libraries(arch: str) -> Path:
-    """Directory above the C library's `lib` of the cross compiler for `arch`, as qemu's -L wants it."""
+    """The folder for qemu's -L: the parent of the `lib` with the cross compiler's C library for `arch`."""
     command = [f"{arch}-linux-gnu-g++", "-print-file-name=libc.so.6"]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     if not Path(found).is_absolute():
@@ -149,7 +147,7 @@ def build(arch: str, llama_cpp: Path) -> None:
 
 
 def emulator(machine: Machine) -> list[str]:
-    """What stands before a command to run it there."""
+    """The words before a command that run it on this machine."""
     if machine.cpu is None:
         return []
     qemu = [f"qemu-{machine.arch}", "-cpu", machine.cpu, "-p", str(machine.page_bytes)]
@@ -161,17 +159,17 @@ def last_line(text: str) -> str:
 
 
 def run(machine: Machine, program: str, *args: str, **environment: str) -> tuple[str, str]:
-    """Run a program of the build; what it wrote to stdout and to stderr.
+    """Run a program of the build; returns its stdout and stderr.
 
     Raises
     ------
     RuntimeError
-        It failed or hung; the text has its last line.
+        The program failed or hung; the text has its last line.
     """
     directory = BUILD / machine.arch / "bin"
     command = [*emulator(machine), str(directory / program), *args]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("ROTARY_", "GGML_", "LLAMA_", "QEMU_"))}
-    # Two threads, which emulation has enough work with, and which do not spin for each other.
+    # Two threads are work enough for the emulation; waiting threads must not spin.
     kept |= {"OMP_THREAD_LIMIT": "2", "OMP_WAIT_POLICY": "passive", "LD_LIBRARY_PATH": str(directory)}
     try:
         done = subprocess.run(
@@ -191,7 +189,7 @@ def run(machine: Machine, program: str, *args: str, **environment: str) -> tuple
 
 
 def compare(machine: Machine, stock: str, store: str) -> str:
-    """Page with `store` at each budget: "equal" to the text of `stock`, or what is not as it should be."""
+    """Page with `store` at each budget; returns "equal" if the text is that of `stock`, else the problem."""
     for budget in BUDGETS:
         try:
             text, log = run(
@@ -233,12 +231,12 @@ def installed(machine: Machine) -> str:
     )
     said = done.stdout.splitlines()
     if not said:
-        return "no numpy"  # which wants a processor of its own
+        return "no numpy"  # numpy needs a newer processor
     return said[-1] if done.returncode == 0 else f"exit status {done.returncode}: {last_line(done.stderr)}"
 
 
 def try_machine(machine: Machine) -> tuple[list[str], bool]:
-    """The cells of its row, as in the table's head, and whether all is well."""
+    """The cells of the machine's row in the table, and whether all is well."""
     cpu = "none" if machine.cpu is None else machine.cpu.split(",")[0]
     row = [machine.name, cpu, f"{machine.page_bytes // 1024} KiB"]
     try:

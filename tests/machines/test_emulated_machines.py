@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What `make machines` says where it cannot run. The machines are not run here: that takes minutes."""
+"""Messages of `make machines` where it cannot run. No machine is run here, as that takes minutes."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from tests.support import ROOT
 
 
 def refused(tmp_path: Path, *names: str) -> str:
-    """The one line with which it ends, where no program is found."""
+    """The only line that it prints where no program is found."""
     result = subprocess.run(
         [sys.executable, "-m", "tests.machines.run", str(tmp_path), *names],
         cwd=ROOT,

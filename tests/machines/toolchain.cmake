@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 #
-# Cross compiling with Debian's <arch>-linux-gnu-g++; ROTARY_ARCH is aarch64 or x86_64.
+# Cross compiles with Debian's <arch>-linux-gnu-g++; ROTARY_ARCH is aarch64 or x86_64.
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR ${ROTARY_ARCH})
 set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES ROTARY_ARCH)
@@ -8,7 +8,7 @@ set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES ROTARY_ARCH)
 set(CMAKE_C_COMPILER   ${ROTARY_ARCH}-linux-gnu-gcc)
 set(CMAKE_CXX_COMPILER ${ROTARY_ARCH}-linux-gnu-g++)
 
-# Programs are this machine's, all else the other's.
+# Use programs of this machine, and libraries, headers and packages of the target.
 set(CMAKE_FIND_ROOT_PATH /usr/${ROTARY_ARCH}-linux-gnu)
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Models that are computed with, compared with stock bit for bit."""
+"""Runs of models, compared with stock bit for bit."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""activate(): plain llama_cpp.Llama objects are paged, and deactivate() takes every trace away."""
+"""activate() pages plain llama_cpp.Llama objects, and deactivate() restores llama_cpp completely."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.tracing import OPTIONS
 
 
 def class_contents():
-    """What llama_cpp.Llama has, without the flag that stock itself sets."""
+    """The attributes of llama_cpp.Llama, without the flag that stock itself sets."""
     return {name: value for name, value in vars(llama_cpp.Llama).items() if "initialized" not in name}
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Direct reads change no bit: all logits equal stock's, whatever is read when, and the figures tell what was.
+"""Direct reads change no bit: all logits equal stock's, and the statistics tell what was read.
 
-Layouts of files and of weights, how reads are made, staging too small for what is wanted, several users at
-once. A disk that is slow or broken is in test_direct_faults.py.
+Covers layouts of files and of weights, ways of reading, small staging, and several users at once.
+test_direct_faults.py has slow and broken disks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 from rotary_llamacpp.gguf_files.header import read_header
 from rotary_llamacpp.host import file_systems
 from tests.support import HANG_S, shards
-from tests.support.paged import assert_equal, make, notices, paged_trace, second_context
+from tests.support.paged import assert_equal, logits, make, notices, paged_trace, second_context
 from tests.support.processes import Apart, apart, expected_io, reads_directly
 from tests.support.tracing import trace
 
@@ -36,13 +36,13 @@ PLAIN = {"n_ubatch": 32}
 
 @pytest.fixture(params=["threads", "io_uring"])
 def io(request, monkeypatch):
-    """How reads are made. The library reads the variable when a pool is sized."""
+    """Choose how reads are made, for pools that are sized from now on."""
     monkeypatch.setenv("ROTARY_IO", request.param)
     return expected_io(request.param)
 
 
 def check_figures(stats, io=None):
-    """What holds of every run with direct reads in which something was read after the start."""
+    """Check what is true of every run that pages by direct reads."""
     assert stats["store"] == "direct" and stats["io"] in ("uring", "threads")
     assert io is None or stats["io"] == io
     assert stats["resident_bytes"] > 0, "weights that are not experts have left the page cache"
@@ -59,14 +59,14 @@ def check_figures(stats, io=None):
 
 LAYOUTS = {
     "q4_0": ("test", {"type": "q4_0"}, [True, False]),  # repacked, or not
-    "q4_k_m": ("test", {"type": "q4_k_m"}, [True, False]),  # layers of unlike sizes
+    "q4_k_m": ("test", {"type": "q4_k_m"}, [True, False]),  # layers of different sizes
     "f16": ("test", {"type": "f16"}, [True]),
     "biases": ("test-gpt-oss", {"type": "q8_0"}, [True]),
     "mxfp4": ("test-gpt-oss", {"type": "mxfp4"}, [True]),
-    "shared": ("test-shared", {"type": "q4_0"}, [True]),  # gate and up apart, and a shared expert
+    "shared": ("test-shared", {"type": "q4_0"}, [True]),  # gate and up in two tensors, and a shared expert
     "fused": ("test-shared", {"type": "q4_0", "fused": True}, [True]),  # gate and up in one tensor
     "shards": ("test", {"type": "q8_0", "shards": 3}, [True]),
-    "odd": ("test", {"type": "q4_0", "experts": 15, "layers": 3, "vocab": 515}, [True]),  # nothing even
+    "odd": ("test", {"type": "q4_0", "experts": 15, "layers": 3, "vocab": 515}, [True]),  # odd numbers
 }
 
 
@@ -75,13 +75,13 @@ LAYOUTS = {
 )
 @pytest.mark.parametrize("budget", ["min", "50%", "100%"])
 def test_layouts(synthetic, exact, layout, budget, repack):
-    # With the least staging: prefetches stop wherever there is no more room, at any tensor of a layer.
+    # With minimal staging, prefetches stop wherever there is no more room, at any tensor of a layer.
     shape, options, _ = LAYOUTS[layout]
     model = synthetic(shape, **options)
     rotary = {"budget": budget, "store": "direct", "repack": repack, "staging": 1}
     stats = exact(model, LONG, rotary, **PLAIN)
     assert notices(stats) == []
-    # Neither a repacked slot nor an expert that is no multiple of a sector can be read in place.
+    # Repacked slots, and experts that are no multiple of a sector, cannot be read in place.
     sizes = {
         tensor.n_bytes // tensor.shape[-1] for tensor in read_header(model).tensors if "_exps" in tensor.name
     }
@@ -111,7 +111,7 @@ def test_an_expert_at_the_end_of_a_file(synthetic, exact):
 
 
 def test_no_memory_to_read_with(synthetic, exact):
-    # Slow, announced, and right: the page cache serves where the direct store cannot be had.
+    # Without memory for staging, experts are paged through the page cache: announced, slow, and right.
     model = synthetic(type="q4_0")
     stats = exact(model, LONG, {**DIRECT, "staging": "1000TiB"}, **PLAIN)
     assert (stats["store"], stats["bytes_read"]) == ("mmap", 0)
@@ -119,7 +119,7 @@ def test_no_memory_to_read_with(synthetic, exact):
     assert "paged through the page cache" in notice and "no memory for staging" in notice
 
 
-# ---- how it is read
+# ---- ways of reading
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
@@ -133,7 +133,7 @@ def test_ways_of_reading(synthetic, exact, io, kind, budget, prefetch, staging):
     check_figures(stats, io)
     layer = stats["layers"][0]
     if staging == 1:
-        # The smallest there is: far less than the experts that a prompt wants of a layer.
+        # The minimum: far less than the experts that a prompt wants in a layer.
         assert 0 < stats["staging_bytes"] < layer["n_expert"] * layer["expert_bytes"] // 4
     elif staging == "64MiB":
         assert stats["staging_bytes"] >= 64 << 20
@@ -154,7 +154,7 @@ def test_all_experts_by_threads(synthetic, exact, monkeypatch):
 
 @pytest.mark.parametrize(("n_prompt", "n_ubatch"), [(1, 128), (40, 1), (LONG, 128)])
 def test_batches(synthetic, exact, n_prompt, n_ubatch):
-    # One token at a time finds what it wants predicted; 100 at once want all experts, in 4 slots.
+    # With single tokens, experts are predicted; 100 tokens at once want all experts, in 4 slots.
     options = {"n_ubatch": n_ubatch, "n_batch": n_ubatch}
     model = synthetic(type="q4_0")
     stats = exact(model, n_prompt, {**DIRECT, "staging": 1}, **options)
@@ -170,7 +170,7 @@ def test_two_threads(synthetic, exact):
 
 
 def test_partial_offload(tiny_model, exact):
-    # The experts of the layers that stay away are not paged, and are as resident as other weights.
+    # The experts of layers that are not offloaded are not paged; they are resident like other weights.
     rotary = {"budget": "min", "store": "direct"}
     stats = exact(tiny_model, LONG, rotary, n_gpu_layers=3, **PLAIN)
     check_figures(stats)
@@ -180,7 +180,7 @@ def test_partial_offload(tiny_model, exact):
 
 
 def test_files_that_cannot_be_read_directly(tiny_model, exact):
-    # Without mmap, experts are in memory already. It is said, and it runs.
+    # Without mmap, experts are in memory already, which a notice says.
     stats = exact(tiny_model, LONG, DIRECT, use_mmap=False, **PLAIN)
     assert (stats["store"], stats["io"], stats["bytes_read"]) == ("memory", "none", 0)
     assert any("loaded without mmap" in notice for notice in stats["notices"])
@@ -218,13 +218,8 @@ def test_budgets_in_turn(native, synthetic, stock_trace, store, kind):
 def test_contexts_of_one_model(native, tiny_model):
     tokens = list(range(20, 60))
 
-    def logits(llama):
-        llama.reset()
-        llama.eval(tokens)
-        return llama.scores[: len(tokens)].copy()
-
     with_all = make(tiny_model, "100%")
-    expected = logits(with_all)
+    expected = logits(with_all, tokens)
     with_all.close()
     llama = make(tiny_model, {**DIRECT, "staging": 1})
     context, run = second_context(llama)
@@ -236,7 +231,7 @@ def test_contexts_of_one_model(native, tiny_model):
 
     # Two threads at once: their lookups, reads and prefetches take turns in one store.
     threads = [
-        threading.Thread(target=repeat, args=(logits, llama)),
+        threading.Thread(target=repeat, args=(logits, llama, tokens)),
         threading.Thread(target=repeat, args=(run, tokens[::-1])),
     ]
     for thread in threads:
@@ -244,7 +239,7 @@ def test_contexts_of_one_model(native, tiny_model):
     for thread in threads:
         thread.join(HANG_S)
     context.close()
-    assert np.array_equal(logits(llama), expected)
+    assert np.array_equal(logits(llama, tokens), expected)
     stats = llama.rotary_stats()
     llama.close()
     assert len(found) == 8
@@ -254,7 +249,7 @@ def test_contexts_of_one_model(native, tiny_model):
 
 
 def test_models_in_turn(native, synthetic, stock_trace, io):
-    # Two models, and one of them a second time: its file is opened once, and each has a mapping of its own.
+    # Two models, one of them loaded twice: its file is opened once, and each copy has its own mapping.
     models = [synthetic(type="q8_0"), synthetic(type="q4_0"), synthetic(type="q8_0")]
     expected = [stock_trace(model, n_prompt=LONG, **PLAIN) for model in models]
     llamas = [make(model, {**DIRECT, "staging": 1}, **PLAIN) for model in models]
@@ -312,7 +307,7 @@ def test_processes_with_one_file(native, synthetic, stock_trace):
 
 
 def test_weights_can_be_read_through_llama_cpp(native, synthetic, stock_trace, tmp_path):
-    # Whoever asks llama.cpp for an expert's weights gets them, though the mapping is gone.
+    # llama.cpp can still return an expert's weights, although the mapping is gone.
     model, saved = synthetic(type="q8_0"), tmp_path / "saved.gguf"
     apart(save_model, model, saved)
     paged, _ = paged_trace(saved, LONG, DIRECT, **PLAIN)
@@ -343,7 +338,7 @@ def cached_share(path):
 
 
 def run_and_look(model, rotary):
-    """The file's share in the page cache and its descriptors, during a run, then after it."""
+    """Share of the file in the page cache and number of its descriptors, with the model open and closed."""
 
     def look():
         links = (os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd"))
@@ -375,7 +370,7 @@ def test_nothing_is_left_in_the_page_cache(native, synthetic, tmp_path):
 # ---- where there is no disk
 
 
-def test_a_file_that_lies_in_memory_is_mapped(native, synthetic, tmp_path):
+def test_a_file_that_lies_in_memory_is_mapped(native, synthetic):
     """Reading a tmpfs past the page cache would copy memory to memory, and save none."""
     model = synthetic(type="q8_0", layers=2)
     if file_systems.in_memory(model):
@@ -390,7 +385,7 @@ def test_a_file_that_lies_in_memory_is_mapped(native, synthetic, tmp_path):
 
 
 def store_of(model, rotary):
-    """Which one was chosen."""
+    """The store that a run chose."""
     llama = make(model, rotary)
     llama.eval([1, 2, 3])
     return llama.rotary_stats()["store"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Paging changes no bit: all logits and the greedy tokens equal stock's, with the same kernels on both sides.
 
-Stock runs in a process of its own. Prompts are shorter and longer than n_ubatch; budgets go from one token's
-experts to all of them.
+Stock runs in a process of its own. Prompts are shorter and longer than n_ubatch; budgets range from one
+token's experts to all experts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def test_quantisations(synthetic, exact, kind, budget, repack):
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("repack", [True, False])
 def test_batches_beyond_the_slots(synthetic, exact, direct, repack):
-    # 100 tokens in one ubatch want all 16 experts; there are 4 slots. Directly from the mapping, or in waves.
+    # 100 tokens in one ubatch want all 16 experts; 4 have slots. Computed from the mapping, or in waves.
     model = synthetic(type="q4_0")
     rotary = {"budget": "min", "direct": direct, "repack": repack}
     stats = exact(model, LONG, rotary, n_ubatch=128)
@@ -50,7 +50,7 @@ def test_batches_beyond_the_slots(synthetic, exact, direct, repack):
         ("test-llama", {"type": "q8_0"}),
         ("test-gpt-oss", {"type": "q8_0"}),  # expert biases
         ("test-shared", {"type": "q4_0", "fused": True}),  # gate and up in one tensor, and a shared expert
-        ("test", {"type": "q4_k_m"}),  # layers of unlike sizes
+        ("test", {"type": "q4_k_m"}),  # layers of different sizes
         ("test", {"type": "q8_0", "shards": 3}),
     ],
 )

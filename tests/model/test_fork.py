@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Processes that fork: servers that load a model and then start workers, programs that fork beside a graph.
 
-The child ends well, whether it frees the model or not, can compute with it unless the parent was computing
-when it forked, and never disturbs the parent. A child that hangs is killed by its alarm.
+The child exits normally whether it frees the model or not, can compute with it unless the parent was
+computing when it forked, and never disturbs the parent. A child that hangs is killed by its alarm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.tracing import trace
 pytestmark = pytest.mark.model
 
 PROMPT = 40
-LONGEST = 60  # seconds; more is a hang
+LONGEST = 60  # seconds; a child that takes longer hangs
 IN_BATCHES = {"n_ubatch": 32}
 TWO_THREADS = {"n_threads": 2, "n_threads_batch": 2}
 DIRECT = {"budget": "50%", "store": "direct"}
@@ -32,7 +32,7 @@ READERS = ["threads", "io_uring"]
 
 
 def in_child(work):
-    """What `work` returns in a child, or its error's type and text; fails if the child does not end well."""
+    """Call `work` in a child; returns its result, or the type and text of its error."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -54,7 +54,7 @@ def in_child(work):
 
 
 def leave(model, rotary, options, how):
-    """A run, then a child that leaves in this way, then a run."""
+    """Run, fork a child that exits in the given way, then run again."""
     llama = make(model, rotary, **options)
     found = [trace(llama, PROMPT)]
     pid = os.fork()
@@ -69,7 +69,7 @@ def leave(model, rotary, options, how):
             os._exit(0)
         if how == "_exit":
             os._exit(0)
-        sys.exit(0)  # with all that is done at an interpreter's end
+        sys.exit(0)  # runs all exit handlers of the interpreter
     status = os.waitpid(pid, 0)[1]
     found.append(trace(llama, PROMPT))
     return status, found, llama.rotary_stats()
@@ -88,7 +88,7 @@ def test_a_child_that_leaves(native, synthetic, stock_trace, io, how):
 
 
 def compute_in_a_child(model, rotary, options, before):
-    """Runs in the parent, if `before`, in its child, in a child of the child, and in the parent."""
+    """Run in the parent if `before`, in a child, in its child, in the parent, and in another child."""
     llama = make(model, rotary, **options)
     found = [trace(llama, PROMPT)] if before else []
 
@@ -106,7 +106,7 @@ def compute_in_a_child(model, rotary, options, before):
 @pytest.mark.parametrize("io", READERS)
 @pytest.mark.parametrize("budget", ["50%", "100%"])
 def test_a_child_computes(native, synthetic, stock_trace, io, threads, before, budget):
-    # With several threads, and after a run, stock waits for OpenMP's threads, which the child does not have.
+    # With several threads, and after a run, stock waits for OpenMP's threads, which a child does not have.
     model = synthetic(type="q4_0", layers=3)
     options = {**IN_BATCHES, **threads}
     stock = stock_trace(model, n_prompt=PROMPT, **options)
@@ -136,7 +136,7 @@ def test_a_child_changes_its_budget(native, synthetic, stock_trace):
 
 
 def compute_side_by_side(model, n_runs):
-    """Parent and child compute at the same time, in several runs each."""
+    """Compute in parent and child at the same time, `n_runs` runs each."""
     llama = make(model, {**DIRECT, "budget": "min"}, **IN_BATCHES)
     trace(llama, PROMPT)
     reading, writing = os.pipe()
@@ -164,7 +164,7 @@ def test_parent_and_child_compute_at_once(native, synthetic, stock_trace, io):
 
 
 def fork_in_mid_read(model, n_forks):
-    """Another thread forks while a graph waits for reads; its children compute, free the model and leave."""
+    """Fork in another thread while a graph waits for reads; the children compute, or free the model."""
     disk = Disk()
     llama = make(model, {**DIRECT, "budget": "min"}, **IN_BATCHES)
     trace(llama, PROMPT)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Experts moved to a device beside its computation, on a device without hardware: late_device.cpp.
+"""Experts moved to a device while it computes, on a device without hardware: late_device.cpp.
 
-It computes with the CPU backend's kernels, so logits are stock's bit for bit, unless something did not wait
-for what it needs: its streams run late, and by chance later.
+The device computes with the CPU backend's kernels, so that logits are stock's bit for bit unless something
+did not wait for its input: the device's streams run late, by random delays.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from rotary_llamacpp import activate, deactivate
+from rotary_llamacpp import activate, deactivate, policies
 from rotary_llamacpp.errors import DeviceError, ReadError
 from rotary_llamacpp.gguf_files.header import read_header
 from rotary_llamacpp.native import binding as _native
 from tests.support.compiled import Disk
-from tests.support.paged import assert_equal, attempt, load_late, make, notices, paged_trace
+from tests.support.paged import assert_equal, attempt, load_late, make, notices, paged_trace, use_adapter
 from tests.support.processes import ONE_ARENA, apart
 from tests.support.tracing import prompt_tokens, trace
 
@@ -32,7 +32,7 @@ CPU = {"use_extra_bufts": False, **BATCHES}
 
 
 def run(model, configs, **options):
-    """For each config, and environment if it comes with one: logits and figures of a run."""
+    """Logits and statistics of a run for each config, which may have an "environment"."""
     load_late()
     found = []
     for config in configs:
@@ -74,19 +74,19 @@ def test_lookups_on_the_device(synthetic, stock_trace, late, shape, options):
         if config["budget"] == "100%":
             assert (stats["path"], stats["misses"]) == ("resident", 0)
             continue
-        # 12 tokens are decoded, one lookup a layer each; the prompt's batches want more than there are slots.
+        # 12 tokens are decoded with a lookup in each layer; the prompt's batches exceed the slots.
         assert stats["device_lookups"] == 12 * stats["n_layers"] < stats["lookups"]
         assert stats["waits"] == stats["lookups"] - stats["device_lookups"], "no wait for those"
         assert stats["hits"] + stats["misses"] == stats["requests"] and stats["misses"] > 0
         assert stats["bytes_paged"] > 0 and stats["evictions"] > 0
-        # Each layer but the first is predicted from the second token on; synthetic routers are easy to guess.
+        # All layers but the first are predicted from the second token on; synthetic routers make that easy.
         n_predicted = 11 * (stats["n_layers"] - 1)
         assert stats["predicted"] == n_predicted * stats["n_expert_used"]
         assert 0.8 < stats["predicted_right"] / stats["predicted"] <= 1
         assert 0 <= stats["late_hits"] <= stats["prefetch_used"] <= stats["prefetched"] <= stats["predicted"]
 
 
-# ---- what the next layer will want, copied ahead
+# ---- prefetch
 
 
 def run_ahead(model, configs, n_decode):
@@ -95,7 +95,7 @@ def run_ahead(model, configs, n_decode):
     for config in configs:
         os.environ.update(config.pop("environment"))
         llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, **BATCHES)
-        # The prompt of the second takes the tables back to the host.
+        # The second prompt takes the tables back to the host.
         parts = [trace(llama, LONG, n_decode) for _ in range(2)]
         found.append((parts, llama.rotary_stats()))
         llama.close()
@@ -104,10 +104,10 @@ def run_ahead(model, configs, n_decode):
 
 @pytest.mark.parametrize("budget", ["min", "50%"])
 def test_copies_ahead_stop_for_what_is_wanted(tiny_model, stock_trace, late, budget):
-    # The trained model's routers are guessed right two times out of three.
+    # Two thirds of the predictions are right for the trained model's routers.
     n_decode = 20
     stock = stock_trace(tiny_model, n_prompt=LONG, n_decode=n_decode, **CPU)
-    # An expert has three pieces: the second comes late, and the others hardly begin.
+    # An expert has three pieces: if four are copied, the second expert comes late, and others hardly begin.
     ways = {"fast": ("0", True), "slow": ("4", True), "never": ("0", False)}
     configs = [
         {"budget": budget, "prefetch": on, "environment": {"LATE_PIECES": pieces}}
@@ -127,10 +127,10 @@ def test_copies_ahead_stop_for_what_is_wanted(tiny_model, stock_trace, late, bud
 
 
 def run_without_outputs(model, config, n_decode):
-    """Logits after a prompt whose parts but the last want none, and after each of n_decode greedy tokens."""
+    """Logits after a prompt of which only the last part has outputs, and after `n_decode` greedy tokens."""
     load_late()
     llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, n_ubatch=2, logits_all=False)
-    llama.eval([7])  # routers are learnt
+    llama.eval([7])  # so that routers are known
     found = []
     for _ in range(2):
         llama.reset()
@@ -142,7 +142,7 @@ def run_without_outputs(model, config, n_decode):
 
 
 def test_layers_that_nobody_wants_the_output_of(synthetic, stock_trace, late):
-    # The last layer is predicted again and again, and looked up once.
+    # The last layer is predicted for each part of the prompt, but looked up only for the last.
     model = synthetic(type="q8_0")
     found, stats = apart(run_without_outputs, model, {"budget": "50%"}, 6, environment=late)
     stock = stock_trace(model, n_prompt=LONG, use_extra_bufts=False, n_ubatch=2)["logits"][LONG - 1 :]
@@ -152,7 +152,7 @@ def test_layers_that_nobody_wants_the_output_of(synthetic, stock_trace, late):
 
 
 def test_the_same_figures_as_the_hosts(synthetic, late):
-    # The device's page table decides as the host's slot table does: the same hits, misses and evictions.
+    # The device's page table makes the same decisions as the host's slot table.
     model = synthetic(type="q8_0")
     base = {"budget": "50%", "prefetch": False}
     configs = [base, {**base, "environment": {"ROTARY_DEVICE_LOOKUPS": "0"}}]
@@ -225,7 +225,7 @@ def test_prefetch_that_the_device_cannot_have(synthetic, stock_trace, late):
     assert stats["predicted"] == 0 < stats["device_lookups"]
 
 
-# ---- how much of the device's memory
+# ---- the device's memory
 
 
 def test_auto_takes_what_the_device_has(tiny_model, stock_trace, late):
@@ -282,7 +282,7 @@ def test_ways_of_pinning(synthetic, stock_trace, late, budget):
 
 
 def test_blocks_of_the_ring_are_used_again(synthetic, stock_trace, late):
-    # Batches of 4 tokens want about 10 of 14 slots: three tensors' pieces, more than the ring has blocks.
+    # Batches of 4 tokens want about 10 of 14 slots: with three tensors each, more pieces than ring blocks.
     model = synthetic(type="q4_0")
     batches = {"n_ubatch": 4}
     [(paged, stats)] = apart(
@@ -302,7 +302,7 @@ def test_direct_store(synthetic, stock_trace, late, lock):
         assert (notices(stats) != []) == (lock == "none")
 
 
-# ---- slots in RAM between the disk and the device's
+# ---- a tier in RAM between the disk and the device
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -324,13 +324,32 @@ def test_a_tier_in_ram(synthetic, stock_trace, late, prefetch, pin):
             assert said in text and (size == "none" or 'pin is "off"' in text)
     assert results["none"][1]["ram_hits"] == 0 < results["half"][1]["ram_hits"]
     if not prefetch:
-        # The larger the tier, the less is read; what the prompt reads passes it by.
+        # A larger tier means fewer reads; the prompt's reads bypass it.
         n_read = [stats["bytes_read"] for _, stats in results.values()]
         assert n_read == sorted(n_read, reverse=True) and n_read[0] > n_read[-1]
 
 
+class Told(policies.Lru):
+    """Raises if a resident expert has left other slots than the device's; all are wanted."""
+
+    def enter(self, expert, wanted):
+        super().enter(expert, wanted)
+        assert wanted, f"{expert} had left a slot in RAM"
+
+
+def test_a_tier_in_ram_has_a_policy_of_its_own(synthetic, stock_trace, late):
+    model = synthetic(type="q8_0")
+    half = sum(t.n_bytes for t in read_header(model).tensors if "_exps" in t.name) // 2
+    config = {"budget": "min", "store": "direct", "prefetch": False, "policy": Told}
+    [(paged, stats)] = apart(
+        run, model, [{**config, "environment": {"ROTARY_RAM": str(half)}}], environment=late
+    )
+    assert_equal(paged, stock_trace(model, n_prompt=LONG, **CPU))
+    assert stats["ram_hits"] > 0 and stats["policy"] == "Told" and notices(stats) == []
+
+
 def test_no_tier_in_ram_is_announced(synthetic, stock_trace, late):
-    # Experts of Q8_0 rows of 96 elements begin anywhere in a sector.
+    # Experts with Q8_0 rows of 96 elements begin anywhere in a sector.
     odd = synthetic(type="q8_0", embd=96, ff=96, heads=3, heads_kv=1, layers=2)
     config = {"budget": "min", "store": "direct"}
     small = {**config, "environment": {"ROTARY_RAM": "64KiB"}}
@@ -354,7 +373,7 @@ def with_little_address_space(model):
 
 
 def test_a_tier_that_the_system_refuses_is_announced(synthetic, late):
-    # All 144 MiB of experts fit into the tier at first; then the address space shrinks to less.
+    # At first all 144 MiB of experts fit into the tier; then the address space is limited to less.
     model = synthetic(type="f16", used=2, ff=512, embd=768, heads=4, head_dim=64)
     stats = apart(with_little_address_space, model, environment={**late, **ONE_ARENA})
     refused = [text for text in stats["notices"] if "no slots in RAM" in text]
@@ -363,7 +382,7 @@ def test_a_tier_that_the_system_refuses_is_announced(synthetic, late):
 
 
 def memory_where_the_file_was(model):
-    """Whether what is mapped into the holes that llama.cpp leaves of a file stays what it was."""
+    """Map memory into the holes that llama.cpp leaves in a file's mapping; whether each stays unchanged."""
     from rotary_llamacpp.runtime import paging
 
     load_late()
@@ -380,7 +399,7 @@ def memory_where_the_file_was(model):
             [int(end, 16) for end in each.split()[0].split("-")] for each in lines if str(model) in each
         ]
         for (_, begin), (end, _) in itertools.pairwise(pieces):
-            for at in range(begin, end, size):  # some of it may be somebody's by now
+            for at in range(begin, end, size):  # part of it may be in use again
                 if libc.mmap(at, size, 3, fixed_private_anonymous, -1, 0) == at:
                     ctypes.memset(at, 0xA5, size)
                     holes.append(at)
@@ -393,13 +412,13 @@ def memory_where_the_file_was(model):
 
 
 def test_nobody_elses_memory_is_given_back(synthetic, late):
-    # Weights that go to the device are unmapped by llama.cpp: what comes there then is nothing of ours.
+    # llama.cpp unmaps weights that go to the device; memory mapped there later is not the library's.
     untouched = apart(memory_where_the_file_was, synthetic(type="q8_0", vocab=40000), environment=late)
     assert len(untouched) > 20 and all(untouched)
 
 
 def fail_reads(model, starts):
-    """For each start: whether a run in which one read, or all, fail then was refused or exact; the next."""
+    """For each start: the error, or exactness, of a run with failing reads, and exactness of the next run."""
     load_late()
     disk = Disk()
     config = {"inner": "LATE0", "budget": "50%", "store": "direct"}
@@ -432,7 +451,7 @@ def test_reads_into_ram_that_fail(synthetic, stock_trace, late, disk):
 
 
 def run_on_all(model, configs):
-    """As `run`, but on what a user gets who names no device: those that were there when Rotary was loaded."""
+    """Like `run`, but on the default devices: all that existed when the library was loaded."""
     load_late()
     found = []
     for config in configs:
@@ -471,7 +490,7 @@ def test_layers_split_over_devices(synthetic, stock_trace, late):
 
 
 def test_the_cuda_link_without_a_gpu(native):
-    # Built, loadable, of this version, and with a reason where there is no such device.
+    # The library is built, can be loaded, has this ABI, and gives a reason for a device that does not exist.
     library = _native.library_path().with_name("libggml-rotary-cuda.so")
     if not library.is_file():
         pytest.skip("built without nvcc")
@@ -485,7 +504,7 @@ def test_the_cuda_link_without_a_gpu(native):
 
 
 class Api(ctypes.Structure):
-    """The beginning of link_api.h's rotary_link_api."""
+    """The first members of rotary_link_api in link_api.h."""
 
     _fields_ = (
         ("abi", ctypes.c_int32),
@@ -498,7 +517,7 @@ class Api(ctypes.Structure):
 
 
 def run_with_failures(model, configs, starts):
-    """For each start: what a run gave in which the link fails then, and the logits of one after it."""
+    """For each start: the result of a run in which that request to the link fails, and of the next run."""
     load_late()
     found = []
     for config in configs:
@@ -524,7 +543,7 @@ def test_failing_links(synthetic, stock_trace, late):
 
 
 def run_with_wild_routings(model, config, after):
-    """What a token gave while routings named an expert that is none; then a run of `after` tokens."""
+    """Results of a token whose routings name no valid expert, and of a run with `after` prompt tokens."""
     load_late()
     llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, **BATCHES)
     llama.eval([3])
@@ -542,7 +561,7 @@ def test_a_refused_lookup_fails_its_own_graph(synthetic, stock_trace, late, afte
     assert_equal(paged, stock_trace(model, n_prompt=after, **CPU))
 
 
-# ---- events and streams that cannot be had
+# ---- events, streams and pinned memory that are refused
 
 
 def test_devices_without_events(synthetic, stock_trace, late):
@@ -563,7 +582,7 @@ def test_devices_without_events(synthetic, stock_trace, late):
 
 
 def run_short_of(knob, model, configs):
-    """For each config, each thing refused in turn until none is: errors and notices, and the next run."""
+    """For each config, refuse the 1st, 2nd, ... request while there are any; errors, notices, next run."""
     load_late()
     found = []
     for config in configs:
@@ -622,7 +641,7 @@ def test_each_pinned_memory_that_cannot_be_had(synthetic, stock_trace, late):
 
 
 def reopen(model):
-    """Runs after a change of budget, of a second context, of a second model, and of plain llama_cpp."""
+    """Run after loading, after a change of budget, beside a second model and after it, by plain llama_cpp."""
     import llama_cpp
 
     load_late()
@@ -658,7 +677,7 @@ def test_budgets_and_models_that_come_and_go(synthetic, stock_trace, late):
 
 
 def load_an_adapter_late(model, adapter, configs):
-    """Of stock with the adapter; for each config with it loaded late, without it, and figures."""
+    """Stock's trace with the adapter; for each config, traces with it loaded late and without, statistics."""
     import llama_cpp.llama_cpp as api
 
     load_late()
@@ -668,10 +687,9 @@ def load_an_adapter_late(model, adapter, configs):
         llama = make(model, {"inner": "LATE0", **config}, n_gpu_layers=-1, **BATCHES)
         trace(llama, LONG, 1)
         late = api.llama_adapter_lora_init(llama._model.model, str(adapter).encode())
-        adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(late), (ctypes.c_float * 1)(1.0)
-        assert api.llama_set_adapters_lora(llama._ctx.ctx, adapters, 1, scales) == 0
+        use_adapter(llama, late)
         with_it, stats = trace(llama, LONG, 12), llama.rotary_stats()
-        api.llama_set_adapters_lora(llama._ctx.ctx, None, 0, None)
+        use_adapter(llama, None)
         api.llama_adapter_lora_free(late)
         found.append((with_it, trace(llama, LONG, 12), stats))
         llama.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The drop-in: stock's arguments, off is off, fallbacks, pickling, closing, several models at once."""
+"""Llama as a drop-in: stock's arguments, paging off, fallbacks, pickling, closing, several models at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROMPT = "In the beginning"
 
 @pytest.fixture
 def make(native, tiny_model):
-    """Makes models and closes them."""
+    """Make models, which are closed at the end."""
     made = []
 
     def make_one(rotary="min", model=tiny_model, **kwargs):
@@ -146,7 +146,7 @@ def test_a_failing_graph_raises_what_the_library_says(make, native, monkeypatch)
     def decode(*args):
         if not failing:
             return stock_decode(*args)
-        native.c.rotary_device_set_inner(0, b"NOSUCH0")  # stands for what a graph may say
+        native.c.rotary_device_set_inner(0, b"NOSUCH0")  # sets an error, as a failing graph does
         return -3
 
     monkeypatch.setattr(llama_api, "llama_decode", decode)
@@ -156,7 +156,7 @@ def test_a_failing_graph_raises_what_the_library_says(make, native, monkeypatch)
     failing = False
     llama.eval([1, 2, 3])
     monkeypatch.setattr(llama_api, "llama_decode", lambda *_: 1)
-    with pytest.raises(RuntimeError, match="llama_decode returned 1"):  # an old text is not this call's
+    with pytest.raises(RuntimeError, match="llama_decode returned 1"):  # the old error is not repeated
         llama.eval([1, 2, 3])
 
 
@@ -194,7 +194,7 @@ def test_figures_may_be_read_while_another_thread_closes(make):
     assert len(seen) == 200 and all(stats == expected for stats in seen)
 
 
-def test_dropping_the_object_closes_the_pool(make, tiny_model):
+def test_dropping_the_object_closes_the_pool(native, tiny_model):
     llama = Llama(str(tiny_model), rotary="min", **OPTIONS)
     kept = llama._rotary
     assert kept.pools is not None
@@ -243,7 +243,7 @@ def test_announces_what_it_chose(make, caplog):
 
 
 def said_by(*lines):
-    """What a program writes to standard error."""
+    """Run a program of these lines; returns its stderr."""
     code = "\n".join(["from rotary_llamacpp import *", *lines])
     ran = python(code)
     assert ran.stdout == ""
@@ -326,7 +326,7 @@ def test_saved_states(make):
 
 
 def test_plain_llama_beside_a_paged_one(native, tiny_model, stock_trace):
-    # The library is loaded in this process, so llama.cpp sees its device by default; the output must not.
+    # The library is loaded in this process, so that llama.cpp sees its device; the output must not change.
     for n_gpu_layers in (0, -1):
         plain = llama_cpp.Llama(str(tiny_model), n_gpu_layers=n_gpu_layers, **OPTIONS)
         assert np.array_equal(trace(plain, 20)["logits"], stock_trace(tiny_model, n_prompt=20)["logits"])
@@ -389,7 +389,7 @@ def test_refusals_leave_nothing_behind(native, tiny_model, rotary, kind, reason,
 
 
 def stricter(monkeypatch, path):
-    """A limit of our reader that stock has not, and this model is beyond."""
+    """Set a limit of the package's reader, not of stock's, that this model exceeds."""
     monkeypatch.setattr("rotary_llamacpp.gguf_files.header._MAX_TENSORS", 3)
     return path
 
@@ -496,7 +496,7 @@ def test_two_threads_with_a_model_each(native, tiny_model, synthetic, stock_trac
     assert found == [[True] * 3] * 2
 
 
-def test_the_hook_reaches_only_its_own_thread(native, monkeypatch):
+def test_the_hook_reaches_only_its_own_thread(native):
     elsewhere = []
     with paging.default_model_params(lambda params: setattr(params, "main_gpu", 77)):
         thread = threading.Thread(

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Anonymous memory of a paged run stays within the budget and a stated constant; mapped files do not count.
+"""Anonymous memory of a paged run stays within the budget plus a constant; mapped files do not count.
 
-A control with all experts copied shows that the measurement would notice.
+A control run with all experts copied shows that the measurement would notice a copy.
 """
 
 from __future__ import annotations
 
 import pytest
 
+from benchmarks.measurement import anonymous_bytes
 from rotary_llamacpp.gguf_files.info import ModelInfo
 from rotary_llamacpp.native import binding as _native
 from rotary_llamacpp.units import MIB
@@ -15,35 +16,29 @@ from tests.support.paged import make
 from tests.support.processes import apart
 from tests.support.tracing import prompt_tokens
 
-# KV cache, compute buffers, logits and threads' stacks for the context below, and the weights that are not
-# experts, which the CPU repacks.
+# KV cache, compute buffers, logits and thread stacks of the context below, and weights other than experts,
+# which the CPU repacks.
 CONSTANT_BYTES = 32 * MIB
 
 
-def anonymous():
-    """Bytes of this process's own memory."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-
 def measure(model, rotary, options):
-    """How much a run adds at most, what of it is left when the model is closed, and figures."""
+    """Bytes that a run adds at its peak, bytes that are left once the model is closed, and statistics."""
     _native.load()
-    before = anonymous()
+    before = anonymous_bytes()
     llama = make(model, rotary, **{"logits_all": False, "n_ubatch": 64, **options})
-    peak = anonymous()
+    peak = anonymous_bytes()
     tokens = prompt_tokens(llama.n_vocab(), 128)
     for batch in (tokens, *([token] for token in tokens[:24])):
         llama.eval(batch)
-        peak = max(peak, anonymous())
+        peak = max(peak, anonymous_bytes())
     stats = llama.rotary_stats()
     llama.close()
-    return peak - before, anonymous() - before, stats
+    return peak - before, anonymous_bytes() - before, stats
 
 
 @pytest.fixture(scope="module")
 def large(synthetic):
-    """About 430 MB of experts in Q4_0, which the CPU would repack, that is copy, when stock loads them."""
+    """A model with about 430 MB of experts in Q4_0, which stock would repack, and so copy, on the CPU."""
     return synthetic(type="q4_0", layers=8, embd=1024, ff=1024, experts=32, used=4)
 
 

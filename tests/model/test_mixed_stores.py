@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Experts that lie in no file, beside others that are read from theirs directly.
+"""Experts that are in no file, beside others that are read by direct I/O.
 
-An adapter's experts are always in memory, as are those of a model loaded without mmap. They may come before
-the direct store is opened or after it; what is in files goes on being read directly. Logits are stock's.
+An adapter's experts are always in memory, as are those of a model loaded without mmap. They may be loaded
+before the direct store is opened or after; experts in files are still read directly. Logits are stock's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rotary_llamacpp.native import binding as _native
 from rotary_llamacpp.runtime import paging
 from rotary_llamacpp.runtime.paging import Paging
 from tests.support import shards
-from tests.support.paged import assert_equal, load_late, make
+from tests.support.paged import assert_equal, load_late, make, use_adapter
 from tests.support.processes import Apart, apart
 from tests.support.tracing import OPTIONS, trace
 
@@ -32,15 +32,8 @@ ADAPTED = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")
 KINDS = ("q8_0", "q4_0")  # read in place; repacked where the CPU has a layout for it
 
 
-def use_adapter(llama, adapter):
-    adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
-    assert (
-        api.llama_set_adapters_lora(llama._ctx.ctx, adapters if adapter else None, bool(adapter), scales) == 0
-    )
-
-
 def load_adapters(model, path, rotary, options):
-    """Traces and figures without the adapter, with it loaded late, and after it is gone."""
+    """Traces and statistics without the adapter, with it loaded late, and after it is freed."""
     if os.environ.get("ROTARY_LINK"):
         load_late()
     llama = make(model, rotary, **{**PLAIN, **options})
@@ -56,7 +49,7 @@ def load_adapters(model, path, rotary, options):
 
 
 def load_with_adapter(model, path, rotary, options):
-    """Trace and figures of a model whose adapter comes before its slots are sized."""
+    """Trace and statistics of a model whose adapter is loaded before its slots are sized."""
     if os.environ.get("ROTARY_LINK"):
         load_late()
     adapters = []
@@ -86,7 +79,7 @@ def check_announced(stats):
 
 @pytest.fixture
 def adapted(synthetic, stock_trace, lora_adapter):
-    """Makes a model and an adapter; what stock gives without it and with it."""
+    """Make a model, an adapter, and stock's traces without and with the adapter."""
 
     def make(kind, **stock):
         model = synthetic(type=kind)
@@ -143,7 +136,7 @@ def test_an_adapter_on_a_device(native, late, adapted, budget):
 
 
 def stock_models(models):
-    """Traces, in turn, of models that stock llama_cpp loads over ROTARY0, each with its own options."""
+    """Traces of the open models each time that stock llama_cpp has loaded one on ROTARY0, or closed one."""
     _native.load()
     llamas = []
     found = []
@@ -160,7 +153,7 @@ def stock_models(models):
 @pytest.mark.parametrize("budget", ["min", "100%"])
 @pytest.mark.parametrize("mapped", [(True, False), (False, True), (True, True)], ids=str)
 def test_models_that_share_a_pool(native, synthetic, stock_trace, budget, mapped):
-    # The second model's experts are larger than anything that the staging area was made for.
+    # The second model's experts are larger than any for which staging was sized.
     paths = [synthetic(type="q8_0"), synthetic(type="q8_0", embd=1024, ff=2048, layers=2, experts=8)]
     first, second = (stock_trace(path, n_prompt=PROMPT, **PLAIN) for path in paths)
     models = [(path, {"use_mmap": its}) for path, its in zip(paths, mapped, strict=True)]
@@ -172,11 +165,11 @@ def test_models_that_share_a_pool(native, synthetic, stock_trace, budget, mapped
             assert_equal(one, expected)
 
 
-# ---- what is taken over
+# ---- weights that leave the mapping
 
 
 def where_weights_lie(model):
-    """For each large dense weight between experts: whether its middle is still mapped from the file."""
+    """Whether each large dense weight between experts is still mapped from the file, by name."""
     header = read_header(model)
     experts = [tensor.offset for tensor in header.tensors if "_exps" in tensor.name]
     path, parts = os.path.realpath(model), []
@@ -195,7 +188,7 @@ def where_weights_lie(model):
 
 
 def run_stock(models):
-    """Traces by stock over the pools of the environment, and where the first model's weights lie then."""
+    """Traces by stock on Rotary's devices, and where the first model's weights then lie."""
     if os.environ.get("ROTARY_LINK"):
         load_late()
     library = _native.load()
@@ -211,7 +204,7 @@ def run_stock(models):
 
 
 def run_ours(model, rotary):
-    """The same by a pool of ours."""
+    """A trace by the package's Llama, and where the model's weights then lie."""
     if os.environ.get("ROTARY_LINK"):
         load_late()
     llama = make(model, rotary, n_gpu_layers=-1, **PLAIN)
@@ -220,7 +213,7 @@ def run_ours(model, rotary):
 
 @pytest.fixture
 def quantised(synthetic, tmp_path):
-    """A model whose dense weights are of a type that CPUs repack, too."""
+    """A model of which also the dense weights have a type that CPUs repack."""
     params = api.llama_model_quantize_default_params()
     params.ftype, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, 1
     path = tmp_path / "q4_0.gguf"
@@ -234,7 +227,7 @@ def test_repacked_weights_are_not_copied_again(native, quantised, synthetic, sto
     _, ours = apart(run_ours, quantised, {"budget": "min", "store": "direct"})
     if not any(ours.values()):
         pytest.skip("this CPU repacks no weight of the model")
-    # Another model, whose weights have the same names and are not repacked, says nothing of this one.
+    # Another model's weights, with the same names but not repacked, must make no difference.
     for others in ([], [synthetic(type="f16")]):
         [paged, *_], stock = apart(run_stock, [quantised, *others], environment=environment)
         assert_equal(paged, stock_trace(quantised, n_prompt=PROMPT, **PLAIN))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What several users of one pool may do to each other: contexts of one model, threads, two models in turn."""
+"""Several users of one pool do not disturb each other: contexts of one model, threads, two models in turn."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ import pytest
 
 from rotary_llamacpp import Llama
 from tests.support import HANG_S
-from tests.support.paged import second_context
+from tests.support.paged import logits, second_context
 
 pytestmark = pytest.mark.model
 
 OPTIONS = {"n_ctx": 128, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False}
 TOKENS = list(range(20, 60))
-
-
-def logits(llama, tokens):
-    llama.reset()
-    llama.eval(tokens)
-    return llama.scores[: len(tokens)].copy()
 
 
 def test_two_contexts_of_one_model_share_slots(native, tiny_model):
@@ -35,7 +29,7 @@ def test_two_contexts_of_one_model_share_slots(native, tiny_model):
         assert np.array_equal(logits(llama, TOKENS), expected[0])
         assert np.array_equal(run(TOKENS[::-1]), expected[1])
     context.close()
-    # The slots must survive the context that used them last.
+    # The slots must outlive the context that used them last.
     assert np.array_equal(logits(llama, TOKENS), expected[0])
     llama.close()
 
@@ -134,7 +128,7 @@ def test_calls_are_muted_in_their_thread_alone(native, capfd):
 
 
 def test_figures_while_a_pool_forms_its_layers_anew(native, tiny_model, monkeypatch):
-    """Their number is asked for before them, and may have changed meanwhile."""
+    """The number of layers is read before the layers, and may change in between."""
     llama = Llama(str(tiny_model), rotary="25%", n_ctx=64, verbose=False)
     pool = llama._rotary.pools._pools[0]
     figures = pool.stats()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What policies and predictors written in Python, and log callbacks, may do while the library calls them.
 
-They raise, Ctrl-C meets them, they ask for figures while others change the model, they want to change it.
-What could hang runs in a process of its own.
+They raise, are interrupted by Ctrl-C, read statistics while another thread changes the model, and try to
+change it themselves. Tests that could hang run in a process of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKENS = list(range(20, 60))
 
 
 def logits(llama):
-    """Of one token after the other, so that lookups page and predict."""
+    """Logits of TOKENS, evaluated one by one so that lookups page and predict."""
     llama.reset()
     for token in TOKENS:
         llama.eval([token])
@@ -45,7 +45,7 @@ def expected(native, tiny_model):
 
 
 class Fails(policies.Lru):
-    """Raises once in each layer, when it is to choose for the first time."""
+    """A policy that raises at its first choice in each layer."""
 
     def choose(self, candidates):
         if not self.shared.setdefault(("failed", self.layer), False):
@@ -102,7 +102,7 @@ def test_a_predictors_exception_is_raised_once(native, tiny_model, expected):
 
 
 class Interrupted:
-    """A method of a policy or predictor that Ctrl-C meets at its nth call, before what it does or after."""
+    """Patch a method of a policy or predictor: Ctrl-C comes at its nth call, before or after its work."""
 
     def __init__(self, monkeypatch, kind, method, nth, before):
         self.n_calls = 0
@@ -152,7 +152,7 @@ def test_a_predictor_goes_on_after_ctrl_c(native, tiny_model, expected, monkeypa
 
 
 def ask_while_the_budget_changes(model):
-    """A policy asks for figures while another thread that changes the budget waits for the graph."""
+    """Read statistics in a policy while another thread, which changes the budget, waits for the graph."""
     asked, changing, found = threading.Event(), threading.Event(), []
 
     class Asks(policies.Lru):
@@ -187,7 +187,7 @@ def test_a_policy_may_ask_for_figures_at_any_time(native, tiny_model):
 
 
 def change_from_within(model):
-    """What a policy that changes the model it works for is told, and what comes of it."""
+    """Try to change the model from its own policy; returns the errors, and the slots after a later change."""
     found = []
 
     class Changes(policies.Lru):
@@ -217,7 +217,7 @@ def test_changes_from_within_are_refused(native, tiny_model):
 
 
 def listen(model):
-    """What a log callback saw that asks for figures, and for what fails, whenever something is logged."""
+    """Messages seen by a log callback that reads statistics, and makes a failing call, for each message."""
     import llama_cpp
 
     said, lib = [], None
@@ -229,7 +229,7 @@ def listen(model):
         figures, layer = lib.ffi.new("rotary_stats *"), lib.ffi.new("rotary_layer_stats *")
         assert lib.c.rotary_pool_stats(pool, figures) == 0
         if b"layer -1" in text:
-            lib.c.rotary_pool_layer_stats(pool, 999, layer)  # fails too, and is heard here
+            lib.c.rotary_pool_layer_stats(pool, 999, layer)  # fails too, and is logged here
         said.append(text.decode())
 
     llama = make(model, {"budget": "25%"})

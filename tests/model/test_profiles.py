@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Profiles: learnt by hand, written and read, and what a run that begins with one has."""
+"""Profiles: learning solved by hand, writing and reading, and runs that begin with a profile."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rotary_llamacpp.errors import RotaryError
+from rotary_llamacpp.native.pools import Pools
 from rotary_llamacpp.traces import profiles
 from tests.support.paged import assert_equal, make, paged_trace
 from tests.support.processes import apart
@@ -28,7 +29,7 @@ def test_learnt_by_hand():
     assert found.ranked(0) == [1, 2, 3] and found.ranked(1) == [4, 5, 6]
     both = profiles.learn([first, made([[[7, 1], [0, 1]]])])
     assert both.n_tokens == 3 and both.popularity[0, 1] == 1 and both.popularity[0, 7] == pytest.approx(1 / 3)
-    with pytest.raises(RotaryError, match="a profile is of one model"):
+    with pytest.raises(RotaryError, match="a profile is for one model"):
         profiles.learn([first, made([[[1, 2]]])])
 
 
@@ -96,6 +97,39 @@ def test_a_run_that_begins_with_one(native, tiny_model, stock_trace, tmp_path, s
     llama.close()
 
 
+def predictions_from_pairs(model, monkeypatch, n_before, again):
+    """What two tokens were predicted to want: how many, and how many rightly."""
+    prepare = Pools.prepare
+
+    def learn_and_prepare(pools):
+        pairs, [pool] = np.ones((16, 16), np.float32), pools._pools
+        pool.learn(0, np.ones(n_before, np.float32), None, 100)
+        pool.learn(1, pairs[0], pairs, 100)
+        pool.learn(1, pairs[0], pairs if again else None, 100)
+        prepare(pools)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pools, "prepare", learn_and_prepare)
+        llama = make(model, {"budget": "50%", "store": "direct", "prefetch": "transition"})
+    llama.eval([7])
+    llama.eval([10])  # routed to other experts than 7, in the first layer
+    stats = llama.rotary_stats()
+    llama.close()
+    assert stats["predictor"] == "transition"
+    return stats["predicted"], stats["predicted_right"]
+
+
+@pytest.mark.model
+def test_pairs_with_the_layer_before(native, synthetic, monkeypatch):
+    # They weigh only by the popularity of a layer of as many experts, and only as handed over last.
+    model = synthetic(layers=2)
+    learnt, *others = [
+        predictions_from_pairs(model, monkeypatch, n_before, again)
+        for n_before, again in ((16, True), (16, False), (64, True), (15, True))
+    ]
+    assert learnt[0] == 4 and others == [(0, 0)] * 3, (learnt, others)
+
+
 def first_tokens(model, path):
     llama = make(model, {"budget": "25%", "profile": path, "policy": "lru", "prefetch": False}, n_ubatch=16)
     llama.eval([7])
@@ -106,7 +140,7 @@ def first_tokens(model, path):
 
 @pytest.mark.model
 def test_the_first_token_hits(native, tiny_model, tmp_path):
-    # What the first token wants, as the profile of a run with it says.
+    # The profile comes from a run of the same model, so that it knows the first token's experts.
     from rotary_llamacpp import RotaryConfig
     from rotary_llamacpp.runtime.recording import record
 

@@ -29,7 +29,7 @@ def logits_of(path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Default test shape and its logits."""
+    """A model of the default shape, and its logits."""
     path = synth.synthesize(tmp_path_factory.mktemp("synth") / "small.gguf")
     return path, logits_of(path)
 
@@ -59,7 +59,7 @@ def test_fused_gate_up_loads(tmp_path):
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_k", "q6_k", "mxfp4", "bf16", "f16", "f32"])
 def test_blocks_have_the_asked_spread(kind):
-    """Judged by gguf's own dequantisation, which shares no code with the writer."""
+    """Measured with gguf's own dequantisation, which shares no code with the writer."""
     qtype = blocks.TYPES[kind]
     values = gguf.quants.dequantize(blocks.random_blocks(qtype, 2000, 0.02, np.random.default_rng(0)), qtype)
     assert values.std() == pytest.approx(0.02, rel=0.05)
@@ -84,7 +84,7 @@ def test_experts_all_differ(small):
 
 
 def test_wrong_expert_changes_logits(small, tmp_path):
-    """Exchange two experts of one layer's down matrix: what a pager that mixes up slots would compute."""
+    """Rotate the experts of one layer's down matrix, as if a pager mixed up slots."""
     path, logits = small
     data = bytearray(path.read_bytes())
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.2.ffn_down_exps.weight")
@@ -103,7 +103,7 @@ def test_shards_load_and_equal_the_whole(small, tmp_path):
     np.testing.assert_array_equal(logits_of(first), small[1])
 
 
-def test_every_shard_has_tensors(small):
+def test_every_shard_has_tensors():
     tensors = synth.Plan(synth.SHAPES["test"], "q4_0", 0, 0.0).tensors
     for shards in (1, 2, 7, len(tensors)):
         parts = synth.split_evenly(tensors, shards)
@@ -136,7 +136,7 @@ def test_strength_grows_with_the_target():
 
 
 def test_overlap_and_lru_by_hand():
-    # One layer, two experts per token: {0,1} {1,2} {1,2} {3,0}. Shared with the one before: 1, 2, 0 of 2.
+    # One layer, two experts per token: {0,1} {1,2} {1,2} {3,0}. Shared with the token before: 1, 2, 0 of 2.
     trace = np.array([[[0, 1]], [[1, 2]], [[1, 2]], [[3, 0]]])
     assert routing.overlap(trace) == pytest.approx(0.5)
     assert routing.overlap(trace, 2) == pytest.approx(0.25)

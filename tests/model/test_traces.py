@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Routing traces: recorded, written, read, refused; replayed, against the run, by hand and by brute force."""
+"""Routing traces: recording, writing, reading; replays compared with the run, by hand and by brute force."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_recorded(recorded):
 @pytest.mark.parametrize("policy", ["lru", "lfu", "s3fifo", "arc", "recall"])
 @pytest.mark.parametrize("split", ["adaptive", "even"])
 def test_the_replay_is_the_run(native, tiny_model, policy, split):
-    # A prompt of one token: every lookup is one token's, in the run and in the replay.
+    # The prompt is one token, so that every lookup is for one token, in the run as in the replay.
     config = RotaryConfig(**CONFIG, policy=policy, split=split)
     found = record(str(tiny_model), [""], 60, config, temp=0.8, seed=3, n_ctx=256)
     slots = simulation.slots_for(found, 0.25)
@@ -83,7 +83,7 @@ def test_recording_changes_nothing(tiny_model, exact, monkeypatch, budget):
 
 
 def fails_at(monkeypatch, n, error):
-    """Let the model's n-th evaluation fail."""
+    """Make the model's n-th evaluation raise `error`."""
     evaluate, calls = Llama.eval, itertools.count(1)
 
     def failing(self, tokens):
@@ -109,7 +109,7 @@ def test_all_prompts_are_checked_before_one_is_computed(native, tiny_model, monk
     ],
 )  # fmt: skip
 def test_what_was_recorded_is_kept_when_a_later_prompt_fails(native, tiny_model, monkeypatch, error):
-    # The first prompt is a graph of its tokens and two more; the second's second token fails.
+    # A prompt takes three graphs, one for its tokens and two for decode: the second prompt's last one fails.
     fails_at(monkeypatch, 6, error)
     found = record(str(tiny_model), ["The whale", "The", "In"], 2, RotaryConfig(**CONFIG), temp=0, n_ctx=64)
     assert set(found.sequence) == {0, 1} and found.about["prompts"] == 2
@@ -252,7 +252,7 @@ def test_damaged_files(recorded, tmp_path):
 
 
 def wrong_arrays():
-    """What changes an archive's arrays so that it is none any more, by what is wrong."""
+    """Functions that spoil an archive's arrays, with the name of the damage."""
     yield "complex experts", lambda arrays: arrays.update(experts=arrays["experts"].astype(complex))
     yield "dates", lambda arrays: arrays.update(sequence=arrays["sequence"].astype("M8[s]"))
     yield "layers in rows", lambda arrays: arrays.update(layer=arrays["layer"][:, None])
@@ -306,12 +306,12 @@ def test_real_csv(shared_trace):
 
 
 def test_belady_is_the_best(native):
-    # Against every sequence of choices: 4 experts, 2 slots, one of which may be used and freed at once.
+    # Compared with all sequences of choices: 4 experts, 2 slots; an expert may leave right after its use.
     rng = np.random.default_rng(1)
     for _ in range(20):
         requests = rng.integers(0, 4, 9).tolist()
         trace = made([[[expert]] for expert in requests])
-        kept, fewest = {frozenset(): 0}, None
+        kept = {frozenset(): 0}
         for expert in requests:
             after = {}
             for there, misses in kept.items():
@@ -328,16 +328,16 @@ def test_belady_is_the_best(native):
 
 
 class Knows(PrefetchPolicy):
-    """Names expert 1 for layer 1."""
+    """A predictor that always names expert 1."""
 
     def name(self, layer, ahead, n):
         return [1]
 
 
 def test_time_by_hand(native):
-    # Two layers of 1000 and 2000 bytes, a link of 10 bytes/us, 100 us of computing a token: 50 a layer.
+    # Two layers with experts of 1000 and 2000 bytes, a link of 10 bytes/us, 50 us to compute each layer.
     # Token 1: layer 0 waits 100 + 5, computes 50; layer 1 waits 200 + 5, computes 50: 410 us, 310 of waiting.
-    # With expert 1 named for layer 1, 500 bytes come meanwhile: it waits 150 + 5. Token 2 waits for nothing.
+    # With expert 1 named for layer 1, 500 bytes arrive meanwhile: it waits 150 + 5. Token 2 does not wait.
     trace = made([[[0], [1]], [[0], [1]]], sizes=(1000, 2000))
     link = simulation.Link(bytes_per_us=10, compute_us=100, latency_us=5)
     plain = simulation.replay(trace, "lru", [2, 2], link)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The library's own logic, through its C API or compiled alone: no model, or hardly one."""
+"""The library's own logic, through its C API or compiled alone, mostly without a model."""

@@ -54,11 +54,7 @@ struct threads_team {
     int32_t rank() const { return my_rank; }
     int32_t size() const { return at.size; }
     void    sync() const { at.meet(false, 0, -1); }
-    void    raise(int64_t * value, int64_t to) const {
-        const std::lock_guard<std::mutex> lock(at.mutex);
-        *value = *value < to ? to : *value;
-    }
-    void add(int32_t * value, int32_t by) const {
+    void    add(int32_t * value, int32_t by) const {
         const std::lock_guard<std::mutex> lock(at.mutex);
         *value += by;
     }
@@ -83,7 +79,7 @@ struct threads_team {
 struct table {
     std::vector<int64_t> memory;
     rotary_page_state    state = {};
-    rotary_page_table    its;
+    rotary_page_table    arrays;
 };
 
 } // namespace
@@ -110,12 +106,12 @@ template <typename What> static void as_team(int32_t n_threads, const What & wha
 EXPORT table * table_new(int32_t n_expert, int32_t n_slots, int32_t n_pieces) {
     auto * made = new table;
     made->memory.resize(rotary_page_table_bytes(n_expert, n_slots) / sizeof(int64_t) + 1);
-    made->its = rotary_page_table_at(made->memory.data(), &made->state, n_expert, n_slots, n_pieces);
+    made->arrays = rotary_page_table_at(made->memory.data(), &made->state, n_expert, n_slots, n_pieces);
     for (int32_t i = 0; i < n_expert; i++) {
-        made->its.slot_of[i] = -1;
+        made->arrays.slot_of[i] = -1;
     }
     for (int32_t i = 0; i < n_slots; i++) {
-        made->its.expert_of[i] = -1;
+        made->arrays.expert_of[i] = -1;
     }
     return made;
 }
@@ -128,30 +124,30 @@ EXPORT void table_free(table * made) {
 // Returns the number of pages, -1 if the lookup was refused.
 EXPORT int32_t table_resolve(table * made, const int32_t * ids, int32_t n_used, int32_t n_tokens, int32_t stride,
                              int32_t n_threads, int32_t * slot_ids, int32_t * pages) {
-    const rotary_page_ids its     = { (const char *) ids, n_used, n_tokens, sizeof(int32_t),
+    const rotary_page_ids all_ids = { (const char *) ids, n_used, n_tokens, sizeof(int32_t),
                                       (int64_t) sizeof(int32_t) * stride };
     const uint64_t        refused = made->state.refused;
-    as_team(n_threads, [&](const auto & team) { rotary_page_resolve(team, made->its, its, slot_ids); });
-    memcpy(pages, made->its.pages, sizeof(rotary_page) * made->state.n_pages);
+    as_team(n_threads, [&](const auto & team) { rotary_page_resolve(team, made->arrays, all_ids, slot_ids); });
+    memcpy(pages, made->arrays.pages, sizeof(rotary_page) * made->state.n_pages);
     return made->state.refused != refused ? -1 : made->state.n_pages;
 }
 
 // scores[n_tokens][n_expert] of the next lookup. ahead: pages to prefetch, laid out like pages. Returns their number.
-EXPORT int32_t table_foretell(table * made, const float * scores, int32_t n_tokens, int32_t n_used, int32_t n_threads,
-                              int32_t * ahead) {
-    as_team(n_threads, [&](const auto & team) { rotary_page_predict(team, made->its, scores, n_tokens, n_used); });
-    memcpy(ahead, made->its.prefetches, sizeof(rotary_page) * made->state.n_prefetches);
+EXPORT int32_t table_predict(table * made, const float * scores, int32_t n_tokens, int32_t n_used, int32_t n_threads,
+                             int32_t * ahead) {
+    as_team(n_threads, [&](const auto & team) { rotary_page_predict(team, made->arrays, scores, n_tokens, n_used); });
+    memcpy(ahead, made->arrays.prefetches, sizeof(rotary_page) * made->state.n_prefetches);
     return made->state.n_prefetches;
 }
 
 // Set the number of prefetched pieces that have been copied; it may exceed those there are.
-EXPORT void table_land(table * made, uint32_t n_pieces) {
-    made->state.taken = n_pieces;
+EXPORT void table_arrive(table * made, uint32_t n_pieces) {
+    made->state.n_begun = n_pieces;
 }
 
-EXPORT void table_settle(table * made, int32_t n_threads) {
+EXPORT void table_commit(table * made, int32_t n_threads) {
     as_team(n_threads, [&](const auto & team) {
-        rotary_page_commit(team, made->its, -1);
+        rotary_page_commit(team, made->arrays, -1);
         team.sync();
         if (team.rank() == 0) {
             made->state.n_prefetches = made->state.n_predicted = 0;

@@ -6,44 +6,44 @@
 
 extern "C" {
 
-rotary::prefetch_gain * experience_new() {
+rotary::prefetch_gain * prefetch_gain_new() {
     return new rotary::prefetch_gain;
 }
 
-void experience_free(rotary::prefetch_gain * its) {
-    delete its;
+void prefetch_gain_free(rotary::prefetch_gain * gain) {
+    delete gain;
 }
 
-void experience_learn(rotary::prefetch_gain * its, int distance, int rank, bool right) {
-    its->learn(distance, rank, right);
+void prefetch_gain_learn(rotary::prefetch_gain * gain, int distance, int rank, bool right) {
+    gain->learn(distance, rank, right);
 }
 
-bool experience_trusts(rotary::prefetch_gain * its, int distance, int rank) {
-    return its->trusts(distance, rank);
+bool prefetch_gain_trusts(rotary::prefetch_gain * gain, int distance, int rank) {
+    return gain->trusts(distance, rank);
 }
 
-void experience_count_read(rotary::prefetch_gain * its, size_t bytes) {
-    its->count_read(bytes);
+void prefetch_gain_count_read(rotary::prefetch_gain * gain, size_t bytes) {
+    gain->count_read(bytes);
 }
 
-void experience_count_layer(rotary::prefetch_gain * its, double us) {
-    its->count_layer(us);
+void prefetch_gain_count_layer(rotary::prefetch_gain * gain, double us) {
+    gain->count_layer(us);
 }
 
-double experience_layer_us(rotary::prefetch_gain * its) {
-    return its->layer_us();
+double prefetch_gain_layer_us(rotary::prefetch_gain * gain) {
+    return gain->layer_us();
 }
 
-int experience_depth(rotary::prefetch_gain * its, size_t window) {
-    return its->depth(window);
+int prefetch_gain_depth(rotary::prefetch_gain * gain, size_t window) {
+    return gain->depth(window);
 }
 
-void experience_count(rotary::prefetch_gain * its, double gain_us, double cost_us) {
-    its->count_gain(gain_us);
-    its->count_cost(cost_us);
+void prefetch_gain_count(rotary::prefetch_gain * gain, double gain_us, double cost_us) {
+    gain->count_gain(gain_us);
+    gain->count_cost(cost_us);
 }
 
-bool experience_pays(rotary::prefetch_gain * its) {
-    return its->pays();
+bool prefetch_gain_pays(rotary::prefetch_gain * gain) {
+    return gain->pays();
 }
 }

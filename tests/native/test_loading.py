@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Loading: what is refused, by name and in one line, before it can do harm. Errors and devices of the C
-API."""
+"""Loading: unsuitable libraries are refused by name, in one line. Errors and devices of the C API."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ OTHER_MACHINE = {"x86_64": 183}.get(platform.machine(), 62)  # aarch64, or x86_6
 
 
 def refused(path, kind):
-    """Text of the refusal."""
+    """Load a library that must be refused; returns the text of the error."""
     with pytest.raises(kind) as caught:
         _native.Library(path)
     text = str(caught.value)
@@ -34,7 +33,7 @@ def refused(path, kind):
 
 @pytest.fixture
 def patched(native, tmp_path):
-    """A copy of the library with some bytes replaced by others of the same length."""
+    """Make a copy of the library with some bytes replaced by others of the same length."""
 
     def make(old: bytes, new: bytes) -> Path:
         data = native.path.read_bytes()
@@ -46,7 +45,7 @@ def patched(native, tmp_path):
     return make
 
 
-def test_missing(tmp_path):
+def test_missing():
     assert "no/such.so" in refused(Path("no/such.so"), LibraryError)
 
 
@@ -69,7 +68,7 @@ def test_built_for_another_cpu(native, tmp_path):
 
 @pytest.mark.parametrize("uname", ["aarch64", "loongarch64", "riscv64", ""])
 def test_uname_decides_nothing(native, monkeypatch, uname):
-    """A 64-bit kernel under 32-bit programs names the kernel's machine, and new machines have new names."""
+    """Under 32-bit programs a 64-bit kernel reports its own machine, and new machines have new names."""
     monkeypatch.setattr(platform, "machine", lambda: uname)
     machine.check_library_machine(native.path)
 
@@ -109,7 +108,7 @@ def test_another_struct(native, monkeypatch):
     assert "rotary_stats" in refused(native.path, VersionError)
 
 
-# What the trial in a child meets there, in place of ggml's own function.
+# Bodies of the function that replaces ggml's own in the child where the library tries the CPU backend.
 TRIALS = {
     "illegal": "raise(SIGILL); return 0;",
     "killed": "raise(SIGKILL); return 0;",
@@ -119,7 +118,7 @@ TRIALS = {
 
 @pytest.fixture
 def trial(native, tmp_path):
-    """Loads the library in a process where the trial runs `body`, no graph; the last line printed."""
+    """Load the library in a process whose trial runs `body` instead of a graph; returns the last line."""
 
     compute = "int ggml_backend_graph_compute(void * backend, void * graph)"
 
@@ -148,7 +147,7 @@ def test_a_processor_that_llama_cpp_was_not_built_for(trial):
 
 
 def test_only_the_child_runs_the_cpu_backend(trial):
-    """The CPU backend's first call fills tables, with whatever instructions it was compiled to use."""
+    """The CPU backend's first call fills tables, with any instructions that it was compiled to use."""
     text = trial(TRIALS["illegal"], function="void * ggml_backend_cpu_reg(void)")
     assert "illegal instruction" in text
 
@@ -163,7 +162,7 @@ def test_a_trial_that_proves_nothing_refuses_nothing(trial, how):
 
 
 def test_no_child_to_try_in(trial):
-    """Children that are waited for by the system leave no exit status."""
+    """With SIGCHLD ignored, the system reaps children, and they leave no exit status."""
     ignore = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
     assert trial(TRIALS["failed"], ignore).endswith(" devices")
 

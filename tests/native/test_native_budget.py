@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Division of a budget into slots, through cffi: cases solved by hand, properties over random layers, and the
-two readers of budget texts (the library's and RotaryConfig's) taking each other's words."""
+"""Division of a budget into slots, through cffi: cases solved by hand, properties over random layers, and
+agreement of the two readers of budget texts, the library's and RotaryConfig's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def divide(native, budget, layers, free_bytes=0):
 @pytest.mark.parametrize(
     ("budget", "slots", "n_bytes"),
     [
-        # Three layers of 8 experts, 10 bytes each, 2 used: 240 bytes in all, 60 at least.
+        # Three layers of 8 experts of 10 bytes, 2 used: 240 bytes in all, 60 at least.
         ("min", [2, 2, 2], 60),
         ("25%", [2, 2, 2], 60),
         ("100%", [8, 8, 8], 240),
@@ -50,8 +50,8 @@ def test_by_hand(native, budget, slots, n_bytes):
 
 
 def test_layers_of_different_sizes(native):
-    # Experts of 10 and of 30 bytes, 4 of each, 1 used. 100 bytes: one each (40), a second each (80), and the
-    # 20 left hold two more of the small ones and none of the large.
+    # Layers with 4 experts of 10 and of 30 bytes, 1 used. Of 100 bytes, one slot each takes 40, a second each
+    # 80, and the remaining 20 hold two more small experts.
     assert divide(native, "100", [(10, 4, 1), (30, 4, 1)])[1] == [4, 2]
 
 
@@ -107,7 +107,7 @@ OFF = ["0", "0%", "0.0", ".0", "0.00%", "0 slots", "0GiB", "off", "none"]
 
 @pytest.mark.parametrize("text", ACCEPTED)
 def test_both_readers_accept(native, text):
-    for size, least in ((1, 0), (1 << 20, ERR_BUDGET)):  # to the byte, and for sizes of many
+    for size, least in ((1, 0), (1 << 20, ERR_BUDGET)):  # of one byte, and of many
         layers = [(size, 1 << 20, 1)]
         ours = divide(native, text, layers, 5)
         assert ours[0] in (0, least), native.last_error()
@@ -123,7 +123,7 @@ def test_both_readers_refuse(native, text):
 
 @pytest.mark.parametrize("text", OFF)
 def test_both_readers_turn_it_off(native, text):
-    # A pool that is off has nothing to divide, which is no error of the text: its words differ.
+    # A pool that is off has nothing to divide; the text is not at fault, and the message differs.
     assert divide(native, text, [(1, 8, 1)])[0] == ERR_ARG
     assert "not understood" not in native.last_error()
     assert RotaryConfig.from_any(text) is None
@@ -149,7 +149,7 @@ def _divided_with_a_decimal_comma():
 
 
 def test_numbers_have_a_point_in_every_language(native, tmp_path):
-    # A program with windows sets the user's language, whose numbers may have a comma.
+    # Graphical programs set the user's locale, whose numbers may have a decimal comma.
     localedef = shutil.which("localedef")
     made = localedef and subprocess.run(
         [localedef, "--no-archive", "-i", "de_DE", "-f", "UTF-8", tmp_path / "xx"], capture_output=True

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The page table that a device resolves itself (native/src/cache/page_table.h): request by request as the
-slot table."""
+"""The page table that a device resolves itself (native/src/cache/page_table.h) agrees with the slot table."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ class PageTable:
         self.host.table_free(self.table)
 
     def resolve(self, ids, n_threads=1, stride=None):
-        """As test_slots.Table: slot of each id and loads as (expert, slot, first piece); None if refused."""
+        """Slot of each id, and loads as (expert, slot, first piece); None if refused."""
         ids = np.atleast_2d(np.asarray(ids, np.int32))
         n_tokens, n_used = ids.shape
         padded = np.full((n_tokens, stride or n_used), -7, np.int32)
@@ -56,16 +55,16 @@ class PageTable:
         return slot_ids.tolist(), [tuple(page) for page in self.pages[:n].tolist()]
 
     def predict(self, scores, n_used, n_threads=1):
-        """The experts, and slots, that are to be copied ahead for the best of scores[n_tokens, n_expert]."""
+        """Prefetches as (expert, slot) for the best of scores[n_tokens, n_expert]."""
         scores = np.ascontiguousarray(scores, np.float32)
-        n = self.host.table_foretell(self.table, at(scores), len(scores), n_used, n_threads, at(self.pages))
+        n = self.host.table_predict(self.table, at(scores), len(scores), n_used, n_threads, at(self.pages))
         return [tuple(page[:2]) for page in self.pages[:n].tolist()]
 
     def deliver(self, n_pieces):
-        self.host.table_land(self.table, n_pieces)
+        self.host.table_arrive(self.table, n_pieces)
 
     def commit(self, n_threads=1):
-        self.host.table_settle(self.table, n_threads)
+        self.host.table_commit(self.table, n_threads)
 
     def counters(self):
         values = (ctypes.c_int64 * len(COUNTERS))()
@@ -74,7 +73,7 @@ class PageTable:
 
 
 def some_tables(native, host, seed):
-    """A generator, both kinds of table of one size, and what is expected to be counted so far."""
+    """A generator, a page table and a slot table of the same size, and the expected counters, all 0."""
     rng = np.random.default_rng(seed)
     n_expert = int(rng.integers(2, 40))
     n_slots = int(rng.integers(1, n_expert + 1))
@@ -113,7 +112,7 @@ def test_agrees_with_the_slot_table(native, host, seed, n_threads):
 
 
 def best_first(scores, n_used):
-    """The experts that rank among the n_used best for some token: rank by rank, token by token."""
+    """Experts among the n_used best of any token, ordered by rank, then by token."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :n_used]
     return list(dict.fromkeys(order.T.ravel().tolist()))
 
@@ -124,7 +123,7 @@ def test_predictions_agree_with_reservations(native, host, seed, n_threads):
     rng, pages, table, expected = some_tables(native, host, seed)
     n_expert, n_slots = table.n_expert, table.n_slots
     for request in range(400 if n_threads == 1 else 60):
-        # What is predicted: reserved one after the other, as long as there is a slot for it.
+        # Predicted experts are reserved one after the other, as long as there are slots.
         n_used, n_tokens = int(rng.integers(1, n_expert + 1)), int(rng.integers(1, 5))
         scores = rng.normal(size=(n_tokens, n_expert)).round(1).astype(np.float32)  # with ties
         predicted = best_first(scores, n_used) if rng.integers(4) else []
@@ -146,11 +145,11 @@ def test_predictions_agree_with_reservations(native, host, seed, n_threads):
         expected["predicted"] += len(predicted)
         expected["prefetched"] += len(ahead)
 
-        # The lookup: what it does not want is there, as the first to leave, if it has come whole.
+        # At the lookup, an unwanted prefetch becomes resident, as the first to be evicted, if it is complete.
         ids = rng.integers(0, n_expert, (n_tokens, min(n_used, 4))).tolist()
         wanted = {expert for row in ids for expert in row}
         refused = len(wanted) > n_slots
-        committed = rng.integers(8) == 0  # by the host, which takes the table
+        committed = rng.integers(8) == 0  # by the host, when it takes the table
         for expert, _ in ahead:
             if expert not in wanted or refused or committed:
                 assert table.end(expert, pieces[expert] == N_PIECES) == 0
@@ -183,7 +182,7 @@ def test_predictions_agree_with_reservations(native, host, seed, n_threads):
 
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_what_was_predicted_for_nothing(host, n_threads):
-    # Lookups that never come: what is on its way for them is committed when the next one is predicted.
+    # Prefetches for lookups that never come are committed when the next lookup is predicted.
     pages = PageTable(host, 32, 8)
     rng = np.random.default_rng(0)
     for _ in range(50):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Eviction policies: hand-solved traces; native ones and those in Python, by request and in a model."""
+"""Eviction policies: hand-solved traces; native and Python policies agree, by request and in a model."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def evictions(native, policy, n_slots, requests, n_expert=8):
     return found
 
 
-# 3 slots, requests one by one; 0 1 2 fill them, and 0 is asked for again.
-#   lru      3 takes 1, the oldest; 4 takes 2; 0 is there; then 3 is the oldest, for 1
-#   lfu      0 has two uses: 3 takes 1, the older of the others; 4 takes 2; 1 takes 3, older than 4
-#   sieve    0 is marked: 3 passes it and takes 1; the hand is at 2: 4 takes it; 1 takes 3, behind it
-#   s3fifo   the small queue is longer than its 1; one use since it came does not keep 0: 3 takes it, 4
-#            takes 1; 0, remembered, comes into the main queue, for 2, and so does 1, for 3, the oldest small
-#   arc      3 takes 1, the oldest used once; 4 takes 2; 1, remembered, gives the first kind a slot more, but
-#            it has two: 3 leaves
+# 3 slots and single requests: 0 1 2 fill the slots, and 0 is requested again.
+#   lru      3 evicts 1, the oldest; 4 evicts 2; 0 hits; 1 evicts 3, then the oldest
+#   lfu      0 has two uses: 3 evicts 1, the older of the others; 4 evicts 2; 1 evicts 3, older than 4
+#   sieve    0 is marked: 3 passes it and evicts 1; the hand is at 2, which 4 evicts; 1 evicts 3, behind it
+#   s3fifo   the small queue exceeds its 1 slot, and one use since it came does not keep 0: 3 evicts 0, 4
+#            evicts 1; 0, remembered, enters the main queue and evicts 2; so does 1 and evicts 3, oldest small
+#   arc      3 evicts 1, the oldest used once; 4 evicts 2; 1, remembered, raises the target of the experts
+#            used once by a slot, but these have two: 3 is evicted
 HAND = {
     "lru": [None, None, None, None, 1, 2, None, 3],
     "lfu": [None, None, None, None, 1, 2, None, 3],
@@ -60,8 +60,8 @@ def test_weights_count(native):
 
 
 def test_recall(native):
-    # Layer 1 goes 6 4 7 5, again and again, in two slots; frequency and recency say: keep what was last. What
-    # followed the tokens like this one says: keep what comes next.
+    # Layer 1 repeats 6 4 7 5 in two slots. Frequency and recency keep the last experts; recall keeps those
+    # that followed similar tokens.
     def hits(policy):
         cache = _replay.Cache(native, policy, 8, [8, 2])
         n_hits = 0
@@ -106,7 +106,7 @@ def test_native_and_python_agree(native, name, seed):
 
 @pytest.mark.parametrize("name", policies.NATIVE)
 def test_one_tokens_slots_are_enough_to_hit(native, name):
-    # As many slots as a token uses, in several layers: what stays the same is never paged in again.
+    # With as many slots as a token uses, in several layers, experts that stay the same are paged in once.
     cache = _replay.Cache(native, name, 64, [4] * 5)
     for token in range(50):
         for layer in range(5):
@@ -148,22 +148,9 @@ def test_in_a_model(native, tiny_model, name):
         assert native_one[figure] == python[figure] > 0, figure
 
 
-class Broken(policies.Lru):
-    def choose(self, candidates):
-        raise LookupError("no idea")
-
-
 class Nonsense(policies.Lru):
     def choose(self, candidates):
         return -5
-
-
-@pytest.mark.model
-def test_a_policy_that_fails_is_heard_of(native, tiny_model):
-    llama = make(tiny_model, {"budget": "min", "policy": Broken})
-    with pytest.raises(LookupError, match="no idea"):
-        llama.create_completion("In the beginning", max_tokens=8)
-    llama.close()
 
 
 def test_a_choice_that_is_none(native):
@@ -185,3 +172,12 @@ def test_unknown_policies(native):
     with pytest.raises(RotaryError, match="policy 'mru': not known; give one of auto, lru, "):
         RotaryConfig(policy="mru")
     assert native.text(native.c.rotary_policy_names()) == ",".join(policies.NATIVE)
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_unknown_layers(native, layer):
+    cache, slot_ids, loads = _replay.Cache(native, "lru", 8, [2, 2]), [0], native.ffi.new("rotary_load[]", 2)
+    resolve, status = native.c.rotary_cache_resolve, native.c.ROTARY_ERR_ARG
+    assert resolve(cache._cache, layer, [0], native.ffi.NULL, 1, 1, slot_ids, loads) == status
+    with pytest.raises(RotaryError, match=r"a row wants .* experts that do not exist"):
+        cache.replay(np.array([layer], np.int32), row(0))

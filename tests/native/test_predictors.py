@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Predictors of what the next layers want: hand-solved; native ones and those in Python, call by call and in
-a model; one's own; what stands in for routers that cannot be applied early."""
+"""Predictors: hand-solved predictions; native and Python predictors agree, by call and in a model;
+user-defined ones; the fallback for routers that cannot be applied early."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rotary_llamacpp import RotaryConfig, predictors
 from rotary_llamacpp.errors import RotaryError
 from rotary_llamacpp.native import replay as _replay
 from rotary_llamacpp.traces import profiles
-from tests.support.paged import assert_equal, make, notices, paged_trace
+from tests.support.paged import assert_equal, notices, paged_trace
 
 DIRECT = {"budget": "min", "store": "direct", "repack": False}
 PLAIN = {"use_extra_bufts": False}
@@ -26,12 +26,12 @@ def pair(native, name, n_layers, n_expert, n_used):
 
 # Two layers of 8 experts, 2 used; three tokens, as [layer 0, layer 1].
 TOKENS = [([0, 1], [4, 5]), ([0, 2], [4, 6]), ([3, 1], [7, 5])]
-# Then layer 0 of a fourth token chooses 0 and 3. What will layer 1 choose?
-#   previous    7 5, as it did last, in that order
-#   popular     4 and 5 twice, 5 the later; then 6 and 7, the later the more
-#   transition  of 0's two uses and this one 4 twice, 5 and 6 once, of 3 + 1; of 3's one and this 7 and 5
-#               once, of 2 + 1: 5 1/4 + 1/3, 4 1/2, 7 1/3, 6 1/4
-#   similar     each token before shares one of two with it: 4 and 5 by two, 6 and 7 by one; then by number
+# Then layer 0 of a fourth token chooses 0 and 3. Predictions for layer 1:
+#   previous    7 5, the last choice in its order
+#   popular     4 and 5 twice, 5 more recently; then 7 and 6, the more recent first
+#   transition  0 has 3 uses with this one, followed by 4 twice, 5 and 6 once, of 3 + 1; 3 has 2 uses,
+#               followed by 7 and 5 once, of 2 + 1: 5 has 1/4 + 1/3, 4 1/2, 7 1/3, 6 1/4
+#   similar     each earlier token shares one of two experts: 4 and 5 score two, 6 and 7 one; then by number
 HAND = {"previous": [7, 5], "popular": [5, 4, 7, 6], "transition": [5, 4, 7, 6], "similar": [4, 5, 6, 7]}
 
 
@@ -102,7 +102,7 @@ def test_real_routing(native, shared_trace, name, which):
 
 
 def test_profiles_are_begun_with(native):
-    # Nothing seen yet: 1 of layer 0 is said to be followed by 6.
+    # No token was seen; the profile says that 1 in layer 0 is followed by 6.
     pairs = np.zeros((1, 8, 8), np.float16)
     pairs[0, 1, 6] = 0.75
     profile = profiles.Profile([0, 1], np.full((2, 8), 0.25, np.float32), pairs, 40, {})
@@ -145,7 +145,7 @@ def test_routers_are_the_default(native, tiny_model):
 @pytest.mark.model
 @pytest.mark.parametrize("prefetch", ["auto", "router"])
 def test_routers_that_cannot_be_read(synthetic, exact, prefetch):
-    # A quantised router lies in the CPU's repacked layout, which nobody can read: announced, and right.
+    # The CPU repacks a quantised router, which then cannot be read: announced, and logits are right.
     model = synthetic(type="q4_0", routers="q4_0")
     stats = exact(model, 40, {"budget": "min", "store": "direct", "prefetch": prefetch}, 40)
     [notice] = notices(stats)
@@ -176,7 +176,7 @@ def test_a_profile_is_learnt_from(native, tiny_model, tmp_path):
             named[-1].append(super().name(layer, ahead, n))
             return named[-1][-1]
 
-    # The first token that is predicted for. How many later ones are is decided by what predicting costs here.
+    # One token only: whether later tokens are predicted depends on the measured cost of predictions.
     right = {}
     for profile in ("off", str(tmp_path / "a.profile")):
         for prefetch in ("transition", Watched):
@@ -191,25 +191,12 @@ def test_a_profile_is_learnt_from(native, tiny_model, tmp_path):
         assert right[str(tmp_path / "a.profile"), prefetch] > right["off", prefetch]
 
 
-# ---- one's own
-
-
-class Broken(predictors.Previous):
-    def name(self, layer, ahead, n):
-        raise LookupError("no idea")
+# ---- user-defined
 
 
 class Nonsense(predictors.Previous):
     def name(self, layer, ahead, n):
         return [-1, 999, *range(100)]
-
-
-@pytest.mark.model
-def test_a_predictor_that_fails_is_heard_of(native, tiny_model):
-    llama = make(tiny_model, {**DIRECT, "prefetch": Broken})
-    with pytest.raises(LookupError, match="no idea"):
-        llama.create_completion("In the beginning", max_tokens=8)
-    llama.close()
 
 
 @pytest.mark.model

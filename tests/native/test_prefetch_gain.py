@@ -16,20 +16,20 @@ MIB = 1 << 20
 def library(tmp_path_factory):
     """prefetch_gain_host.cpp, compiled."""
     loaded = pure_logic(tmp_path_factory.mktemp("gain"), "native/prefetch_gain_host.cpp", "prefetch/gain.cpp")
-    loaded.experience_new.restype = ctypes.c_void_p
-    loaded.experience_layer_us.restype = ctypes.c_double
+    loaded.prefetch_gain_new.restype = ctypes.c_void_p
+    loaded.prefetch_gain_layer_us.restype = ctypes.c_double
     for name in ("trusts", "pays"):
-        getattr(loaded, f"experience_{name}").restype = ctypes.c_bool
+        getattr(loaded, f"prefetch_gain_{name}").restype = ctypes.c_bool
     return loaded
 
 
 class Gain:
     def __init__(self, library):
         self.library = library
-        self.pointer = ctypes.c_void_p(library.experience_new())
+        self.pointer = ctypes.c_void_p(library.prefetch_gain_new())
 
     def __getattr__(self, name):
-        return lambda *args: getattr(self.library, f"experience_{name}")(self.pointer, *args)
+        return lambda *args: getattr(self.library, f"prefetch_gain_{name}")(self.pointer, *args)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The slot table through cffi: a trace solved by hand, then a Python model of it, request by request."""
+"""The slot table through cffi: a trace solved by hand, then agreement with a Python model, by request."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Table:
 
 
 class ReferenceLru:
-    """Least recently used, the plain way: experts in order of last use, a free slot being None."""
+    """A plain model of the table: resident experts in order of last use, and reserved ones."""
 
     def __init__(self, n_slots):
         self.n_slots = n_slots
         self.order = []
-        self.reserved = {}  # expert -> who left for it, if anybody
+        self.reserved = set()
 
     def full(self):
         return len(self.order) + len(self.reserved) == self.n_slots
@@ -54,18 +54,18 @@ class ReferenceLru:
             if victim is None:
                 return False
             self.order.remove(victim)
-        self.reserved[expert] = True
+        self.reserved.add(expert)
         return True
 
     def end(self, expert, resident):
-        del self.reserved[expert]
+        self.reserved.remove(expert)
         if resident:
             self.order.insert(0, expert)
 
     def resolve(self, ids):
         """Experts to load and those evicted for them, or None if there are too many."""
         wanted = set(ids)
-        if len(wanted) > self.n_slots - len(self.reserved.keys() - wanted):
+        if len(wanted) > self.n_slots - len(self.reserved - wanted):
             return None
         loads, evicted = [], []
         for expert in ids:
@@ -74,7 +74,7 @@ class ReferenceLru:
             else:
                 loads.append(expert)
                 if expert in self.reserved:
-                    del self.reserved[expert]
+                    self.reserved.remove(expert)
                 elif self.full():
                     victim = next(old for old in self.order if old not in wanted)
                     self.order.remove(victim)
@@ -89,7 +89,7 @@ def test_hand_solved_trace(native):
     #   [2 0]   loads 2->slot 2, 0 hits             order 1 2 0
     #   [3]     evicts 1, which slot 1 had          order 2 0 3
     #   [2 4 2] 2 hits, 4 evicts 0 (slot 0)         order 3 4 2
-    #   [3 0]   3 hits; 0 evicts 4, as 3 is held    order 2 3 0
+    #   [3 0]   3 hits; 0 evicts 4, since 3 is held order 2 3 0
     table = Table(native, 5, 3)
     assert table.resolve([0, 1]) == ([0, 1], [(0, 0, -1), (1, 1, -1)])
     assert table.resolve([2, 0]) == ([2, 0], [(2, 2, -1)])

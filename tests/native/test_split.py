@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Slots that move between layers: where to, how many, and what a model computes meanwhile."""
+"""Slots that move between layers: to which layers, how many, and that logits stay the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def token(*rows):
 
 
 def run(native, layers, n_slots, n_tokens, least, policy="lru", n_expert=32):
-    """A cache after `n_tokens`; layers[il](t) are the experts that a layer uses for token t."""
+    """A cache after `n_tokens` tokens; layers[il](t) are the experts that layer il uses for token t."""
     cache = _replay.Cache(native, policy, n_expert, n_slots, least)
     for t in range(n_tokens):
         for layer, ids in enumerate(token(*(choose(t) for choose in layers))):
@@ -36,14 +36,14 @@ def narrow(t):
 
 
 def wide(t):
-    """Of twelve experts any two, the same seldom after another."""
+    """Two of twelve experts, seldom the same for successive tokens."""
     return [(5 * t) % 12, (5 * t + 1 + t // 12) % 12]
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "s3fifo", "arc", "recall"])
 def test_slots_move_to_where_they_serve(native, policy):
-    # Two layers that want the same two experts each time have use for two of their eight slots; one that
-    # wants twelve has use for twelve.
+    # Layers that always want the same two experts need two of their eight slots; one that wants twelve needs
+    # twelve.
     cache = run(native, [narrow, wide, narrow], [8, 8, 8], 200, least=2, policy=policy)
     slots = cache.slots()
     assert sum(slots) == 24 and slots[1] >= 12 and min(slots) >= 4
@@ -57,7 +57,7 @@ def test_what_is_alike_keeps_its_slots(native):
 
 
 def test_bounds(native):
-    # Never below one token's demand, nor half of the even share, nor above twice that.
+    # Never below one token's demand or half of the even share, nor above twice the even share.
     assert run(native, [narrow, wide, narrow], [3, 3, 3], 400, least=2).slots() == [2, 5, 2]
     assert run(native, [narrow, wide, narrow], [5, 5, 5], 400, least=4).slots() == [4, 7, 4]
     full = run(native, [narrow, lambda t: [0, *range(1 + t % 8, 3 + t % 8)]], [12, 12], 300, 3, n_expert=12)
@@ -65,7 +65,7 @@ def test_bounds(native):
 
 
 def test_what_batches_want_is_left_to_them(native):
-    # Two sequences at once want four experts of the outer layers: these keep four slots. One keeps three.
+    # Two sequences at once want four experts in the outer layers, which keep four slots; with one, three.
     for rows, least in (([[0, 1], [2, 3]], 4), ([[0, 1]], 3)):
         cache = _replay.Cache(native, "lru", 32, [6, 6, 6], 2)
         for t in range(400):
@@ -76,7 +76,7 @@ def test_what_batches_want_is_left_to_them(native):
 
 
 class Watched(policies.Lru):
-    """Whether it is told of every change, and in what state."""
+    """Checks that a policy is told of every change of slots, in a consistent state."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -126,7 +126,7 @@ def test_the_same_logits(synthetic, exact, shape, kind, repack, store):
     rotary = {"budget": "6 slots", "store": store, "repack": repack}
     stats = exact(model, 30, rotary, n_decode=150)
     layers = stats["layers"]
-    if kind != "q4_k_m":  # whose layers give none away
+    if kind != "q4_k_m":  # its layers give no slots away
         assert stats["slot_moves"] > 0 and len({layer["n_slots"] for layer in layers}) > 1
     assert min(layer["n_slots"] for layer in layers) >= 4
     assert stats["slot_bytes"] == sum(layer["n_slots"] * layer["expert_bytes"] for layer in layers)
@@ -146,13 +146,13 @@ def test_moves_in_the_trained_model(tiny_model, exact, store):
 
 @pytest.mark.model
 def test_what_has_moved_stays(native, synthetic):
-    # Layers of unlike sizes: bytes are left over, which are no room to grow into.
+    # With layers of different sizes some bytes are left over, into which slots must not grow.
     model = synthetic(type="q4_k_m", locality=0.4, layers=6, experts=32)
     llama = make(model, {"budget": "12 slots", "store": "direct", "repack": False})
     found = []
     for _ in range(3):
         trace(llama, 30, 100)
-        time.sleep(0.5)  # memory is looked at anew
+        time.sleep(0.5)  # until memory is checked again
         found.append([layer["n_slots"] for layer in llama.rotary_stats()["layers"]])
     llama.close()
     assert found[0] != [12] * 6 and sum(abs(a - b) for a, b in zip(found[0], found[2], strict=True)) <= 12
@@ -184,7 +184,7 @@ def with_little_address_space(model):
 
 @pytest.mark.model
 def test_no_address_space_to_move_in(native, synthetic):
-    # 9 of 16 slots, 81 MiB, can be had below the limit; 15, which a layer may come to, cannot.
+    # Below the limit there is room for 9 of 16 slots, 81 MiB, but not for the 15 that a layer may reach.
     model = synthetic(
         "test", type="f16", layers=4, experts=16, used=2, ff=512, embd=768, heads=4, head_dim=64
     )

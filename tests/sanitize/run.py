@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Runs the native library's tests with sanitizers in it: ASan and UBSan, or TSan.
+"""Run the native tests with a library built with sanitizers: ASan and UBSan, or TSan.
 
     python -m tests.sanitize.run [address|thread ...] [--only tests,archs] [-k EXPRESSION]
 
-Builds the library into build/sanitize/<kind>/native; in the tests everything else is as it is
-elsewhere. For upstream's program under TSan llama.cpp is built too, with TSan in it and without OpenMP, whose
-barriers TSan does not know: minutes, once. Whatever a sanitizer says ends its process and is printed at the
-end, also where a test hides what that process printed. What is suppressed is others' code, each with its
-reason, in the .supp files here.
-Exit status: 0 clean.
+Builds the library in build/sanitize/<kind>/native; llama.cpp is not instrumented, except for upstream's
+program under TSan. For that llama.cpp is built once, which takes minutes, with TSan and without OpenMP, whose
+barriers TSan does not know. A sanitizer's report ends its process and is printed at the end, even if a test
+hides that process's output. The .supp files in this folder suppress reports about others' code, each with its
+reason. Exit status: 0 clean.
 """
 
 from __future__ import annotations
@@ -28,21 +27,20 @@ HERE = Path(__file__).resolve().parent
 
 KINDS = ("address", "thread")
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
-# Rooms that run native code; of them not what is about Python or stock, or what measures or fails memory.
+# Tests that run native code, except those of Python or stock, and those that measure memory or make it fail.
 ROOMS = ("native", "model", "faults")
 LEFT_OUT = (
     "model/test_activation.py", "model/test_fork.py", "model/test_memory.py", "model/test_synth.py",
     "model/test_tiny_model.py", "faults/test_exhaustion.py", "faults/test_exhaustion_io.py",
     "faults/test_memory_pressure.py",
 )  # fmt: skip
-# A sanitizer's own memory is most of what such a process has, and lies where it pleases: tests that measure
-# memory or limit its addresses say nothing there. It starts threads itself, too, in place of the C++ library,
-# which some tests do not let start any.
+# A sanitizer's own memory is most of the process's and lies anywhere, so that tests that measure memory or
+# limit address space mean nothing. It also starts threads itself, where some tests let the C++ library fail.
 NOT_THESE = (
     "auto_budget_shrinks", "a_stated_budget_is_not_lowered", "no_address_space", "nobody_elses_memory",
     "a_tier_that_the_system_refuses", "threads_that_cannot_be_started", "neither_io_uring_nor_threads",
 )  # fmt: skip
-# Of test-llama-archs, which goes through all architectures; under TSan, where each takes minutes, these.
+# Architectures for test-llama-archs: by default all; under TSan, where each takes minutes, only these.
 ARCHS = {"address": (), "thread": ("qwen3moe", "deepseek2")}
 STORES = ({"DIRECT": "0"}, {"DIRECT": "1"}, {"STORE": "direct"})
 
@@ -54,13 +52,13 @@ def llama_cpp() -> Path:
 
 
 def tool(name: str) -> str:
-    """cmake and ninja are beside the Python that runs this, or the system's."""
+    """Path of cmake or ninja: beside the Python that runs this, or the system's."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name) or name
 
 
 def cmake(source: Path, build: Path, *options: str, targets: tuple[str, ...] = ()) -> None:
-    """Configure and build."""
+    """Configure and build a CMake project."""
     build.mkdir(parents=True, exist_ok=True)
     common = (f"-DROTARY_LLAMA_CPP_DIR={llama_cpp()}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
     command = [tool("cmake"), "-S", str(source), "-B", str(build), "-G", "Ninja", *common, *options]
@@ -70,7 +68,7 @@ def cmake(source: Path, build: Path, *options: str, targets: tuple[str, ...] = (
 
 
 def build(kind: str, with_programs: bool) -> tuple[Path, Path]:
-    """The library, and the folder of upstream's programs and libraries."""
+    """Build the library; returns its path and the folder of upstream's programs and libraries."""
     place = ROOT / "build" / "sanitize" / kind
     cmake(ROOT, place / "native", f"-DROTARY_SANITIZE={kind}", "-DROTARY_CUDA=OFF")
     programs = ROOT / "build" / "conformance" / "bin"
@@ -86,7 +84,7 @@ def build(kind: str, with_programs: bool) -> tuple[Path, Path]:
 
 
 def shared_library(name: str) -> str:
-    """One of the compiler's, by its path."""
+    """Path of a shared library of the compiler."""
     compiler = os.environ.get("CC", "cc")
     said = subprocess.run(
         [compiler, f"-print-file-name={name}"], check=True, stdout=subprocess.PIPE, text=True
@@ -95,21 +93,21 @@ def shared_library(name: str) -> str:
 
 
 def reports(kind: str) -> Path:
-    """What a sanitizer says in each process is written to this path with the process's number behind it."""
+    """Path to which a sanitizer appends a process's id for the report of that process."""
     return ROOT / "build" / "sanitize" / kind / "report"
 
 
 def environment(kind: str, library: Path) -> dict[str, str]:
-    """The environment of a process that has the sanitizer in it."""
+    """The environment of a process that runs with the sanitizer."""
     log = f"log_path={reports(kind)}"
     found = {key: value for key, value in os.environ.items() if not key.startswith("ROTARY_")}
     found |= {
         "ROTARY_LIBRARY": str(library),
         "ROTARY_TESTS_CXXFLAGS": f"-fsanitize={kind} -g",
-        # Before everything else; and libstdc++, without which a sanitizer does not know how to throw.
+        # The runtime must come first; without libstdc++ it does not find the functions that throw.
         "LD_PRELOAD": f"{shared_library(RUNTIMES[kind])} {shared_library('libstdc++.so.6')}",
         "OMP_WAIT_POLICY": "passive",
-        # Python and llama.cpp keep what they have to the end: leaks are for `archs` alone.
+        # Python and llama.cpp do not free everything at exit, so that only `archs` detects leaks.
         "ASAN_OPTIONS": f"{log}:detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": f"{log}:print_stacktrace=1:halt_on_error=1",
         "TSAN_OPTIONS": f"{log}:halt_on_error=1:history_size=4:suppressions={HERE}/thread.supp",
@@ -119,7 +117,7 @@ def environment(kind: str, library: Path) -> dict[str, str]:
 
 
 def tests(kind: str, library: Path, expression: str | None) -> bool:
-    """The native tests and the fault tests, in Python."""
+    """Run the Python tests of ROOMS; returns whether all passed."""
     which = [f"tests/{room}" for room in ROOMS] + [f"--ignore=tests/{name}" for name in LEFT_OUT]
     wanted = (
         f"({expression}) and not ({' or '.join(NOT_THESE)})"
@@ -134,7 +132,7 @@ def tests(kind: str, library: Path, expression: str | None) -> bool:
 
 
 def archs(kind: str, library: Path, programs: Path) -> bool:
-    """Upstream's test of architectures, on ROTARY0 with two slots for eight experts."""
+    """Run test-llama-archs on ROTARY0 with two slots for eight experts; returns whether all are clean."""
     clean = True
     chosen = [["-a", arch] for arch in ARCHS[kind]] or [[]]
     for store, options in itertools.product(STORES, chosen):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Everything beside everything, for long (make soak)."""
+"""Everything at the same time, for long (make soak)."""

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Runs everything that may go wrong beside everything else, for long; logits are stock's throughout.
+"""Run everything that may go wrong at the same time, for long; logits must always be stock's.
 
     python -m tests.soak.run [--minutes 20] [--seed 1] [--only generate,budgets,forks] [--without forks]
 
-Ingredients are functions here, each drawn again and again by threads of one process that share its models:
-`Model` is one that is paged, with the logits that stock computes for it in a process of its own. What is
-exact must be so every time; what must fail must fail with the package's own error of one line. A line of
-progress every half minute. At the end, memory is compared with that after the first third; so are threads,
-descriptors and files. Exit status: 0 nothing was wrong, 1 something was.
+Threads of one process draw INGREDIENTS, functions that use the shared models, again and again. A `Model` has
+the logits that stock computes in a process of its own; runs must be exact each time, and what must fail must
+fail with the package's own error of one line. Prints a line of progress every half minute. At the end,
+memory, threads, descriptors and mappings are compared with those after the first third, and no temporary
+folder may be left. Exit status: 0 nothing was wrong, 1 something was.
 """
 
 from __future__ import annotations
@@ -43,30 +43,30 @@ from rotary_llamacpp import Llama, policies
 from rotary_llamacpp.errors import DeviceError, RotaryError
 from rotary_llamacpp.native import binding as _native
 from tests.support import ROOT
-from tests.support.paged import second_context, stock_trace, write_adapter
+from tests.support.paged import logits, second_context, stock_trace, use_adapter, write_adapter
 from tests.support.tracing import OPTIONS, trace
 
 MIB = 1 << 20
-# Quiet by QUIET: where stock is not verbose it turns the process's stdout away meanwhile, for all threads.
+# Verbose, with QUIET as log callback: without verbose, stock redirects the process's stdout for all threads.
 OURS = {**OPTIONS, "n_threads": 1, "n_threads_batch": 1, "n_ubatch": 32, "verbose": True}
 QUIET = llama_api.llama_log_callback(lambda *_: None)
-# Memory that the end may have more than the first third. Of one heap: with one for each thread, freed pieces
-# in them come and go by a hundred megabytes.
+# Bytes by which memory may grow after the first third. With one heap for the process: heaps of single threads
+# vary by a hundred megabytes of freed memory.
 GROWTH_BYTES = 24 * MIB
 ONE_HEAP = "MALLOC_ARENA_MAX"
 EVERY_SECONDS = float(os.environ.get("SOAK_EVERY", "30"))  # a line of progress
-STUCK_SECONDS = 300  # in one step: then where every thread is is printed, and it ends
+STUCK_SECONDS = 300  # limit for one step, after which all stacks are printed and the run ends
 BUDGETS = ("min", "25%", "50%", "100%", "5 slots", "auto")
 SHORT, LONG = 6, 40
 N_DECODE = 4
 
 
 class Wrong(Exception):
-    """Something that must not be."""
+    """Something that must not happen."""
 
 
 class Model:
-    """A model file and what stock computes with it, by the number of tokens of its prompt."""
+    """A model file, and stock's results with it by number of prompt tokens."""
 
     def __init__(self, path: Path, repack: bool = True, lora: Path | None = None) -> None:
         self.path, self.repack, self.lora = path, repack, lora
@@ -79,13 +79,13 @@ class Model:
         return stock_trace(self.path, use_extra_bufts=self.repack, **options)
 
     def load(self, path: Path | None = None, **rotary: Any) -> Llama:
-        """Paged, as asked."""
+        """Load the model paged, with these options of Rotary."""
         rotary = {"repack": self.repack, "verbose": False, **rotary}
         more = {"lora_path": str(self.lora)} if self.lora else {}
         return Llama(str(path or self.path), rotary=rotary, **OURS, **more)
 
     def check(self, llama: Any, rng: Random) -> None:
-        """Compute a prompt and an answer: every bit of every logit is stock's."""
+        """Compute a prompt and an answer, and check that all logits are stock's to the bit."""
         n_prompt = rng.choice((SHORT, LONG))
         found, stock = trace(llama, n_prompt, N_DECODE), self.stock[n_prompt]
         if not np.array_equal(found["logits"], stock["logits"]):
@@ -96,7 +96,7 @@ class Model:
 
 
 class World:
-    """What threads share: models, and what has happened."""
+    """State that threads share: models, counts and errors."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -111,14 +111,14 @@ class World:
         self.wrong: list[str] = []
         self.lock = threading.Lock()
         self.ending = threading.Event()
-        self.steps: dict[int, tuple[str, float]] = {}  # what each thread does, and since when
+        self.steps: dict[int, tuple[str, float]] = {}  # by thread: ingredient, and time of its start
 
     def model(self, rng: Random) -> Model:
         return rng.choice(self.models)
 
 
 def some_rotary(rng: Random) -> dict[str, Any]:
-    """How a model is paged."""
+    """Random options of Rotary."""
     return {
         "budget": rng.choice(BUDGETS),
         "store": rng.choice(("mmap", "direct", "direct", "auto")),
@@ -143,7 +143,7 @@ def loaded(
 
 
 def refuses(call: Callable[[], Any], *parts: str) -> None:
-    """It fails with the package's own error, which is one line and has these words in it."""
+    """Check that `call` raises the package's own error, in one line that contains these words."""
     try:
         call()
     except RotaryError as error:
@@ -158,7 +158,7 @@ def refuses(call: Callable[[], Any], *parts: str) -> None:
 
 
 def generate(world: World, rng: Random) -> None:
-    """Load, compute a few times, close."""
+    """Load a model, compute a few times, close it."""
     with loaded(world, rng) as (model, llama):
         for _ in range(rng.randint(1, 4)):
             model.check(llama, rng)
@@ -166,7 +166,7 @@ def generate(world: World, rng: Random) -> None:
 
 
 def budgets(world: World, rng: Random) -> None:
-    """Change the budget between prompts, also to what cannot be."""
+    """Change the budget between prompts, also to invalid ones."""
     with loaded(world, rng) as (model, llama):
         for _ in range(rng.randint(1, 4)):
             model.check(llama, rng)
@@ -177,9 +177,7 @@ def budgets(world: World, rng: Random) -> None:
 
 
 def contexts(world: World, rng: Random) -> None:
-    """Two models, and a second context of one of them, in turns."""
-    from tests.model.test_native_sharing import logits
-
+    """Use two models, and a second context of one of them, in turn."""
     with loaded(world, rng) as (model, llama), loaded(world, rng) as (other, beside):
         tokens = [int(token) for token in np.random.default_rng(LONG).integers(3, llama.n_vocab(), LONG)]
         context, run = second_context(llama)
@@ -196,7 +194,7 @@ def contexts(world: World, rng: Random) -> None:
 
 
 def figures(world: World, rng: Random) -> None:
-    """Another thread asks for figures all the while, resets them and changes budgets."""
+    """Read and reset statistics in another thread while a model computes."""
     with loaded(world, rng) as (model, llama):
         done = threading.Event()
         failed: list[BaseException] = []
@@ -226,7 +224,7 @@ def figures(world: World, rng: Random) -> None:
 
 
 def changes(world: World, rng: Random) -> None:
-    """Files that are replaced, removed, cut or written over, each a copy of its own."""
+    """Replace, remove, truncate or overwrite the file of a loaded model."""
     model = rng.choice([each for each in world.models if "-00001-" not in each.path.name])
     with tempfile.TemporaryDirectory(dir=world.folder) as folder:
         copy = Path(shutil.copy(model.path, folder))
@@ -246,7 +244,7 @@ def changes(world: World, rng: Random) -> None:
                     file.seek(copy.stat().st_size // 2)
                     file.write(os.urandom(MIB // 8))
             for _ in range(2):
-                if how in ("replace", "unlink"):  # what was loaded is still there for who has it open
+                if how in ("replace", "unlink"):  # the open file stays readable
                     model.check(llama, rng)
                 else:
                     refuses(lambda: model.check(llama, rng), "was changed", "load the model again")
@@ -255,7 +253,7 @@ def changes(world: World, rng: Random) -> None:
 
 
 class Raises(policies.Lru):
-    """Raises once, after a while."""
+    """A policy that raises once, at the call to which `left` counts down."""
 
     left = 0
 
@@ -270,7 +268,7 @@ raising = threading.Lock()
 
 
 def policies_that_raise(world: World, rng: Random) -> None:
-    """A policy in Python that raises in mid-run: the call raises that, and the next is right."""
+    """Use a policy in Python that raises in mid-run: that call raises, and the next is right."""
     with raising, loaded(world, rng, budget="min", policy=Raises, direct=False) as (model, llama):
         Raises.left = rng.randint(1, 40)
         with contextlib.suppress(ZeroDivisionError):
@@ -280,7 +278,7 @@ def policies_that_raise(world: World, rng: Random) -> None:
 
 
 def own_policies(world: World, rng: Random) -> None:
-    """A policy and a predictor in Python that do not raise."""
+    """Use a policy and a predictor in Python."""
     from rotary_llamacpp import predictors
 
     own: dict[str, Any] = {"policy": rng.choice(list(policies.REFERENCES.values())), "budget": "min"}
@@ -296,7 +294,7 @@ adapting = threading.Lock()
 
 
 def adapted_model(world: World, which: str) -> Model:
-    """The first model with an adapter of its attention or of its experts, made once."""
+    """The first model with an adapter for its attention or its experts, made once."""
     with adapting:
         if which not in adapted:
             base = world.models[0].path
@@ -306,14 +304,14 @@ def adapted_model(world: World, which: str) -> Model:
 
 
 def adapters(world: World, rng: Random) -> None:
-    """LoRA adapters, loaded with a model and freed with it."""
+    """Use a LoRA adapter that is loaded and freed with its model."""
     model = adapted_model(world, rng.choice(("attn_q", "ffn_up_exps")))
     with loaded(world, rng, model) as (_, llama):
         model.check(llama, rng)
 
 
 def late_adapters(world: World, rng: Random) -> None:
-    """LoRA adapters loaded after slots were sized and the store was opened, and freed in mid-life."""
+    """Load a LoRA adapter after slots were sized and the store was opened, and free it before the model."""
     model, with_it = world.models[0], adapted_model(world, rng.choice(("attn_q", "ffn_up_exps")))
     with loaded(world, rng, model) as (_, llama):
         model.check(llama, rng)
@@ -321,25 +319,17 @@ def late_adapters(world: World, rng: Random) -> None:
             loaded_one = llama_api.llama_adapter_lora_init(llama._model.model, str(with_it.lora).encode())
             if not loaded_one:
                 raise Wrong("an adapter was not loaded")
-            set_adapters(llama, [loaded_one])
-            with contextlib.suppress(DeviceError):  # another thread was loading a model meanwhile: refused
+            use_adapter(llama, loaded_one)
+            with contextlib.suppress(DeviceError):  # refused if another thread is loading a model
                 with_it.check(llama, rng)
-            set_adapters(llama, [])
+            use_adapter(llama, None)
             model.check(llama, rng)
             llama_api.llama_adapter_lora_free(loaded_one)
             model.check(llama, rng)
 
 
-def set_adapters(llama: Any, which: list[Any]) -> None:
-    """Those that a context applies, of weight 1."""
-    handles = (llama_api.llama_adapter_lora_p_ctypes * len(which))(*which)
-    scales = (ctypes.c_float * len(which))(*[1.0] * len(which))
-    if llama_api.llama_set_adapters_lora(llama._ctx.ctx, handles, len(which), scales) != 0:
-        raise Wrong("adapters were not set")
-
-
 def memory(world: World, rng: Random) -> None:
-    """Another process takes half of what is available, and gives it back while a model runs."""
+    """Let another process take half of the available memory, and free it while a model runs."""
     from rotary_llamacpp.host.machine import available_memory
 
     n_bytes = min(available_memory() // 2, 2 << 30)
@@ -367,7 +357,7 @@ def memory(world: World, rng: Random) -> None:
 
 
 def threads(world: World, rng: Random) -> None:
-    """Several models loaded, run and closed at once by threads of their own, and one model handed on."""
+    """Load, run and close several models in threads of their own; hand another model to another thread."""
     failed: list[BaseException] = []
     seeds = [rng.getrandbits(32) for _ in range(3)]
 
@@ -392,7 +382,7 @@ def threads(world: World, rng: Random) -> None:
 
 
 def forks(world: World, rng: Random) -> None:
-    """A child is forked while a model is loaded: it loads its own, or ends; the parent's goes on."""
+    """Fork while a model is loaded: the child loads its own, or exits; the parent's model still works."""
     with loaded(world, rng) as (model, llama):
         model.check(llama, rng)
         what = rng.choice(("ends", "exits", "own", "executes"))
@@ -424,7 +414,7 @@ def forks(world: World, rng: Random) -> None:
 
 
 def dropped(world: World, rng: Random) -> None:
-    """A model that nobody closes, and models that cannot be loaded."""
+    """Drop a model without closing it, and try to load damaged ones."""
     model = world.model(rng)
     llama = model.load(**some_rotary(rng))
     model.check(llama, rng)
@@ -438,7 +428,7 @@ def dropped(world: World, rng: Random) -> None:
 
 
 def stock_beside(world: World, rng: Random) -> None:
-    """Stock's class in the same process, beside a paged model."""
+    """Use stock's class beside a paged model in the same process."""
     with loaded(world, rng) as (model, llama):
         plain = llama_cpp.Llama(str(world.models[0].path), **OURS)
         try:
@@ -455,7 +445,7 @@ INGREDIENTS: dict[str, Callable[[World, Random], None]] = {
         late_adapters, memory, threads, forks, dropped, stock_beside,
     )
 }  # fmt: skip
-# What must have the process for itself: a child of fork() has no other threads, whatever they held.
+# Ingredients that run alone: a child of fork() has no other threads, but the locks that these held.
 ALONE = ("forks",)
 
 
@@ -463,7 +453,7 @@ ALONE = ("forks",)
 
 
 class Turns:
-    """Threads that work at the same time, but for one that wants to be alone."""
+    """Lets threads work at the same time, except for steps that must run alone."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -488,7 +478,7 @@ class Turns:
 
 
 def work(world: World, turns: Turns, names: list[str], seed: int, number: int) -> None:
-    """One thread: draws ingredients until the end."""
+    """Draw and run ingredients in a thread until the end."""
     n_done = 0
     while not world.ending.is_set():
         n_done += 1
@@ -512,9 +502,9 @@ def work(world: World, turns: Turns, names: list[str], seed: int, number: int) -
 
 
 def state() -> dict[str, int]:
-    """What may leak."""
+    """Resources that may leak: bytes, threads, descriptors, mappings."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what threads that are gone had freed in heaps of their own
+    ctypes.CDLL(None).malloc_trim(0)  # returns memory that ended threads had freed in their heaps
     statm = Path("/proc/self/statm").read_text().split()
     shared = int(statm[2])
     return {
@@ -526,13 +516,13 @@ def state() -> dict[str, int]:
 
 
 def at_rest(turns: Turns) -> dict[str, int]:
-    """The same while no model is loaded."""
+    """The resources in use while no model is loaded."""
     with turns.turn(True):
         return state()
 
 
 def leaks(before: dict[str, int], after: dict[str, int]) -> list[str]:
-    """What there is more of than may be."""
+    """Resources that have grown by more than is allowed, a line each."""
     allowed = {"bytes": GROWTH_BYTES, "threads": 0, "descriptors": 0, "mappings": 200}
     return [
         f"{name}: {before[name]} after the first third, {after[name]} at the end, {most} more at most"
@@ -542,10 +532,10 @@ def leaks(before: dict[str, int], after: dict[str, int]) -> list[str]:
 
 
 def soak(names: list[str], minutes: float, seed: int, n_threads: int) -> int:
-    """Run; the exit status."""
-    logging.disable(logging.CRITICAL)  # fallbacks are announced, again and again
+    """Run the soak test; returns the exit status."""
+    logging.disable(logging.CRITICAL)  # of fallbacks, again and again
     faulthandler.enable(file=sys.stdout)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # stock's words on its models
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # stock's output about its models
     llama_api.llama_log_set(QUIET, None)
     _native.load()
     with tempfile.TemporaryDirectory(prefix="rotary-soak-") as folder:
@@ -580,7 +570,7 @@ def soak(names: list[str], minutes: float, seed: int, n_threads: int) -> int:
 
 
 def watch(world: World, turns: Turns, begin: float, seconds: float) -> dict[str, int]:
-    """A line every half minute; the state after the first third."""
+    """Print a line every half minute until the end; returns the resources after the first third."""
     before: dict[str, int] | None = None
     said = begin
     while (now := time.monotonic()) < begin + seconds:
@@ -599,7 +589,7 @@ def watch(world: World, turns: Turns, begin: float, seconds: float) -> dict[str,
 
 
 def report(world: World, begin: float, now: dict[str, int]) -> str:
-    """One line."""
+    """A line of progress."""
     with world.lock:
         counts = ", ".join(f"{n} {name}" for name, n in sorted(world.counts.items()))
     return (
@@ -621,7 +611,7 @@ def main() -> int:
         parser.error(f"no such ingredient: {', '.join(unknown)}; there are {', '.join(INGREDIENTS)}")
     if ONE_HEAP not in os.environ:
         os.environ[ONE_HEAP] = "1"
-        os.execv(sys.executable, sys.orig_argv)  # it is read when a process begins
+        os.execv(sys.executable, sys.orig_argv)  # glibc reads the variable at a process's start
     return soak(names, given.minutes, given.seed, given.threads)
 
 

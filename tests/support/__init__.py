@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What tests of several rooms share: paged runs, processes, interposed C libraries, terminals, costs.
+"""Shared by tests in several folders: paged runs, processes, preloaded C libraries, terminals, costs.
 
-Imports nothing of this package here, as processes that must be stock's import it too.
+This module does not import rotary_llamacpp, since processes that run stock alone import it too.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# Seconds. What takes so long hangs, on however slow and busy a machine; no test fails for less.
+# Seconds after which a test counts as hanging, even on a slow and busy machine; no test fails earlier.
 HANG_S = 1800
 
 
 def heed_hang_ups() -> None:
-    """For a process that begins: under nohup it would have inherited that SIGHUP is ignored."""
+    """Restore SIGHUP's default action in a new process, which under nohup inherits that it is ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def no_hang() -> Iterator[None]:
-    """A failure of what would take for ever."""
+    """Fail a block that takes longer than HANG_S."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"took over {HANG_S} s")
@@ -40,7 +40,7 @@ def no_hang() -> Iterator[None]:
 
 
 def write_all(writer: Any) -> None:
-    """What a gguf.GGUFWriter has, to its file."""
+    """Write everything that a gguf.GGUFWriter was given to its file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""C and C++ that tests compile: the library's pure logic alone, and libraries that are preloaded, with their
-knobs. Without a compiler such a test is skipped."""
+"""C and C++ that tests compile: the library's pure logic alone, and preloaded libraries with their knobs.
+
+Without a compiler such a test is skipped.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ NATIVE = ROOT / "native" / "src"
 
 
 def compiled(library: Path, *arguments: Any, compiler: str = os.environ.get("CXX", "c++")) -> Path:
-    """A shared library of these sources and flags."""
+    """Compile a shared library from these sources and flags."""
     if not shutil.which(compiler):
         pytest.skip(f"no compiler {compiler} for {library.name}")
     subprocess.run([compiler, "-shared", "-fPIC", "-O2", *arguments, "-o", library], check=True)
@@ -30,7 +32,7 @@ def compiled(library: Path, *arguments: Any, compiler: str = os.environ.get("CXX
 
 
 def pure_logic(folder: Path, host: str, *sources: str) -> ctypes.CDLL:
-    """A library of tests/`host` and of `sources` in native/src, which need nothing of ggml."""
+    """Compile and load tests/`host` with `sources` of native/src, which must not need ggml."""
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"]
     flags += os.environ.get("ROTARY_TESTS_CXXFLAGS", "").split()  # tests/sanitize
     files = [ROOT / "tests" / host, *(NATIVE / each for each in sources)]
@@ -38,12 +40,12 @@ def pure_logic(folder: Path, host: str, *sources: str) -> ctypes.CDLL:
 
 
 def late_device(folder: Path) -> Path:
-    """late_device.cpp, against the installed llama.cpp."""
+    """Compile late_device.cpp against the pinned llama.cpp."""
     sdist = ROOT / "build" / "sdist" / f"llama_cpp_python-{pinned.LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
     ggml = Path(os.environ.get("ROTARY_LLAMA_CPP_DIR", sdist)) / "ggml"
     if not ggml.is_dir():
         pytest.skip(f"{ggml}: no source of the pinned llama.cpp; run: make setup")
-    # As our own library finds ggml: among what is loaded, by SONAMEs, for which empty libraries stand here.
+    # Like the library itself, it finds the loaded ggml by SONAME; it is linked with empty libraries of these.
     major = pinned.GGML_VERSION.partition(".")[0]
     for name in ("ggml", "ggml-base"):
         compiled(folder / f"lib{name}.so", "-x", "c++", "/dev/null", f"-Wl,-soname,lib{name}.so.{major}")
@@ -56,7 +58,7 @@ def late_device(folder: Path) -> Path:
 
 
 def preload(folder: Path, source: Path) -> dict[str, str]:
-    """The environment of a process in which a C file's functions, compiled into `folder`, come first."""
+    """Compile a C file in `folder`; returns the environment of a process that preloads it."""
     library = (folder / source.name).with_suffix(".so")
     if any(character in str(library) for character in " :"):
         pytest.skip(f"{library}: LD_PRELOAD takes no such name")
@@ -67,7 +69,7 @@ def preload(folder: Path, source: Path) -> dict[str, str]:
 
 
 class Knobs:
-    """Variables of a preloaded library in this process, by their names there after `prefix`."""
+    """The variables of a library preloaded in this process, by their names without `prefix`."""
 
     prefix: str
 
@@ -81,7 +83,7 @@ class Knobs:
         ctypes.c_long.in_dll(self.library, f"{self.prefix}_{name}").value = value
 
     def set(self, **knobs: int) -> None:
-        """Turn several."""
+        """Set several knobs."""
         for name, value in knobs.items():
             setattr(self, name, value)
 
@@ -92,17 +94,17 @@ class Shortage(Knobs):
     prefix = "exhaust"
 
     def begin(self, **knobs: int) -> None:
-        """Count anew, with these knobs."""
+        """Reset the counters and set these knobs."""
         usual = {"at": 0, "n": 1, "site": 0, "ring": 0, "calls": 0, "failed": 0, "on": 1}
         self.set(**{**usual, **knobs})
 
     def end(self) -> int:
-        """No more failures; how many there were."""
+        """Stop failing calls; returns how many failed."""
         self.set(ring=0, on=0)
         return self.failed
 
     def place(self, site: int) -> int:
-        """Offset in the library of the code that asked."""
+        """Offset in the library of the code that made the call numbered `site`."""
         return (ctypes.c_long * 4097).in_dll(self.library, "exhaust_offset")[site]
 
 
@@ -112,18 +114,18 @@ class Disk(Knobs):
     prefix = "disk"
 
     def fail_next(self, n: int, after: int = 0) -> None:
-        """Let `n` reads fail, beginning when `after` more have been made."""
+        """Let `n` reads fail after the next `after` reads."""
         self.set(fail_at=self.reads + after + 1, n_fail=n)
 
     def hold_next(self, after: int = 0) -> None:
-        """Let reads wait for `mend`, beginning when `after` more have been made."""
+        """Let reads wait until `mend()`, after the next `after` reads."""
         self.set(held=0, hold_at=self.reads + after + 1)
 
     def wait_until_held(self) -> None:
-        """Until a read waits; it must be of another thread."""
+        """Wait until a read of another thread waits."""
         while self.held == 0:
             time.sleep(0.001)
 
     def mend(self) -> None:
-        """No more failures, and full speed."""
+        """End all failures and delays."""
         self.set(fail_at=0, delay_us=0, hold_at=0, withheld=0, max=0)

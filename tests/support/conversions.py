@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What tests of conversions compare, write and let fail."""
+"""Comparisons, legacy models and injected failures for tests of conversions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tensor_bytes(headers: list[GGUFHeader]) -> dict[str, tuple[tuple[int, ...], 
 
 
 def fields_of(path: Path) -> dict[str, bytes]:
-    """Encoded metadata without what belongs to one conversion or file."""
+    """Encoded metadata, without fields that depend on the conversion or file."""
     ours = ("split.", "general.alignment", "rotary.convert.")
     return {key: raw for key, raw in raw_fields(read_header(path)).items() if not key.startswith(ours)}
 
@@ -40,9 +40,9 @@ def assert_nothing_else(folder: Path, *expected: Path) -> None:
 
 
 def write_legacy(model: Path, path: Path) -> None:
-    """The same model with one tensor for each expert, as Mixtral's files had until April 2024.
+    """Write a model with one tensor for each expert, as Mixtral's files had until April 2024.
 
-    Their experts are not in order, and not beside each other.
+    The experts are neither in order nor next to each other.
     """
     reader = GGUFReader(model)
     writer = GGUFWriter(path, "llama")
@@ -62,7 +62,7 @@ def write_legacy(model: Path, path: Path) -> None:
 
 
 def at_call(number: int, function: Callable[..., Any], fault: BaseException) -> Callable[..., Any]:
-    """The same function, but for its `number`th call."""
+    """Wrap `function` so that its `number`th call raises `fault`."""
     calls = iter(range(1, 1 << 30))
 
     def faulty(*args: Any) -> Any:

@@ -60,10 +60,10 @@ static int is_library(struct dl_phdr_info * info, size_t size, void * data) {
         return 0;
     }
     for (int i = 0; i < info->dlpi_phnum; i++) {
-        const ElfW(Phdr) * its = &info->dlpi_phdr[i];
-        if (its->p_type == PT_LOAD && (its->p_flags & PF_X) != 0) {
-            begin = info->dlpi_addr + its->p_vaddr;
-            end   = begin + its->p_memsz;
+        const ElfW(Phdr) * header = &info->dlpi_phdr[i];
+        if (header->p_type == PT_LOAD && (header->p_flags & PF_X) != 0) {
+            begin = info->dlpi_addr + header->p_vaddr;
+            end   = begin + header->p_memsz;
         }
     }
     return 1;
@@ -248,18 +248,7 @@ int open(const char * path, int flags, ...) {
     return next(path, flags, mode);
 }
 
-int open64(const char * path, int flags, ...) {
-    va_list args;
-    va_start(args, flags);
-    const int mode = (flags & (O_CREAT | O_TMPFILE)) != 0 ? va_arg(args, int) : 0;
-    va_end(args);
-    if (fails("open")) {
-        errno = EMFILE;
-        return -1;
-    }
-    NEXT(open64)
-    return next(path, flags, mode);
-}
+int open64(const char * path, int flags, ...) __attribute__((alias("open")));
 
 FILE * fopen(const char * path, const char * how) {
     if (fails("open")) {

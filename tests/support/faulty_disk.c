@@ -48,7 +48,7 @@ long disk_enter_waits  = 0; // 1: only calls that wait fail, after submitting; 0
 long disk_n_enter_fail = -1; // how many calls fail; negative: all
 long disk_threads_left = -1; // threads that our C++ code can still start; negative: any number
 
-// what happened
+// counters
 atomic_long disk_reads          = 0;
 atomic_long disk_short          = 0; // short reads
 atomic_long disk_odd            = 0; // of these, those that end within a 512-byte block, where no direct read may begin
@@ -245,7 +245,7 @@ void * mmap(void * address, size_t size, int protection, int flags, int fd, off_
     return memory;
 }
 
-// ---- how a file is read
+// ---- direct reads
 
 int open(const char * path, int flags, ...) {
     va_list args;

@@ -104,11 +104,11 @@ class stream {
         queue_.push_back(std::move(what));
         changed_.notify_all();
     }
-    void record(event & its) {
-        put([&its, ticket = its.now(true)] { its.pass(ticket); });
+    void record(event & mark) {
+        put([&mark, ticket = mark.now(true)] { mark.pass(ticket); });
     }
-    void wait(event & its) {
-        put([&its, ticket = its.now(false)] { its.await(ticket); });
+    void wait(event & mark) {
+        put([&mark, ticket = mark.now(false)] { mark.await(ticket); });
     }
     void synchronize() {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -187,8 +187,8 @@ struct late {
     ggml_backend_buffer_type buft;
 };
 
-template <typename T> late & late_of(T * its) {
-    return *(late *) its->context;
+template <typename T> late & late_of(T * owned) {
+    return *(late *) owned->context;
 }
 
 ggml_backend_dev_t cpu() {
@@ -232,9 +232,9 @@ const ggml_backend_buffer_i buffer_i = {
 };
 
 const ggml_backend_buffer_type_i buft_i = {
-    /* .get_name       = */ [](ggml_backend_buffer_type_t its) { return late_of(its).name; },
+    /* .get_name       = */ [](ggml_backend_buffer_type_t buft) { return late_of(buft).name; },
     /* .alloc_buffer   = */
-    [](ggml_backend_buffer_type_t its, size_t size) -> ggml_backend_buffer_t {
+    [](ggml_backend_buffer_type_t buft, size_t size) -> ggml_backend_buffer_t {
         if (taken + size + knob("LATE_LOST") > memory_of_all()) {
             return nullptr;
         }
@@ -242,7 +242,7 @@ const ggml_backend_buffer_type_i buft_i = {
         void * memory = aligned_alloc(128, (size + 127) / 128 * 128 + 128);
         memset(memory, 0xff, size); // NaN, so that a read before the first write shows
         known.add(memory, size);
-        return ggml_backend_buffer_init(its, buffer_i, memory, size);
+        return ggml_backend_buffer_init(buft, buffer_i, memory, size);
     },
     /* .get_alignment  = */ [](ggml_backend_buffer_type_t) { return (size_t) 128; },
     /* .get_max_size   = */ nullptr,
@@ -283,18 +283,18 @@ struct frozen_graph {
     }
 
     ggml_tensor * copy(const ggml_tensor * tensor) {
-        std::unique_ptr<ggml_tensor> & its = copies[tensor];
-        if (!its) {
-            its = std::make_unique<ggml_tensor>(*tensor);
+        std::unique_ptr<ggml_tensor> & copy = copies[tensor];
+        if (!copy) {
+            copy = std::make_unique<ggml_tensor>(*tensor);
         }
-        return its.get();
+        return copy.get();
     }
 };
 
 ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     const auto frozen = std::make_shared<frozen_graph>(graph);
-    self(backend).queue.put([&its = self(backend), frozen] {
-        if (ggml_backend_graph_compute(its.cpu.get(), frozen->graph) != GGML_STATUS_SUCCESS) {
+    self(backend).queue.put([&late = self(backend), frozen] {
+        if (ggml_backend_graph_compute(late.cpu.get(), frozen->graph) != GGML_STATUS_SUCCESS) {
             abort();
         }
     });
@@ -327,15 +327,15 @@ const ggml_backend_i backend_i = {
     /* .graph_plan_compute  = */ nullptr,
     /* .graph_compute       = */ graph_compute,
     /* .event_record        = */
-    [](ggml_backend_t backend, ggml_backend_event_t its) { self(backend).queue.record(*(event *) its->context); },
+    [](ggml_backend_t backend, ggml_backend_event_t handle) { self(backend).queue.record(*(event *) handle->context); },
     /* .event_wait          = */
-    [](ggml_backend_t backend, ggml_backend_event_t its) { self(backend).queue.wait(*(event *) its->context); },
+    [](ggml_backend_t backend, ggml_backend_event_t handle) { self(backend).queue.wait(*(event *) handle->context); },
     /* .graph_optimize      = */ nullptr,
 };
 
 ggml_guid_t guid() {
-    static ggml_guid its = { 'l', 'a', 't', 'e' };
-    return &its;
+    static ggml_guid guid = { 'l', 'a', 't', 'e' };
+    return &guid;
 }
 
 ggml_backend_t backend_new(ggml_backend_dev_t dev, const char *) {
@@ -388,17 +388,17 @@ const ggml_backend_device_i device_i = {
     /* .supports_op          = */
     [](ggml_backend_dev_t, const ggml_tensor * op) { return ggml_backend_dev_supports_op(cpu(), op); },
     /* .supports_buft        = */
-    [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t its) { return its == &late_of(dev).buft; },
+    [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) { return buft == &late_of(dev).buft; },
     /* .offload_op           = */ nullptr,
     /* .event_new            = */ event_new,
     /* .event_free           = */
-    [](ggml_backend_dev_t, ggml_backend_event_t its) {
-        delete (event *) its->context;
-        delete its;
+    [](ggml_backend_dev_t, ggml_backend_event_t handle) {
+        delete (event *) handle->context;
+        delete handle;
     },
     /* .event_synchronize    = */
-    [](ggml_backend_dev_t, ggml_backend_event_t its) {
-        event & of = *(event *) its->context;
+    [](ggml_backend_dev_t, ggml_backend_event_t handle) {
+        event & of = *(event *) handle->context;
         of.await(of.now(false));
     },
 };
@@ -422,10 +422,10 @@ ggml_backend_dev_t device_at(size_t index) {
         { "LATE0", "0000:00:00.0", { device_i, &reg, nullptr }, { buft_i, nullptr, nullptr } },
         { "LATE1", "0000:00:00.1", { device_i, &reg, nullptr }, { buft_i, nullptr, nullptr } },
     };
-    late & its         = all[index];
-    its.device.context = its.buft.context = &its;
-    its.buft.device                       = &its.device;
-    return &its.device;
+    late & chosen         = all[index];
+    chosen.device.context = chosen.buft.context = &chosen;
+    chosen.buft.device                          = &chosen.device;
+    return &chosen.device;
 }
 
 } // namespace
@@ -492,15 +492,15 @@ static void copy_piece(const rotary_link_layer & layer, const rotary_page & page
     memcpy(piece.to, piece.from, piece.bytes);
 }
 
-static void score(const rotary_link_prediction & its) {
-    const int32_t n = its.layer.table.n_expert;
-    for (int32_t index = 0; index < n * its.n_tokens; index++) {
-        const float * state = its.copy + index / n * its.n_embd;
-        float         sum   = its.bias != nullptr ? its.bias[index % n] : 0;
-        for (int32_t i = 0; i < its.n_embd; i++) {
-            sum += its.router[index % n * its.n_embd + i] * its.scale[i] * state[i];
+static void score(const rotary_link_prediction & next) {
+    const int32_t n = next.layer.table.n_expert;
+    for (int32_t index = 0; index < n * next.n_tokens; index++) {
+        const float * state = next.copy + index / n * next.n_embd;
+        float         sum   = next.bias != nullptr ? next.bias[index % n] : 0;
+        for (int32_t i = 0; i < next.n_embd; i++) {
+            sum += next.router[index % n * next.n_embd + i] * next.scale[i] * state[i];
         }
-        its.scores[index] = its.selection != nullptr ? 1 / (1 + expf(-sum)) + its.selection[index % n] : sum;
+        next.scores[index] = next.selection != nullptr ? 1 / (1 + expf(-sum)) + next.selection[index % n] : sum;
     }
 }
 
@@ -512,12 +512,12 @@ static void copy_ahead(const rotary_link_layer & layer, uint64_t number) {
     const auto          wanted = [&] {
         return __atomic_load_n(&state.demanded, __ATOMIC_ACQUIRE) >= number;
     };
-    for (long n_copied = 0; state.taken < all && !wanted(); n_copied++) {
+    for (long n_copied = 0; state.n_begun < all && !wanted(); n_copied++) {
         while (most > 0 && n_copied >= most && !wanted()) {
             std::this_thread::sleep_for(std::chrono::microseconds(20));
         }
         if (!wanted()) {
-            const uint32_t index = state.taken++;
+            const uint32_t index = state.n_begun++;
             copy_piece(layer, layer.table.prefetches[index / layer.table.n_pieces],
                        (int32_t) index % layer.table.n_pieces);
         }
@@ -527,34 +527,34 @@ static void copy_ahead(const rotary_link_layer & layer, uint64_t number) {
 static bool link_look_up(rotary_link * link, const rotary_link_lookup * lookup, const rotary_link_prediction * next) {
     if (lookup->predicted) {
         link->queue.put(
-            [its = *lookup] { __atomic_store_n(&its.layer.table.state->demanded, its.number, __ATOMIC_RELEASE); });
+            [now = *lookup] { __atomic_store_n(&now.layer.table.state->demanded, now.number, __ATOMIC_RELEASE); });
         link->queue.wait(link->predicted);
     }
     static const int32_t         wild_id = -7;
     const rotary_link_prediction none    = {};
     const bool                   wild    = getenv("LATE_WILD") != nullptr;
-    const bool                   on = link->ask([link, wild, its = *lookup, ahead = next != nullptr ? *next : none] {
+    const bool                   on = link->ask([link, wild, now = *lookup, ahead = next != nullptr ? *next : none] {
         for (int32_t i = 0; i < ahead.n_embd * ahead.n_tokens; i++) {
             ahead.copy[i] = ((const float *) (ahead.state + ahead.stride * (i / ahead.n_embd)))[i % ahead.n_embd];
         }
-        const rotary_page_table & table    = its.layer.table;
-        const rotary_page_ids     wild_ids = { (const char *) &wild_id, its.ids.n_used, its.ids.n_tokens, 0, 0 };
-        rotary_page_resolve(rotary_page_alone{}, table, wild ? wild_ids : its.ids, its.slot_ids);
+        const rotary_page_table & table    = now.layer.table;
+        const rotary_page_ids     wild_ids = { (const char *) &wild_id, now.ids.n_used, now.ids.n_tokens, 0, 0 };
+        rotary_page_resolve(rotary_page_alone{}, table, wild ? wild_ids : now.ids, now.slot_ids);
         std::vector<rotary_page> pages(table.pages, table.pages + table.state->n_pages);
         std::shuffle(pages.begin(), pages.end(), link->chance);
         for (const rotary_page & page : pages) {
             for (int32_t i = page.first; i < table.n_pieces; i++) {
-                copy_piece(its.layer, page, i);
+                copy_piece(now.layer, page, i);
             }
         }
     });
     if (on && next != nullptr) {
         link->queue.record(link->wanted);
         link->beside.wait(link->wanted);
-        link->beside.put([its = *next] {
-            score(its);
-            rotary_page_predict(rotary_page_alone{}, its.layer.table, its.scores, its.n_tokens, its.n_used);
-            copy_ahead(its.layer, its.number);
+        link->beside.put([ahead = *next] {
+            score(ahead);
+            rotary_page_predict(rotary_page_alone{}, ahead.layer.table, ahead.scores, ahead.n_tokens, ahead.n_used);
+            copy_ahead(ahead.layer, ahead.number);
         });
         link->beside.record(link->predicted);
     }
@@ -586,13 +586,13 @@ EXPORT const rotary_link_api * rotary_link_get(void) {
             free(memory);
         },
         /* .wait        = */
-        [](rotary_link * link, void * its) {
-            link->queue.wait(*(event *) its);
+        [](rotary_link * link, void * handle) {
+            link->queue.wait(*(event *) handle);
             return true;
         },
         /* .record      = */
-        [](rotary_link * link, void * its) {
-            link->queue.record(*(event *) its);
+        [](rotary_link * link, void * handle) {
+            link->queue.record(*(event *) handle);
             return true;
         },
         /* .copy        = */ link_copy,

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 #
-# The pinned llama.cpp with shared libraries, for the programs of tests/conformance and tests/machines: nothing of it
-# but what a list LLAMA_PARTS names (BUILD_TOOLS, ...). Nothing is installed, and nothing is downloaded.
+# Adds the pinned llama.cpp, with shared libraries, to the programs of tests/conformance and tests/machines. The list
+# LLAMA_PARTS selects its parts (BUILD_TOOLS, ...). Nothing is installed or downloaded.
 set(ROTARY_LLAMA_CPP_DIR "" CACHE PATH "Source of the pinned llama.cpp")
 if (NOT EXISTS "${ROTARY_LLAMA_CPP_DIR}/ggml/CMakeLists.txt")
     message(FATAL_ERROR "ROTARY_LLAMA_CPP_DIR: '${ROTARY_LLAMA_CPP_DIR}' is not a llama.cpp source")
 endif()
 
-# Without git, which upstream searches for in two ways: its answer would depend on the checkout around this build, and
-# what ggml_commit() says is part of what our library checks ("unknown", as in a wheel built where there is no git).
+# Without git, for which upstream searches in two ways: it would report the commit of the checkout around this build,
+# and the library checks ggml_commit(). Without git that is "unknown", as in a wheel built on a machine without git.
 set(GIT_EXE OFF CACHE STRING "" FORCE)
 set(GIT_EXECUTABLE OFF CACHE STRING "" FORCE)
 set(CMAKE_DISABLE_FIND_PACKAGE_Git ON)

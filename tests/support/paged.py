@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Paged runs that tests compare with stock's, and what such runs need."""
+"""Paged runs that tests compare with stock's, and helpers for them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.tracing import OPTIONS, trace
 
 
 def attempt(function: Callable[..., Any], *args: Any) -> Any:
-    """What it returns, or the error's type and text."""
+    """The result of a call, or its error's type and text."""
     try:
         return function(*args)
     except Exception as error:
@@ -35,7 +35,7 @@ def attempt(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def load_late() -> None:
-    """Make LATE0 known to ggml, in a process of the fixture `late`."""
+    """Load LATE0 into ggml, in a process with the environment of the fixture `late`."""
     llama = _native.libllama()
     llama.ggml_backend_load.restype = ctypes.c_void_p
     library = os.environ.get("LATE_DEVICE") or os.environ["ROTARY_LINK"]
@@ -43,12 +43,12 @@ def load_late() -> None:
 
 
 def make(model: Path, rotary: Any, **options: Any) -> Llama:
-    """A model with the options that stock has in tracing.py."""
+    """Load a model with the options that tracing.py gives to stock."""
     return Llama(str(model), rotary=rotary, **{**OPTIONS, **options})
 
 
 def stock_trace(model: Path, **options: Any) -> dict[str, np.ndarray]:
-    """Logits and greedy tokens of stock llama_cpp, in a process of its own, which never sees this package."""
+    """Logits and greedy tokens of stock llama_cpp, from a process that does not import rotary_llamacpp."""
     with tempfile.TemporaryDirectory() as folder:
         script = ROOT / "tests" / "support" / "tracing.py"
         command = [sys.executable, script, model, f"{folder}/out.npz", json.dumps(options)]
@@ -59,7 +59,7 @@ def stock_trace(model: Path, **options: Any) -> dict[str, np.ndarray]:
 def paged_trace(
     model: Path, n_prompt: int, rotary: Any, n_decode: int = 12, **options: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Logits and greedy tokens of a paged run, and its figures."""
+    """Logits and greedy tokens of a paged run, and its statistics."""
     llama = make(model, rotary, **options)
     try:
         return trace(llama, n_prompt, n_decode), llama.rotary_stats()
@@ -68,7 +68,7 @@ def paged_trace(
 
 
 def second_context(llama: Llama) -> tuple[Any, Callable[[list[int]], np.ndarray]]:
-    """Another context on the model of `llama`, evaluated through stock's internals."""
+    """Another context of the model of `llama`, and a function that evaluates tokens in it."""
     context = internals.LlamaContext(model=llama._model, params=llama.context_params, verbose=False)
 
     def run(tokens):
@@ -84,8 +84,21 @@ def second_context(llama: Llama) -> tuple[Any, Callable[[list[int]], np.ndarray]
     return context, run
 
 
+def logits(llama: Any, tokens: list[int]) -> np.ndarray:
+    """Logits of tokens that are evaluated at once."""
+    llama.reset()
+    llama.eval(tokens)
+    return llama.scores[: len(tokens)].copy()
+
+
+def use_adapter(llama: Any, adapter: Any) -> None:
+    """Apply a LoRA adapter of llama.cpp's with weight 1 in the model's context, or none."""
+    adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+    assert api.llama_set_adapters_lora(llama._ctx.ctx, adapters, adapter is not None, scales) == 0
+
+
 def assert_equal(paged: Mapping[str, np.ndarray], stock: Mapping[str, np.ndarray]) -> None:
-    """Every bit of every logit, and that the logits are not trivial."""
+    """Check that tokens and logits are equal to the bit, and that the logits are not trivial."""
     assert paged["greedy"].tolist() == stock["greedy"].tolist()
     assert paged["logits"].shape == stock["logits"].shape
     assert np.isfinite(stock["logits"]).all() and stock["logits"].std() > 0.1, "the reference says something"
@@ -95,8 +108,8 @@ def assert_equal(paged: Mapping[str, np.ndarray], stock: Mapping[str, np.ndarray
 
 
 def notices(stats: Mapping[str, Any]) -> list[str]:
-    """Those of a run, but for what this machine forces on any: it has no io_uring, as in many containers, or
-    the model's file system no direct reads."""
+    """The notices of a run, except those that the machine causes: it may have no io_uring, as in many
+    containers, or the model's file system may refuse direct reads."""
 
     def is_forced(text: str) -> bool:
         if "io_uring" in text:

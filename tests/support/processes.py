@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Functions of test modules in processes of their own, and what the system lets any process have.
+"""Running functions of test modules in processes of their own, and features that the system offers.
 
-A process of its own is for what could kill it (signals, memory limits, files that vanish) and for what must
-be there before the library is loaded (LD_PRELOAD).
+Tests use a separate process for what could kill it (signals, memory limits, files that vanish) and for
+settings that must precede the loading of the library (LD_PRELOAD).
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class Apart:
         shutil.rmtree(self.folder)
 
     def result(self, timeout: float = HANG_S) -> Any:
-        """Wait for it; it must end by itself, and well."""
+        """Wait for the process, which must exit with status 0, and return the function's result."""
         _, said = self.process.communicate(timeout=timeout)
         assert self.process.returncode == 0, f"ended with {self.process.returncode}: {said[-2000:]}"
         with open(self.folder / "result", "rb") as file:
             return pickle.load(file)
 
     def wait_for(self, path: Path, timeout: float = HANG_S) -> None:
-        """Wait until the process has made this file."""
+        """Wait until the process has created this file."""
         end = time.monotonic() + timeout
         while not path.exists():
             assert self.process.poll() is None, self.process.communicate()[1][-2000:]
@@ -82,13 +82,13 @@ class Apart:
 
 
 def apart(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """The same, waited for."""
+    """Call a function of a test module in a process of its own; returns its result."""
     with Apart(function, *args, **options) as process:
         return process.result()
 
 
 def python(code: str, *args: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own, which finds the package and the tests; it must end well."""
+    """Run a script that can import the package and the tests; it must exit with status 0."""
     command = [sys.executable, "-c", code, *map(str, args)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_S, check=False)
@@ -96,12 +96,12 @@ def python(code: str, *args: Any, **environment: str) -> subprocess.CompletedPro
     return ran
 
 
-# Where address space is limited: glibc reserves 64 MiB of it for the first allocation of each thread.
+# For limited address space: by default glibc reserves 64 MiB for the first allocation of each thread.
 ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 
 def reads_directly(path: Path | str) -> bool:
-    """Whether its file system has O_DIRECT."""
+    """Whether the file system of a file accepts O_DIRECT."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
     except OSError:
@@ -110,7 +110,7 @@ def reads_directly(path: Path | str) -> bool:
 
 
 def has_io_uring() -> bool:
-    """Whether the kernel gives a ring that knows IORING_OP_READ, as from 5.6 on, and lets it be entered."""
+    """Whether the kernel allows io_uring, with IORING_OP_READ (Linux 5.6 or newer)."""
     parameters = (ctypes.c_uint32 * 30)()
     libc = ctypes.CDLL(None)
     fd = libc.syscall(425, 1, parameters)
@@ -118,9 +118,9 @@ def has_io_uring() -> bool:
         return False
     enters = libc.syscall(426, fd, 0, 0, 0, None, 0) == 0
     os.close(fd)
-    return enters and bool(parameters[5] & 1 << 3)  # IORING_FEAT_RW_CUR_POS, which came with it
+    return enters and bool(parameters[5] & 1 << 3)  # IORING_FEAT_RW_CUR_POS, which came with Linux 5.6
 
 
 def expected_io(io: str) -> str:
-    """How direct reads are made where ROTARY_IO is "threads", or "io_uring"."""
+    """How direct reads are made on this machine if ROTARY_IO is `io`, "threads" or "io_uring"."""
     return "uring" if io == "io_uring" and has_io_uring() else "threads"

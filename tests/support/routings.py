@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Traces and profiles that tests make up."""
+"""Made-up traces and profiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rotary_llamacpp.traces import profiles
 
 
 def made(ids, sizes=(1000,), n_expert=8, phase=None):
-    """A trace of ids[token][layer][k], one sequence, all decoded unless told otherwise."""
+    """A trace of one sequence with experts ids[token][layer][k]; all tokens are decode by default."""
     ids = np.array(ids, np.int32)
     n_tokens, n_layers, n_used = ids.shape
     step, layer = np.divmod(np.arange(n_tokens * n_layers), n_layers)
@@ -26,7 +26,7 @@ def made(ids, sizes=(1000,), n_expert=8, phase=None):
 
 
 def numbered(n_layers=6, n_expert=32, first=0):
-    """A profile in which expert (first + i) % n_expert is the i-th most wanted of each layer, half of all."""
+    """A profile of half of the experts: (first + i) % n_expert is the i-th most popular in each layer."""
     popularity = np.zeros((n_layers, n_expert), np.float32)
     for rank in range(n_expert // 2):
         popularity[:, (first + rank) % n_expert] = 0.9 - rank / 100

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A pseudo-terminal for tests. What is written to it is read at once, however much that is and however little
-time this process gets, so that who draws on it never waits for the test."""
+"""A pseudo-terminal for tests, whose output a thread reads at once: programs never wait for the test."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ END = "[all of it]"
 
 
 class Terminal(contextlib.ExitStack):
-    """`text` is all that was written, `theirs` the descriptor to write to.
+    """A pseudo-terminal, closed at the end of the ``with`` block.
 
-    It does not outlive the ``with`` block.
+    `text` is all its output so far, `theirs` the descriptor to write to.
     """
 
     def __init__(self, n_lines: int = 30, n_columns: int = 80) -> None:
@@ -53,7 +52,7 @@ class Terminal(contextlib.ExitStack):
             os.close(fd)
 
     def wait_for(self, pattern: str, start: int = 0) -> int:
-        """Where the first match at `start` or behind it ends, once it has come."""
+        """Wait for the first match at or after `start`; returns the position of its end."""
         found = re.compile(pattern)
         with self._more:
             came = self._more.wait_for(lambda: found.search(self.text, start), HANG_S)
@@ -61,7 +60,7 @@ class Terminal(contextlib.ExitStack):
         return came.end()
 
     def flush(self) -> None:
-        """Wait until all that was written has come; it comes in order."""
+        """Wait until all output so far has been read."""
         os.write(self.theirs, END.encode())
         self.wait_for(re.escape(END))
         with self._more:

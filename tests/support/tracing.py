@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Every logit of a prompt and of a greedy continuation; as a script, those of stock llama_cpp.
+"""All logits of a prompt and of a greedy continuation; as a script, those of stock llama_cpp.
 
     python tests/support/tracing.py model.gguf out.npz '{"n_prompt": 100, "use_extra_bufts": false}'
 
-Imports nothing of this package, so that the reference cannot be touched by it.
+Does not import rotary_llamacpp, which therefore cannot affect the reference.
 """
 
 import json
@@ -13,7 +13,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as llama_api
 import numpy as np
 
-# One thread: several spin at ggml's barriers, and on a busy machine a test then takes minutes.
+# One thread, as several spin at ggml's barriers, which takes minutes on a busy machine.
 OPTIONS = {
     "n_ctx": 256,
     "n_threads": 1,
@@ -25,7 +25,7 @@ OPTIONS = {
 
 
 def prompt_tokens(n_vocab, n_prompt):
-    """Fixed tokens, spread over the vocabulary so that they meet many experts."""
+    """Fixed tokens, spread over the vocabulary so that they use many experts."""
     return [int(token) for token in np.random.default_rng(n_prompt).integers(3, n_vocab, n_prompt)]
 
 
@@ -41,7 +41,7 @@ def trace(llama, n_prompt, n_decode=12):
 
 
 def main(model, out, options):
-    """Trace stock and save."""
+    """Trace stock and save the result."""
     options = dict(options)
     lengths = {name: options.pop(name) for name in ("n_prompt", "n_decode") if name in options}
     use_extra_bufts = options.pop("use_extra_bufts", True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What something costs, in figures that are the same on every machine, however fast and however busy."""
+"""Measures of cost that do not depend on the speed or load of the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Calls:
-    """Counts the calls of functions, Python's and C's, that this thread makes in the ``with`` block."""
+    """Count the calls of Python and C functions that this thread makes in the ``with`` block."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -25,6 +25,6 @@ class Calls:
 
 
 def peak_kib() -> int:
-    """Most memory this process had; getrusage() would begin with that of the one it was forked from."""
+    """Peak memory of this process; getrusage() would include that of the process it was forked from."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))

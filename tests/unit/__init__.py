@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Python alone: no model is computed."""
+"""The Python package alone, without running a model."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rooms of the library and of the package, and who may know whom: includes and imports point one way."""
+"""Rooms of the library and of the package: includes and imports point one way only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import ROOT
 
-# The lowest first: a room may use those of rows before it, and of its own row where that makes no cycle.
+# From the lowest: a room may use rooms of the rows before it, and of its own row if that makes no cycle.
 NATIVE = (
     ("base",),
     ("stats", "cache"),
@@ -41,15 +41,15 @@ PYTHON = (  # modules of the top level are rooms of their own
     ("cli",),
     ("__init__", "__main__"),
 )
-# Packages of others, and the room that may import them.
+# External packages, and the only room that may import each.
 ONLY_IN = {"cffi": "native", "llama_cpp": "native", "click": "cli"}
 
-# A reference: the file it stands in, its line there, what it says, and the file that it names.
+# A reference: the file that contains it, the line's number and text, and the file that it names.
 Reference = tuple[Path, int, str, Path]
 
 
 def includes(src: Path) -> Iterator[Reference]:
-    """Each include of a file of our own. As the compiler has it: from native/src, or from beside."""
+    """Each include of a file of the library, found as the compiler does: in native/src or the same folder."""
     for path in sorted(each for each in src.rglob("*") if each.is_file()):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if match := re.match(r'\s*#\s*include\s*"(.+)"', line):
@@ -61,7 +61,7 @@ def includes(src: Path) -> Iterator[Reference]:
 
 
 def imports(package: Path) -> Iterator[tuple[Path, int, str, str]]:
-    """Each import, wherever in a module it stands, with the absolute name of what is imported."""
+    """Each import anywhere in a module, with the absolute name that it imports."""
     for path in sorted(package.rglob("*.py")):
         source = path.read_text()
         parts = [package.name, *path.relative_to(package).with_suffix("").parts]
@@ -78,7 +78,7 @@ def imports(package: Path) -> Iterator[tuple[Path, int, str, str]]:
 
 
 def own_imports(package: Path) -> Iterator[Reference]:
-    """Each import of a module of our own."""
+    """Each import of a module of the package."""
     for path, number, line, name in imports(package):
         head, *parts = name.split(".")
         while head == package.name:
@@ -90,13 +90,13 @@ def own_imports(package: Path) -> Iterator[Reference]:
 
 
 def room(path: Path, top: Path) -> str:
-    """The folder below `top` that a file lies in, or a module of the top level."""
+    """The folder below `top` that contains a file, or the name of a module at the top level."""
     parts = path.relative_to(top).parts
     return parts[0] if len(parts) > 1 else path.stem if path.suffix == ".py" else ""
 
 
 def cycle(edges: dict[Path | str, set[Path | str]]) -> list[Path | str]:
-    """The nodes of one way back to where it begins; empty if there is none."""
+    """The nodes of a cycle, the first one repeated at the end; empty if there is none."""
     done: set[Path | str] = set()
 
     def walk(node: Path | str, way: list[Path | str]) -> list[Path | str]:
@@ -115,7 +115,7 @@ def cycle(edges: dict[Path | str, set[Path | str]]) -> list[Path | str]:
 def violations(
     top: Path, rows: Sequence[Sequence[str]], references: Iterable[Reference], suffixes: str
 ) -> list[str]:
-    """What is wrong, a line each: files outside of rooms, references the wrong way, cycles."""
+    """Violations, a line each: files outside of rooms, references in the wrong direction, cycles."""
     allowed = {name: set(itertools.chain(*rows[: i + 1])) for i, row in enumerate(rows) for name in row}
     there = {room(path, top) for path in top.rglob("*") if path.suffix in suffixes.split()}
     found = [f"{top / name}: no such room" for name in allowed if name not in there]
@@ -193,12 +193,12 @@ def test_only_capi_defines_the_c_api():
     assert not found, "\n".join(found)
 
 
-# ---- that it would be noticed
+# ---- violations are noticed
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A native and a rotary_llamacpp with a file in every room, in which all is well; writes files."""
+    """A tree without violations, with a file in every room; its folder, and a function that writes files."""
 
     def write(name, text=""):
         path = tmp_path / name

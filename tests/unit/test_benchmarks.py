@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The benchmarks' own logic, and that they run; their figures on tiny models mean nothing."""
+"""The benchmarks' own logic, and runs with tiny models, whose figures mean nothing."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_plan_measures_what_differs_most():
     ]
     every = plan(["q4_0", "q8_0"], routings, memory, ["machine", "slow"], every=True)
     assert len(every) == 2 * (2 + 2 * 2 * 2)
-    # Hashes of logits can be compared only after the same tokens: each cell's streams begin its reference's.
+    # Hashes of logits are comparable only after the same tokens: each cell's streams begin its reference's.
     for cell in (*cells, *every):
         reference = next(c for c in cells if c.memory is None and c.kind == cell.kind)
         assert reference.streams[: len(cell.streams)] == cell.streams
@@ -105,7 +105,7 @@ IN_MEMORY = Cell("q4_0", "machine", None, "calibrated", ("calibrated",))
 
 
 def run(cell, variant, decode, prefill=100.0, hash_="a", **stats):
-    """A run as `Benchmark.run` keeps it."""
+    """A run as `Benchmark.run` records it."""
     return {
         "cell": str(cell), "type": cell.type, "disk": cell.disk, "memory": cell.memory, "kind": cell.kind,
         **asdict(variant), "round": 1, "outcome": "measured", "seconds": 1.0, "peak_bytes": 7,
@@ -140,7 +140,7 @@ def test_rows_targets_and_text():
         run(IN_MEMORY, Variant("stock", False), 16.0),
         run(IN_MEMORY, Variant("rotary", True), 19.0),
         *(run(LIMITED, stock[0], decode, 50.0) for decode in (4.0, 6.0, 5.0)),
-        run(LIMITED, stock[1], 5.5, 10.0),  # once only, so never the best
+        run(LIMITED, stock[1], 5.5, 10.0),  # only one run, so never the best
         failed(LIMITED, stock[2], "killed"),
         run(LIMITED, Variant("rotary"), 8.0, 100.0, hit_rate=0.9, bytes_read=450 * 2**20, read_us=1_000_000),
         run(LIMITED, Variant("rotary", prefetch=False), 6.4, bytes_paged=500 * 2**20),
@@ -178,7 +178,7 @@ def test_rotary_that_does_not_finish_misses():
     assert target["failed"] and not any(level["met"] for level in target["levels"])
 
 
-def test_other_logits_end_the_benchmark(tmp_path):
+def test_other_logits_end_the_benchmark():
     benchmark = Benchmark({}, {}, {}, "auto", [128], 1.0)
     benchmark.runs = [
         run(IN_MEMORY, Variant("stock", True), 20.0, hash_="a"),
@@ -219,6 +219,10 @@ def test_beyond_ram_runs(native, tmp_path):
     assert killed and all(r["system"] == "stock" and r["repack"] for r in killed), "copies do not fit"
     limited = [r for r in figures["runs"] if r["outcome"] == "measured" and r["limit_bytes"]]
     assert all(r["peak_bytes"] <= r["limit_bytes"] for r in limited)
+    result = script("plots.py", tmp_path / "figures.json", "-o", tmp_path / "figures.svg")
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "figures.svg").read_text()
+    assert figures["date"] in text and all(f"{name} disk of" in text for name in disks)
 
 
 @pytest.mark.slow
@@ -255,7 +259,7 @@ def test_beyond_ram_leaves_nothing_behind(tmp_path):
         stdout, stderr = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, stderr
     assert "machine disk: plain reader" in stdout
-    # What others mount meanwhile is not looked at.
+    # Other mounts may appear meanwhile.
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
     for loop in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
@@ -287,14 +291,14 @@ def test_plans_are_held_against_runs(native, tiny_model, monkeypatch):
     ]  # fmt: skip
     predicted = [float(row[5]) for row in table]
     assert predicted[0] == predicted[1] == predicted[3] > predicted[2] > 0
-    # What is missed is read at 1 GB/s there, and copied at 5 GB/s here.
+    # Direct reads fetch missed experts at 1 GB/s, copies from the page cache at 5 GB/s.
     assert float(table[4][5]) < predicted[2]
 
 
 def test_runs_beside_other_processes_are_repeated(monkeypatch):
     from benchmarks import plan as planned
 
-    busy = iter([0.0, 50.0, 50.0, 50.0])  # 50 s of processors while the first run lasted, none in the second
+    busy = iter([0.0, 50.0, 50.0, 50.0])  # 50 busy seconds during the first run, none during the second
     monkeypatch.setattr(planned, "busy_seconds", lambda: next(busy))
     monkeypatch.setattr(planned, "_wait_for_idle", lambda _: None)
     monkeypatch.setattr(planned, "_child_seconds", lambda: 0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Processes that end with this one; that they do when it is killed is in test_convert_folders.py."""
+"""Child processes that end with this one; test_convert_folders.py tests that they do if it is killed."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def test_a_script_runs_as_if_by_itself_and_is_killed(tmp_path):
             if seconds == "0":
                 process.wait()
         assert process.returncode == status
-        # ggml's backtrace is off: two threads that fail at once wait for each other in it, for ever.
+        # ggml's backtrace is off: in it, two threads that fail at the same time wait for each other for ever.
         assert found == [[str(script), seconds, "b c"], str(tmp_path), "__main__", "1"]

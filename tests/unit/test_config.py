@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every accepted form of a budget, every refusal, and what turns paging off."""
+"""All forms of a budget, refused values, and values that turn paging off."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support import ROOT
         ("8GiB", str(8 << 30)), ("8g", str(8 << 30)), ("1.5 KiB", "1536"), ("2GB", "2000000000"),
         ("512b", "512"), ("1000000", "1000000"), (1000000, "1000000"), (1, "1"),
         ("9007199254740993", "9007199254740993"), ("16 slots", "16 slots"), ("1 slot", "1 slots"),
-        # A number with a point and without a unit is what the same float is: a share.
+        # A number with a point and without a unit is a share, like the same float.
         ("0.25", "25%"), (".5", "50%"), ("1.0", "100%"), (" 0.07 ", "7%"), (".5GiB", str(1 << 29)),
         ("0.5%", "0.5%"), (1e-12, "0.0000000001%"), ("0" * 5000 + "7", "7"), ("16.0 slots", "16 slots"),
         (10**17 + 1, str(10**17 + 1)),
@@ -143,9 +143,9 @@ def test_check_against_a_model(tiny_model):
         words = rf'tiny-moe.*budget {budget} is .*use "min", "4 slots" or 3MiB'
         with pytest.raises(BudgetError, match=words):
             check_budget(Budget.parse(budget), info, budget)
-    check_budget(Budget.parse("3MiB"), info, "3MiB")  # what the message names is enough
+    check_budget(Budget.parse("3MiB"), info, "3MiB")  # the budget that the message suggests is enough
 
 
 def test_a_number_without_end_is_refused_at_once():
     with pytest.raises(RotaryError):
-        Budget.parse("9" * 200_000 + "!")  # hours, where each digit may be of two parts of a pattern
+        Budget.parse("9" * 200_000 + "!")  # takes hours if a pattern can match each digit in two places

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Measuring the disk that a model lies on, and saying so where there is none: memory, other file systems."""
+"""Measuring the disk of a model, and refusing where there is none: memory, other file systems."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support import HANG_S, ROOT
 from tests.unit.test_plan import HERE
 
 SHM = Path("/dev/shm")
-TMPFS, EXT4, FUSE = 0x01021994, 0xEF53, 0x65735546
+EXT4, FUSE = 0xEF53, 0x65735546
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def on_disk(tmp_path):
     """A folder on a file system whose reads the kernel counts."""
     if file_systems.storage_reads(tmp_path) is None:
         pytest.skip(
-            f"{tmp_path}: file system {file_systems.magic(tmp_path):#x}, no disk that reads are counted of"
+            f"{tmp_path}: file system {file_systems.magic(tmp_path):#x}, the kernel does not count its reads"
         )
     return tmp_path
 
 
 @pytest.fixture
 def anywhere(monkeypatch):
-    """Files pass as on a disk, wherever tests run."""
+    """Let any file pass as one on a disk."""
     monkeypatch.setattr(file_systems, "magic", lambda path: 0)
 
 
@@ -59,7 +59,7 @@ def write(path, n_bytes):
 
 
 def one_line(error):
-    """The parts of an error."""
+    """The text of an error, which must be one line of several parts."""
     text = str(error.value)
     assert "\n" not in text and text.count("; ") >= 1, text
     return text
@@ -96,7 +96,7 @@ def test_memory_is_not_called_a_disk(in_shm):
     assert check.detail.startswith(f"not measured: {in_shm}: ") and "MiB/s" not in check.detail
 
 
-def test_a_plan_keeps_the_published_figure_where_nothing_can_be_measured(in_shm, monkeypatch):
+def test_a_plan_keeps_the_published_figure_where_nothing_can_be_measured(in_shm):
     sources = {"disk": "published, NVMe"}
     assert calibration._disk(HERE, in_shm, sources) == HERE
     assert sources["disk"].startswith(f"published, NVMe; not measured: {in_shm}: lies in memory (tmpfs)")
@@ -130,7 +130,7 @@ for path in map(Path, sys.argv[1:]):
 
 
 def test_an_overlay_over_memory_and_over_a_disk(on_disk):
-    # In a mount namespace of its own, which ends with it.
+    # In a mount namespace of its own, which disappears with the process.
     for name in ("lower", "upper", "work", "memory", "over"):
         (on_disk / name).mkdir()
     script = (
@@ -170,7 +170,7 @@ def test_a_file_system_without_direct_reads(anywhere, tmp_path, monkeypatch, ref
                 raise OSError(code, os.strerror(code))
             flags = (
                 flags & ~os.O_DIRECT | os.O_NOATIME
-            )  # as a mark; the real one may not be had where tests run
+            )  # marks such files, as the file system here may refuse O_DIRECT
         return real_open(path, flags, *rest, **named)
 
     def read(descriptor, *rest):
@@ -247,7 +247,7 @@ def test_folders_are_tried_once_each(tmp_path, monkeypatch):
     assert found[0] == tmp_path and len(found) == len(set(found)) <= 2
 
 
-# ---- what reading takes of the processors
+# ---- processor time of reading
 
 
 def test_in_a_container_only_this_process_is_counted(anywhere, tmp_path, monkeypatch):
@@ -264,7 +264,7 @@ def test_in_a_container_only_this_process_is_counted(anywhere, tmp_path, monkeyp
 
 
 def test_elsewhere_the_machine_is(anywhere, tmp_path, monkeypatch):
-    spent = iter([0.0, 0.0, 0.25])  # asked first, then before and after
+    spent = iter([0.0, 0.0, 0.25])  # at the first call, then before and after reading
     monkeypatch.setattr(disk, "busy_seconds", lambda user: next(spent))
     found = disk.read_cold(write(tmp_path / "model", MIB))
     assert not found.own and found.busy == 0.25

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The doctor's verdicts: fine on this machine, and each failure it exists for."""
+"""The doctor's verdicts: this machine passes, and each kind of failure is found."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Header reading: agreement with gguf.GGUFReader, and damage of every kind."""
+"""Header reading: agreement with gguf.GGUFReader, and many kinds of damage."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ print(peak_kib() - before)
 
 
 def measured(script: str, *arguments: Path) -> tuple[str, int, int]:
-    """What a script says in three lines, in a process of its own: a text, calls, KiB of memory."""
+    """Run a script that prints three lines: a text, a number of calls, and KiB of memory."""
     said, n_calls, kib = python(script, *arguments).stdout.splitlines()
     return said, int(n_calls), int(kib)
 
@@ -86,7 +86,7 @@ def text(value: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("n_tensors", "n_fields", "part", "more_bytes", "said"),
     [
-        # Just below what is refused; what is not kept is in the file, and not in memory.
+        # Just below the limits; values that are not kept must not be read into memory.
         (
             0,
             999,

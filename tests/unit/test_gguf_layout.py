@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Layouts of models of every kind, made up by hypothesis, and headers that are damaged at any byte."""
+"""Layouts of random models, made up by hypothesis, and headers that are damaged at any byte."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Made:
 
 
 def write_gguf(path: Path, tensors: Sequence[Made], alignment: int, fields: Sequence[bytes] = ()) -> None:
-    """A file as the format's document says, whose bytes differ from tensor to tensor."""
+    """Write a GGUF file by the format's specification, with different data in each tensor."""
     fields = [encode("general.architecture", "test"), encode("general.alignment", alignment), *fields]
     infos, data = b"", b""
     for number, tensor in enumerate(tensors):
@@ -61,7 +61,7 @@ def write_gguf(path: Path, tensors: Sequence[Made], alignment: int, fields: Sequ
 
 @st.composite
 def models(draw: st.DrawFn) -> tuple[list[Made], int]:
-    """Tensors in any order, and their alignment: experts apart, fused, one by one, and what is no expert."""
+    """Tensors in random order, and their alignment: experts apart, fused, in single tensors, and others."""
     tensors = []
     for layer in range(draw(st.integers(0, 3))):
         kinds = st.sampled_from(list(BLOCKS))
@@ -120,19 +120,19 @@ def test_any_layout_comes_out_whole_and_in_order(model, alignment, split_bytes):
             assert header.alignment == alignment
             assert header.n_bytes % alignment == 0
             assert split_bytes is None or header.n_bytes <= split_bytes or len(header.tensors) == 1
-            # llama.cpp wants each tensor right behind the padding of the one before.
+            # llama.cpp requires each tensor to follow the padding of the one before directly.
             at = header.tensors[0].offset
             for tensor in header.tensors:
                 assert tensor.offset == at
                 at += -(-tensor.n_bytes // alignment) * alignment
-            GGUFReader(header.path)  # reads it too
+            GGUFReader(header.path)  # accepts it too
 
 
 # ---- damage ------------------------------------------------------------------------------------------
 
 
 def small_model() -> bytes:
-    """One of each kind of field and tensor."""
+    """A small file with each kind of field and tensor."""
     fields = [
         encode("test.count", 3), encode("test.name", "a name"), encode("test.bytes", bytes(9)),
         encode("test.words", ["a", "bb", ""]), encode("test.short", 1, "H"),
@@ -194,7 +194,7 @@ print(peak_kib() - before)
 @pytest.mark.parametrize(
     ("header", "text"),
     [
-        # A file of 64 GiB of zeros, so that no count is too large for it.
+        # The file is followed by 64 GiB of zeros, so that every count fits into it.
         (struct.pack("<QQ", 1 << 30, 0), "1073741824 items announced"),
         (struct.pack("<QQ", 0, 1 << 30), "1073741824 items announced"),
         (ONE_FIELD + encode("k", ["x"])[:-17] + struct.pack("<Q", 1 << 32), "strings in arrays"),
@@ -215,7 +215,7 @@ def test_damage_of_a_large_file_costs_neither_time_nor_memory(tmp_path, header, 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Without the kernel's copy, whose memory is not the process's: 16 MiB and 256 MiB of experts."""
+    """Convert 16 MiB and 256 MiB of experts without the kernel's copy, whose memory is not the process's."""
     code = HUGE.replace("\nbefore =", "\nos.copy_file_range = lambda *_: 0\nbefore =", 1)
     used = []
     for n_expert in (16, 256):
@@ -253,7 +253,7 @@ def test_overlapping_tensors_are_refused(tmp_path):
         ("blk.0.ffn_up_exps.weight", (1, 1, (1 << 16) + 1), "at most 65536 experts"),
         ("output.weight", (32, 0), "1 to 2"),
         ("x" * 64, (32, 2), "a name of 64 bytes"),
-        # What is no name of an expert is copied as it is.
+        # Tensors whose names are not those of experts are copied as they are.
         ("blk.0.ffn_up_exps.weight", (1, 1, 1 << 16), ""),
         ("blk.1234567.ffn_up.0.weight", (32, 2), ""),
         (f"blk.0.ffn_up.{'1' * 40}.weight", (32, 2), ""),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a model holds, from headers alone: against the shapes the generator was asked for."""
+"""ModelInfo, from headers alone: compared with the shapes that the generator was given."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_expert_counts_per_layer_chunk_experts_and_companions(tmp_path):
         (layer.il, layer.kind, layer.n_expert, layer.n_expert_used, layer.expert_bytes)
         for layer in info.layers
     ]
-    # Chunk experts: 2 of them, so at most 2 are used, of 4 x 32 floats each. Biases and scales stay resident.
+    # There are 2 chunk experts of 4 x 32 floats, so that at most 2 are used. Biases and scales stay resident.
     assert found == [(0, "exps", 4, 2, 256), (1, "chexps", 2, 2, 512), (1, "exps", 8, 3, 256)]
     assert info.min_budget_bytes == 2 * 256 + 2 * 512 + 3 * 256
 
@@ -143,7 +143,7 @@ def test_reads_without_native_library_and_llama_cpp(tiny_model, tmp_path):
 
 
 def test_never_reads_the_weights(tiny_model, tmp_path):
-    # The header of the tiny model and a hole in place of its weights are as good as the model.
+    # The tiny model's header, with a hole in place of the weights, serves as well as the model.
     start = min(tensor.offset for tensor in _tensors(tiny_model))
     sparse = tmp_path / "sparse.gguf"
     with sparse.open("wb") as file:

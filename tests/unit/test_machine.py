@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a machine or a container lets this process have.
+"""Memory and CPUs that a machine or a container lets this process use.
 
-Trees of /proc and /sys/fs/cgroup as real systems show them are read by Python, for plans and the doctor, and
-by the native library, for paging: both say the same.
+Python, for plans and the doctor, and the native library, for paging, read trees of /proc and /sys/fs/cgroup
+as real systems show them, and must agree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SOURCES = (
     "base/fork.cpp",
 )  # with machine_host.cpp
 V1_NO_LIMIT = 0x7FFFFFFFFFFFF000  # PAGE_COUNTER_MAX
-V1_NO_LIMIT_64K = 0x7FFFFFFFFFFF0000  # the same with pages of 64 KiB
+V1_NO_LIMIT_64K = 0x7FFFFFFFFFFF0000  # PAGE_COUNTER_MAX with pages of 64 KiB
 FREE = 50 * GIB
 HOST = 64 * GIB
 
@@ -47,7 +47,7 @@ V2_MOUNTS = """\
 
 
 def v1(folder, limit, usage=0, cache=0, use_hierarchy=1, around=V1_NO_LIMIT):
-    """Files of a memory group of version 1; `around` is what is tightest of it and the groups around it."""
+    """Files of a memory group of version 1; `around` is the lowest limit of the groups around it."""
     return {
         f"{folder}/memory.limit_in_bytes": f"{limit}\n",
         f"{folder}/memory.soft_limit_in_bytes": f"{MIB}\n",
@@ -83,7 +83,7 @@ def v1_cpu(folder, quota, period=100000):
 
 @dataclass
 class Tree:
-    """A machine: the groups of the process, what is mounted, files; and what it may have by that."""
+    """A machine: the process's groups, mounts and files, and the memory and CPUs that it may use by these."""
 
     membership: str | None
     mounts: str | None
@@ -271,7 +271,7 @@ TREES = {
 
 @pytest.fixture(params=TREES)
 def tree(request, tmp_path):
-    """The root of a tree, and what it is of."""
+    """The root of a tree on disk, and its Tree."""
     case = TREES[request.param]
     files = {
         "/proc/self/cgroup": case.membership,
@@ -363,11 +363,11 @@ def test_pressure_of_the_group_or_else_of_the_machine(host, tmp_path):
     assert host.machine_memory_pressure(os.fsencode(tmp_path)) == 1.25
 
 
-# ---- what keeps the processors busy
+# ---- busy processors
 
 
 def stat_of(root, namespace, lines):
-    """A root with /proc/stat and a PID namespace."""
+    """Make a root with /proc/stat and a PID namespace."""
     (root / "proc" / "self" / "ns").mkdir(parents=True)
     (root / "proc" / "stat").write_text(lines)
     (root / "proc" / "self" / "ns" / "pid").symlink_to(f"pid:[{namespace}]")
@@ -408,5 +408,5 @@ def test_busy_seconds_of_this_machine():
     assert (before is None) == (namespace != f"pid:[{machine.HOST_PID_NAMESPACE}]")
     end = time.process_time() + 0.1
     while time.process_time() < end:
-        pass  # keeps one busy
+        pass  # keeps one processor busy
     assert before is None or machine.busy_seconds() > before

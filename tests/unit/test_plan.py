@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The plan: a model of two layers worked out on paper, named shapes against published sizes, the command.
 
-The model: two layers of four experts, one used, 100 MiB each; 300 MiB of other weights, of which a token
-reads 200; a KV cache of 1 MiB a token and layer. The request: a context of 10 tokens, a prompt of 4 and an
-answer of 4, so 6 tokens in the cache on average. A token then reads 200 + 2 x 100 + 6 x 2 = 412 MiB. Rates
-are in MiB, and chosen so that this is a second on the CPU. Three quarters of the experts are hit, whatever
-has slots.
+The model has two layers of four experts of 100 MiB, one of them used; 300 MiB of other weights, of which a
+token reads 200; and a KV cache of 1 MiB per token and layer. The request is a context of 10 tokens, a prompt
+of 4 and an answer of 4, so that the cache has 6 tokens on average. A token then reads 200 + 2 x 100 + 6 x 2 =
+412 MiB, which takes a second on the CPU by the chosen rates (in MiB/s). The hit rate is three quarters with
+any number of slots.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ HERE = Machine(
     copy_rate=100 * MIB, disk_rate=50 * MIB, gpu_flops=1000.0, cpu_flops=250.0,
 )  # fmt: skip
 THREE_QUARTERS = hits.Hits(lambda n_slots: 0.75, "a test")
-# What four tokens, of which each chooses one of four experts, want of a layer: 400 x (1 - (3/4)^4) MiB.
+# MiB that four tokens, each of which chooses one of four experts, use in a layer: 400 x (1 - (3/4)^4).
 TOUCHED = 273.4375
 
 
@@ -68,7 +68,7 @@ def test_cpu_with_room_for_everything():
     assert set(found) == {"cpu", "rotary-cpu"}
     for option in found.values():
         assert option.decode.parts == {RAM: pytest.approx(1.0)}, "where all have slots, none is missed"
-        # 400 operations, less 100 of the output matrix, and 200 of experts, at 250 a second.
+        # 400 operations, less 100 of the output matrix, and 200 of experts, at 250 per second.
         assert option.prefill.seconds == pytest.approx(2.0) and option.prefill.limit == COMPUTE
     assert found["cpu"].ram_bytes == (200 + 20 + 100 + 800) * MIB
     best, why = recommend(case(), list(found.values()))
@@ -85,19 +85,19 @@ def test_misses_are_copied_from_the_page_cache():
 
 
 def test_cpu_with_too_little_memory():
-    # 960 MiB less 64 are 896; weights, cache and embeddings take 320, staging a 24th, 40: 536 are left, five
-    # experts. 50 MiB a token are missed, a second at 50 MiB/s; with a second of computing that is root 2.
+    # Of 960 MiB, 64 stay free, weights, cache and embeddings take 320, and staging a 24th, 40: 536 are left,
+    # five experts. A token misses 50 MiB, a second at 50 MiB/s; with a second of computing that is root 2.
     found = by_key(options(case(ram_bytes=960 * MIB)))
     rotary = found["rotary-cpu"]
     assert (rotary.budget_bytes, rotary.n_slots, rotary.store) == (536 * MIB, (3, 2), "direct")
     assert rotary.decode.parts == {RAM: pytest.approx(1.0), DISK: pytest.approx(1.0)}
     assert rotary.decode.seconds == pytest.approx(math.sqrt(2))
-    # A prompt's micro-batch of four reads what is absent beside computing, a third of both layers' 273 MiB,
-    # and copies it.
+    # A prompt's micro-batch of four reads absent experts while computing, a third of both layers' 273 MiB,
+    # and copies them.
     absent = 2 * TOUCHED * (1 - 536 / 800) / 4
     assert rotary.prefill.parts[DISK] == pytest.approx(absent / 50)
     assert rotary.prefill.seconds == pytest.approx(2.0 + absent / 100)
-    # Stock's page cache has 576 of 800 MiB: as many misses, and both waits add up.
+    # Stock's page cache holds 576 of 800 MiB: the misses are the same, and computing and reading add up.
     assert found["cpu"].decode.seconds == pytest.approx(2.0)
     assert found["cpu"].prefill.seconds == pytest.approx(2 + 2 * TOUCHED * 0.28 / 50 / 4)
     assert "--no-repack" in found["cpu"].command
@@ -108,7 +108,7 @@ def test_cpu_with_too_little_memory():
 
 
 def test_everything_fits_the_gpu():
-    # 200 + 20 + 800 and the gigabyte that llama.cpp leaves free.
+    # 200 + 20 + 800 MiB, and the 1024 that llama.cpp leaves free.
     found = options(case(vram_bytes=2044 * MIB))
     assert [option.key for option in found] == ["resident", "cpu", "rotary-cpu"]
     assert found[0].decode.parts == {VRAM: pytest.approx(0.5)} and found[0].prefill.seconds == 0.5
@@ -126,11 +126,11 @@ def test_experts_on_the_cpu():
     for option in (offload, plain):
         assert option.decode.parts == {VRAM: pytest.approx(312 / 824), RAM: pytest.approx(100 / 412)}
         assert option.vram_bytes == 620 * MIB and option.ram_bytes == 500 * MIB
-    # Offloaded, a layer's experts cross the link for each micro-batch.
+    # With op-offload, a layer's experts cross the link for each micro-batch.
     assert offload.prefill.seconds == pytest.approx(0.5 + TOUCHED / 100 / 4)
-    # Not offloaded, half of the experts' 200 operations are done at 250 a second instead of 1000.
+    # Without it, half of the experts' 200 operations run at 250 per second instead of 1000.
     assert plain.prefill.seconds == pytest.approx(0.4 + 0.4)
-    # Mapped, where they do not fit into memory, they get a third of the link, and wait for the disk.
+    # Mapped experts that do not fit into memory get a third of the link's rate, and wait for the disk.
     mapped = by_key(options(case(vram_bytes=1700 * MIB, ram_bytes=500 * MIB)))["op-offload"]
     assert "-lm none" not in mapped.command
     assert (
@@ -139,7 +139,7 @@ def test_experts_on_the_cpu():
 
 
 def test_the_rest_of_a_layer_takes_its_time():
-    # Two layers of 350 ms each are 0.7 s, on whatever computes.
+    # The rest of two layers takes 0.7 s on the GPU, 1.4 s on the CPU.
     found = by_key(options(case(vram_bytes=2044 * MIB, gpu_layer_s=0.35, cpu_layer_s=0.7)))
     assert found["resident"].decode.seconds == pytest.approx(0.5 + 0.7)
     assert found["cpu"].decode.seconds == pytest.approx(1.0 + 1.4) and found["cpu"].decode.limit == STEPS
@@ -151,14 +151,14 @@ def test_the_rest_of_a_layer_takes_its_time():
 
 
 def test_reading_takes_the_processors_time():
-    # 10 ms a MiB of each processor: 50 MiB that a token misses, a third of 547 of a prompt, copied too.
+    # Reading takes 10 ms per MiB of each processor: 50 MiB of a token, a third of a prompt's 547, copied too.
     found = by_key(options(case(ram_bytes=960 * MIB, disk_cpu_s=0.01 / MIB)))["rotary-cpu"]
     assert found.decode.seconds == pytest.approx(math.hypot(1.5, 1.0))
     assert found.prefill.seconds == pytest.approx(2.0 + 0.02 * 2 * TOUCHED * (1 - 536 / 800) / 4)
 
 
 def test_repacked_experts_are_rewritten():
-    # For a prompt half of both layers' 273 MiB at 50 MiB/s, for four tokens; 50 MiB for one of decode.
+    # A prompt of four tokens rewrites half of both layers' 273 MiB at 50 MiB/s; a decoded token 50 MiB.
     repacked = {"repack_rate": 50.0 * MIB}
     found = by_key(options(case(budget="2 slots", **repacked)))["rotary-cpu"]
     assert found.prefill.seconds == pytest.approx(2.0 + TOUCHED / 50 / 4)
@@ -177,7 +177,7 @@ def test_attention_counts_in_prompts():
 
 
 def test_the_host_waits_for_a_gpu():
-    # Once a layer where experts stay on the CPU, or lookups with the host: not where experts are page-locked.
+    # Once per layer if experts stay on the CPU, or the host resolves lookups; not if experts are page-locked.
     found = by_key(options(case(vram_bytes=1700 * MIB, sync_s=0.1)))
     assert found["cpu-experts"].decode.parts[STEPS] == pytest.approx(0.1)
     assert STEPS not in found["rotary-gpu"].decode.parts
@@ -186,12 +186,12 @@ def test_the_host_waits_for_a_gpu():
 
 
 def test_rotary_on_the_gpu():
-    # 1232 - 512 - 220 = 500 MiB are five slots. 50 MiB are missed, half a second at 100 MiB/s.
+    # 1232 - 512 - 220 = 500 MiB are five slots. A token misses 50 MiB, half a second at 100 MiB/s.
     found = by_key(options(case(vram_bytes=1232 * MIB)))
     rotary = found["rotary-gpu"]
     assert (rotary.budget_bytes, rotary.n_slots, rotary.store) == (500 * MIB, (3, 2), "memory")
     assert rotary.decode.parts == {VRAM: pytest.approx(0.5), LINK: pytest.approx(0.5)}
-    # What is in slots is not moved for a prompt; computing takes longer than moving the rest.
+    # A prompt does not move the experts in slots; computing takes longer than moving the rest.
     assert rotary.prefill.parts[LINK] == pytest.approx(2 * TOUCHED * (1 - 500 / 800) / 100 / 4)
     assert rotary.prefill.seconds == pytest.approx(max(0.5, rotary.prefill.parts[LINK]))
     assert "1.21 GiB of VRAM needed" in found["cpu-experts"].problem, "stock's margin is larger"
@@ -202,18 +202,18 @@ def test_rotary_on_the_gpu():
 def test_rotary_on_the_gpu_with_the_disk_behind_memory():
     rotary = by_key(options(case(vram_bytes=1232 * MIB, ram_bytes=600 * MIB)))["rotary-gpu"]
     assert rotary.store == "direct" and rotary.ram_bytes == (600 - 64) * MIB
-    # At the rate of copies, as nothing is locked.
+    # The link has the rate of copies, as no memory is pinned.
     assert rotary.decode.parts[DISK] == pytest.approx(1.0) and rotary.decode.limit == DISK
     assert rotary.decode.seconds == pytest.approx(0.5 + 0.5 + 1.0)
     assert rotary.prefill.limit == DISK
-    # Experts that are no whole sectors have no slots in memory.
+    # Experts that are not whole sectors get no slots in memory.
     odd = replace(MODEL, matrices=(footprint.Matrix("MXFP4", 1, 1, 513),))
     edges = replace(case(vram_bytes=1232 * MIB, ram_bytes=600 * MIB), print=odd)
     assert by_key(options(edges))["rotary-gpu"].ram_bytes == 100 * MIB
 
 
 def test_the_minimum_is_taken_out_of_the_margin():
-    # 220 and one token's 200 MiB: what is auto is no less, on a card that has so much.
+    # "auto" takes at least one token's 200 MiB beside 220, if the card has so much.
     found = by_key(options(case(vram_bytes=440 * MIB)))["rotary-gpu"]
     assert found.n_slots == (1, 1) and not found.problem
     assert "VRAM needed" in by_key(options(case(vram_bytes=410 * MIB)))["rotary-gpu"].problem
@@ -227,7 +227,7 @@ def test_commands_have_the_budget_that_was_asked_for():
 
 
 def test_a_small_gain_is_not_worth_it():
-    # As fast as stock's best but for 3 %.
+    # Rotary is only 3 % faster than stock's best.
     near = case(vram_bytes=1232 * MIB)
     found = options(near)
     best = min(found, key=lambda option: option.seconds(near.request))
@@ -251,7 +251,7 @@ def test_a_dense_model_has_nothing_to_page():
     found = options(dense)
     assert [option.key for option in found] == ["cpu"]
     assert recommend(dense, found)[1].startswith("do not use Rotary here: the model has no experts")
-    # Half of what is computed with fits a card that has 110 MiB beside the margin: layers are shared.
+    # With 110 MiB beside the margin the card holds half of the layers; the CPU computes the others.
     shared = by_key(options(replace(dense, machine=replace(HERE, vram_bytes=(1024 + 110) * MIB))))["layers"]
     assert shared.decode.parts == {VRAM: pytest.approx(212 / 824 / 2), RAM: pytest.approx(212 / 412 / 2)}
     assert (shared.vram_bytes, shared.ram_bytes) == (110 * MIB, 210 * MIB)
@@ -259,7 +259,7 @@ def test_a_dense_model_has_nothing_to_page():
 
 
 def test_budgets_for_a_figure_leave_out_what_cannot_run():
-    # An eighth of the experts is one of eight: less than one for each of two layers.
+    # An eighth of the experts is one expert, less than one for each of two layers.
     points = at_budgets(case(ram_bytes=960 * MIB), (0.125, 0.25, 0.5, 1.0))
     assert [share for share, _ in points] == [0.25, 0.5], "all of them do not fit"
 
@@ -287,10 +287,10 @@ def test_a_budget_below_one_tokens_experts_is_refused():
 
 
 def test_the_default_curve():
-    # At the traces' own sizes it is what they gave, by both readings.
+    # For the traces' own sizes both readings of the curve give the hit rates measured on them.
     for slots, rate in ((6, 0.368), (16, 0.661), (32, 0.835), (64, 0.960)):
         assert hits.curve(slots, 128, 6) == pytest.approx(rate, abs=0.002)
-    # Half of 8 experts, 2 used, is no more than two tokens' experts: far from the 96 % of half of 128.
+    # 4 of 8 experts, with 2 used, are only two tokens' experts: far from the 96 % of 64 of 128 experts.
     assert 0.5 <= hits.curve(4, 8, 2) < 0.6
     assert hits.curve(8, 8, 2) == 1.0
     for n_used in (1, 2, 4, 8):
@@ -353,7 +353,7 @@ def test_every_shape_of_every_type():
 @pytest.mark.parametrize(
     ("name", "windows", "n_bytes"),
     [
-        # 48 layers x 4 heads x 2 x 128 values of 2 bytes.
+        # 48 layers x 4 heads x 2 x 128 values x 2 bytes.
         ("qwen3-30b-a3b", True, 4096 * 48 * 4 * 2 * 128 * 2),
         # Latent attention: 576 values a layer, no values beside keys.
         ("deepseek-v3", True, 4096 * 61 * 576 * 2),
@@ -386,11 +386,11 @@ def test_a_file_reads_as_what_it_is(tiny_model):
     assert found.n_layer == 6 and len(found.layers) == 6
     heads, width = metadata["qwen3moe.attention.head_count_kv"], metadata["qwen3moe.attention.key_length"]
     assert found.kv_bytes(100) == 100 * 6 * heads * width * 2 * 2
-    # Three matrices an expert, 4 of 32 used; a multiplication and an addition each.
+    # 4 of 32 experts are used, each of three matrices, with a multiplication and an addition per weight.
     assert found.expert_flops == 2 * 6 * 4 * sum(matrix.n_in * matrix.n_out for matrix in found.matrices)
     assert sum(matrix.n_bytes for matrix in found.matrices) == found.layers[0].expert_bytes
     assert found.heads == footprint.Heads(metadata["qwen3moe.attention.head_count"], heads, width, width)
-    # Its embeddings are the output matrix too, so a token reads them all.
+    # The embeddings are the output matrix too, so that a token reads them all.
     assert found.token_bytes == found.resident_bytes < found.file_bytes - found.expert_bytes
 
 
@@ -475,7 +475,7 @@ TICK_S = 2.0**-10
 
 @pytest.fixture
 def ticks(monkeypatch):
-    """A clock by which whatever is measured takes a tick."""
+    """Replace the clock, so that whatever is measured takes one tick."""
     from rotary_llamacpp.native import ggml as _ggml
     from rotary_llamacpp.native import kernels as _kernels
 
@@ -538,7 +538,7 @@ def test_vram_is_what_is_free(native, monkeypatch):
     found = calibration.describe(vram=None, **arguments)
     assert (found.vram_bytes, found.vram_total) == (34 * MIB, 48 * MIB)
     assert found.sources["vram"] == "free of 48.0 MiB on this machine"
-    # A device may not say what is free: all of it, which is said.
+    # If a device does not report its free memory, all of it counts, and the source says so.
     gpus["CUDA0"] = (0, 24 * MIB)
     found = calibration.describe(vram=None, **arguments)
     assert found.vram_bytes == 48 * MIB and "does not say what is free" in found.sources["vram"]
@@ -557,7 +557,7 @@ def test_memory_of_a_device(native):
 
 @pytest.mark.usefixtures("ticks")
 def test_measuring_a_gpu(native, monkeypatch, tiny_model):
-    # The CPU stands for it: the same calls of ggml's, by the device's name.
+    # The CPU stands for the GPU: ggml's functions are the same, by the device's name.
     from rotary_llamacpp.native import kernels as _kernels
 
     monkeypatch.setattr(disk, "read_cold", lambda path: disk.ColdRead(300 * MIB, 2.0, 0.5, "direct"))
@@ -592,7 +592,7 @@ def test_kernels_of_types_can_be_timed(native, monkeypatch, kind):
     monkeypatch.setattr(_kernels, "_READ_BYTES", MIB)
     matrices = _kernels.Matrices(kind, 256, 64, 8, 2, 16)
     rates = _kernels.measure(matrices, threads=1)
-    # A token reads 2 of 16 matrices at each of as many nodes as make 1 MiB, 256 at the most.
+    # A graph has as many nodes, each reading 2 of 16 matrices, as make 1 MiB, but at most 256.
     token_bytes = 2 * 64 * matrices.row_bytes
     assert rates.token_rate == min(MIB // token_bytes, 256) * token_bytes / TICK_S
     assert rates.prompt_flops == 512 * 2 * 2 * 256 * 64 / TICK_S
@@ -601,7 +601,7 @@ def test_kernels_of_types_can_be_timed(native, monkeypatch, kind):
 
 @pytest.mark.usefixtures("ticks")
 def test_experts_of_two_types_are_timed_as_they_are(native, monkeypatch):
-    # Rows of 96 are no blocks of 256: there the type is another.
+    # Rows of 96 are not blocks of 256, so that their type is another.
     from rotary_llamacpp.native import kernels as _kernels
 
     narrow = shapes.Shape("qwen3moe", 2, 256, 8, 2, 32, 96, 16, 4, 1000, 512)
@@ -705,7 +705,12 @@ def test_plot(native, rotary_command, tmp_path):
 
     figure = ElementTree.parse(out).getroot()
     words = [element.text for element in figure.iter("{http://www.w3.org/2000/svg}text")]
-    assert "Rotary on the GPU" in words and "all on the CPU, mapped" in words
+    assert "Rotary on the GPU" in words and "stock: all on the CPU, mapped" in " ".join(map(str, words))
+    assert "decode, tokens per second" in words
+    assert any(str(word).startswith("VRAM for experts, GiB") for word in words)
+    once = out.read_bytes()
+    ran = rotary_command("plan", "qwen3-30b-a3b", "--vram", "12GiB", "--ram", "64GiB", "--plot", out)
+    assert ran.returncode == 0 and out.read_bytes() == once
     lines = [each for each in figure.iter() if each.get("id", "").startswith("line2d")]
     assert len(lines) > 4
 

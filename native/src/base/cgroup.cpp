@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
-#include <fstream>
 #include <sstream>
 
 namespace rotary {
@@ -17,7 +16,7 @@ static std::vector<std::string> split(const std::string & text, char by) {
     std::vector<std::string> parts;
     std::istringstream       stream(text);
     std::string              part;
-    part.reserve(text.size()); // getline() hides a failed allocation as the end of the text: allocate here
+    part.reserve(text.size()); // see read_lines()
     while (std::getline(stream, part, by)) {
         if (!part.empty()) {
             parts.push_back(part);
@@ -26,7 +25,7 @@ static std::vector<std::string> split(const std::string & text, char by) {
     return parts;
 }
 
-static bool has(const std::string & list, const std::string & name) {
+static bool contains(const std::string & list, const std::string & name) {
     const std::vector<std::string> names = split(list, ',');
     return std::find(names.begin(), names.end(), name) != names.end();
 }
@@ -55,37 +54,35 @@ static std::string unescaped(const std::string & text) {
 // Mounts of hierarchies that may have the controller; the usual places if mountinfo cannot be read.
 static std::vector<cgroup_mount> read_mounts(const std::string & controller, const std::string & root) {
     std::vector<cgroup_mount> found;
-    std::ifstream             file(root + "/proc/self/mountinfo");
-    std::string               line;
-    bool                      said = false;
-    line.reserve(4096); // see split()
-    while (std::getline(file, line)) {
-        said              = true;
+    bool                      is_read = false;
+    read_lines(root + "/proc/self/mountinfo", [&](const std::string & line) {
+        is_read           = true;
         const size_t left = line.find(" - "); // the number of fields before it varies
         if (left == std::string::npos || line.compare(left + 3, 6, "cgroup") != 0) {
-            continue;
+            return;
         }
         const auto own    = split(line.substr(0, left), ' ');
         const auto fields = split(line.substr(left + 3), ' ');
         const bool is_v2  = !fields.empty() && fields[0] == "cgroup2";
-        if (own.size() > 4 && (is_v2 || (!fields.empty() && fields[0] == "cgroup" && has(fields.back(), controller)))) {
+        if (own.size() > 4 &&
+            (is_v2 || (!fields.empty() && fields[0] == "cgroup" && contains(fields.back(), controller)))) {
             found.push_back({ is_v2, unescaped(own[3]), unescaped(own[4]) });
         }
-    }
-    if (!said) {
+    });
+    if (!is_read) {
         found = { { false, "/", "/sys/fs/cgroup/" + controller }, { true, "/", "/sys/fs/cgroup" } };
     }
     return found;
 }
 
 // Sets `names` to the directories from `top` to `path`; false if `path` is elsewhere, or outside the namespace ("..").
-static bool below(const std::string & path, const std::string & top, std::vector<std::string> & names) {
-    names                              = split(path, '/');
-    const std::vector<std::string> way = split(top, '/');
-    if (way.size() > names.size() || !std::equal(way.begin(), way.end(), names.begin())) {
+static bool path_below(const std::string & path, const std::string & top, std::vector<std::string> & names) {
+    names                                = split(path, '/');
+    const std::vector<std::string> above = split(top, '/');
+    if (above.size() > names.size() || !std::equal(above.begin(), above.end(), names.begin())) {
         return false;
     }
-    names.erase(names.begin(), names.begin() + way.size());
+    names.erase(names.begin(), names.begin() + above.size());
     return std::find(names.begin(), names.end(), "..") == names.end();
 }
 
@@ -93,28 +90,26 @@ std::vector<cgroup> own_cgroups(const std::string & controller, const std::strin
     std::vector<cgroup>             found;
     const std::vector<cgroup_mount> mounts = read_mounts(controller, root);
 
-    std::ifstream groups(root + "/proc/self/cgroup"); // lines "id:controllers:path"; v2 has id 0 and no controllers
-    std::string   line;
-    line.reserve(4096);                               // see split()
-    while (std::getline(groups, line)) {
+    // Lines "id:controllers:path"; version 2 has id 0 and no controllers.
+    read_lines(root + "/proc/self/cgroup", [&](const std::string & line) {
         const size_t a = line.find(':');
         const size_t b = a == std::string::npos ? a : line.find(':', a + 1); // the path may have colons
         if (b == std::string::npos || b + 1 == line.size()) {
-            continue;
+            return;
         }
         const std::string controllers = line.substr(a + 1, b - a - 1);
         const std::string path        = line.substr(b + 1);
         const bool        is_v2       = controllers.empty();
-        if (!is_v2 && !has(controllers, controller)) {
-            continue;
+        if (!is_v2 && !contains(controllers, controller)) {
+            return;
         }
         // In a container, the path may be below no mount; then each mount point counts as the process's group.
         std::vector<std::string> names;
         const bool               fits = std::any_of(mounts.begin(), mounts.end(), [&](const auto & mount) {
-            return mount.is_v2 == is_v2 && below(path, mount.top, names);
+            return mount.is_v2 == is_v2 && path_below(path, mount.top, names);
         });
         for (const cgroup_mount & mount : mounts) {
-            if (mount.is_v2 != is_v2 || (fits && !below(path, mount.top, names))) {
+            if (mount.is_v2 != is_v2 || (fits && !path_below(path, mount.top, names))) {
                 continue;
             }
             std::string dir  = root + mount.point;
@@ -125,7 +120,7 @@ std::vector<cgroup> own_cgroups(const std::string & controller, const std::strin
             }
             found.push_back(each);
         }
-    }
+    });
     return found;
 }
 
@@ -141,7 +136,7 @@ uint64_t number(const std::string & word, uint64_t otherwise) {
 uint64_t read_number(const std::string & path, uint64_t otherwise) {
     std::ifstream file(path);
     std::string   word;
-    word.reserve(64); // see split()
+    word.reserve(64); // see read_lines()
     return file >> word ? number(word, otherwise) : otherwise;
 }
 

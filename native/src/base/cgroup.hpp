@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -23,5 +24,15 @@ std::vector<cgroup> own_cgroups(const std::string & controller, const std::strin
 // A whole number that is not negative; `otherwise` for anything else, such as "max", "-1" or a file that is missing.
 uint64_t number(const std::string & word, uint64_t otherwise);
 uint64_t read_number(const std::string & path, uint64_t otherwise);
+
+// Call `take` with each line of a file; not at all if it cannot be read.
+template <typename function> void read_lines(const std::string & path, const function & take) {
+    std::ifstream file(path);
+    std::string   line;
+    line.reserve(4096); // getline() takes a failed allocation for the end of the file: allocate here
+    while (std::getline(file, line)) {
+        take(line);
+    }
+}
 
 } // namespace rotary

@@ -13,18 +13,15 @@
 
 namespace rotary {
 
-bool lost_threads(ggml_backend_t inner) {
+bool begin_computation(ggml_backend_t inner) {
     static thread_local uint32_t computed_in = 0; // fork_generation() + 1 when this thread first computed; 0 before
 
     const uint32_t now = fork_generation() + 1;
     if (computed_in == 0) {
         computed_in = now;
     }
-    if (computed_in == now) {
-        return false;
-    }
     ggml_backend_dev_t dev = ggml_backend_get_device(inner);
-    return ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU && !inner_starts_threads(dev);
+    return computed_in == now || !inner_is_cpu(dev) || inner_starts_threads(dev);
 }
 
 ggml_status on_new_thread(const std::function<ggml_status()> & compute) {

@@ -4,16 +4,22 @@
 
 #include "base/inner_device.hpp"
 
-#include "ggml-cpp.h"
-
 #include <cstring>
 
 namespace rotary {
 
+bool inner_is_cpu(ggml_backend_dev_t inner) {
+    return inner != nullptr && ggml_backend_dev_type(inner) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
+bool inner_has_host_memory(ggml_backend_dev_t inner) {
+    return ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(inner));
+}
+
 bool inner_starts_threads(ggml_backend_dev_t inner) {
     const auto get = (ggml_backend_get_features_t) ggml_backend_reg_get_proc_address(
         ggml_backend_dev_backend_reg(inner), "ggml_backend_get_features");
-    if (ggml_backend_dev_type(inner) != GGML_BACKEND_DEVICE_TYPE_CPU || get == nullptr) {
+    if (!inner_is_cpu(inner) || get == nullptr) {
         return false;
     }
     for (ggml_backend_feature * feature = get(ggml_backend_dev_backend_reg(inner)); feature->name; feature++) {
@@ -63,6 +69,13 @@ bool inner_supports_weight_in(ggml_backend_dev_t inner, ggml_backend_buffer_type
     ggml_tensor copy   = *op;
     copy.src[0]        = &weight;
     return supports_with(inner, buft, &copy);
+}
+
+bool make_event(ggml_backend_event_ptr & event, ggml_backend_t inner) {
+    if (!event) {
+        event.reset(ggml_backend_event_new(ggml_backend_get_device(inner)));
+    }
+    return event != nullptr;
 }
 
 } // namespace rotary

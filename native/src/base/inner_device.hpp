@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: MIT
 //
-// Questions to an inner device: its extra buffer types, which operations it supports, whether it starts threads.
+// Questions to an inner device: what it is, its extra buffer types, which operations it supports; and its events.
 // Threading: any thread.
 
 #pragma once
 
 #include "ggml-backend.h"
+#include "ggml-cpp.h"
 #include "ggml.h"
 
 #include <vector>
 
 namespace rotary {
+
+bool inner_is_cpu(ggml_backend_dev_t inner);          // its kernels may get any host memory; false for NULL
+bool inner_has_host_memory(ggml_backend_dev_t inner); // the host can read and write its buffers
 
 // The device's extra buffer types (CPU_REPACK, ...), in the device's order of preference.
 std::vector<ggml_backend_buffer_type_t> inner_extra_bufts(ggml_backend_dev_t inner);
@@ -24,5 +28,8 @@ bool inner_supports_weight_in(ggml_backend_dev_t inner, ggml_backend_buffer_type
 
 // Whether this is a CPU device without OpenMP, which starts and ends threads for every graph.
 bool inner_starts_threads(ggml_backend_dev_t inner);
+
+// Create the event unless it exists; false if the inner device gives none.
+bool make_event(ggml_backend_event_ptr & event, ggml_backend_t inner);
 
 } // namespace rotary

@@ -22,10 +22,7 @@ namespace rotary {
 // Reads a file of lines "name number".
 static std::map<std::string, uint64_t> read_fields(const std::string & path) {
     std::map<std::string, uint64_t> found;
-    std::ifstream                   file(path);
-    std::string                     line;
-    line.reserve(4096); // getline() hides a failed allocation as the end of the file: allocate here
-    while (std::getline(file, line)) {
+    read_lines(path, [&](const std::string & line) {
         const size_t name  = line.find_first_of(" \t");
         const size_t first = line.find_first_not_of(" \t", name);
         if (name != 0 && first != std::string::npos) {
@@ -34,7 +31,7 @@ static std::map<std::string, uint64_t> read_fields(const std::string & path) {
                 found[line.substr(0, name)] = value;
             }
         }
-    }
+    });
     return found;
 }
 
@@ -107,14 +104,11 @@ std::shared_ptr<void> host_memory_of_slots(const memory_range & range) {
 uint64_t host_memory_promised() {
     static constexpr uint64_t stack_kib = 8 << 10; // a thread's usual stack; its guard page is added below
 
-    std::ifstream smaps("/proc/self/smaps");
-    std::string   line;
-    uint64_t      begin = 0, end = 0, kib = 0, untouched = 0, promised = 0;
-    bool          counts = false;
-    line.reserve(4096); // see read_fields()
+    uint64_t begin = 0, end = 0, kib = 0, untouched = 0, promised = 0;
+    bool     counts = false;
 
     const std::lock_guard<std::mutex> lock(slots_mutex);
-    while (std::getline(smaps, line)) {
+    read_lines("/proc/self/smaps", [&](const std::string & line) {
         char     flags[5];
         uint64_t inode;
         if (sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %*x %*s %" SCNu64, &begin, &end, flags, &inode) == 4) {
@@ -129,7 +123,7 @@ uint64_t host_memory_promised() {
         } else if (counts && line.compare(0, 8, "VmFlags:") == 0 && line.find(" nr") != std::string::npos) {
             promised -= untouched; // MAP_NORESERVE: terabytes of addresses that sanitizers and JITs never use
         }
-    }
+    });
     return promised;
 }
 
@@ -137,7 +131,7 @@ uint64_t host_memory_promised() {
 static double some_avg10(const std::string & path) {
     std::ifstream file(path);
     std::string   word;
-    word.reserve(4096); // see read_fields()
+    word.reserve(4096); // see read_lines()
     while (file >> word) {
         if (word.compare(0, 6, "avg10=") == 0) {
             return strtod(word.c_str() + 6, nullptr);

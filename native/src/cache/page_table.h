@@ -29,16 +29,16 @@ struct rotary_page {
 
 // State that changes with every lookup, besides the arrays.
 struct rotary_page_state {
-    // clock, growth and unused: as in valued_policy (policies/policy.hpp).
+    // clock, growth and unused_value: as in valued_policy (policies/policy.hpp).
     double   clock;
     double   growth;
-    double   unused;
+    double   unused_value;
     int64_t  call;         // counts lookups and predictions
     int32_t  n_pages;      // pages[] of the last lookup
     int32_t  n_resident;
     int32_t  n_predicted;  // predicted[] for the next lookup
     int32_t  n_prefetches; // prefetches[]: slots reserved for some of these, in the order of their copies
-    uint32_t taken;        // pieces of prefetches[] whose copies have begun; may exceed their number
+    uint32_t n_begun;      // pieces of prefetches[] whose copies have begun; may exceed their number
     uint64_t demanded;     // number of the last lookup that has come: its prefetches stop
     // counters since they were last cleared
     uint64_t lookups, requests, misses, evictions;
@@ -120,7 +120,7 @@ struct rotary_page_alone {
 
 // Pieces of prefetches[index] that have arrived. Only valid while no prefetch runs.
 ROTARY_BOTH int32_t rotary_page_arrived(const rotary_page_table & table, int32_t index) {
-    const int64_t arrived = (int64_t) table.state->taken - (int64_t) index * table.n_pieces;
+    const int64_t arrived = (int64_t) table.state->n_begun - (int64_t) index * table.n_pieces;
     return arrived < 0 ? 0 : arrived < table.n_pieces ? (int32_t) arrived : table.n_pieces;
 }
 
@@ -203,7 +203,7 @@ ROTARY_BOTH void rotary_page_commit(const Team & team, const rotary_page_table &
             table.slot_of[page.expert] = arrived == table.n_pieces ? page.slot : -1;
             table.expert_of[page.slot] = arrived == table.n_pieces ? page.expert : -1;
             if (state.growth <= 0) {
-                table.value[page.expert] = state.unused - 1 - i;
+                table.value[page.expert] = state.unused_value - 1 - i;
             }
             team.add(&state.n_resident, arrived == table.n_pieces ? 1 : 0);
             team.add(&state.pieces_unused, arrived);
@@ -211,7 +211,7 @@ ROTARY_BOTH void rotary_page_commit(const Team & team, const rotary_page_table &
     }
     team.sync();
     if (team.rank() == 0) {
-        state.unused -= state.n_prefetches;
+        state.unused_value -= state.n_prefetches;
     }
 }
 
@@ -367,7 +367,7 @@ ROTARY_BOTH void rotary_page_predict(const Team & team, const rotary_page_table 
         state.call         = call;
         state.n_predicted  = n_predicted;
         state.n_prefetches = n_prefetches;
-        state.taken        = 0;
+        state.n_begun      = 0;
         state.predicted += n_predicted;
         state.prefetched += n_prefetches;
     }

@@ -180,11 +180,11 @@ void slot_table::save(const rotary_page_table & to) const {
     std::copy(expert_of_.begin(), expert_of_.end(), to.expert_of);
     std::copy(values.value.begin(), values.value.end(), to.value);
     std::copy(wanted_by_.begin(), wanted_by_.end(), to.wanted_by);
-    to.state->clock      = values.clock;
-    to.state->growth     = values.growth;
-    to.state->unused     = values.unused;
-    to.state->call       = call_;
-    to.state->n_resident = n_resident_;
+    to.state->clock        = values.clock;
+    to.state->growth       = values.growth;
+    to.state->unused_value = values.unused_value;
+    to.state->call         = call_;
+    to.state->n_resident   = n_resident_;
     to.state->n_pages = to.state->n_predicted = to.state->n_prefetches = 0;
 }
 
@@ -194,10 +194,10 @@ void slot_table::load(const rotary_page_table & from) {
     std::copy_n(from.expert_of, n_slots(), expert_of_.begin());
     std::copy_n(from.value, n_expert(), values.value.begin());
     std::copy_n(from.wanted_by, n_expert(), wanted_by_.begin());
-    values.clock  = from.state->clock;
-    values.unused = from.state->unused;
-    call_         = from.state->call;
-    n_resident_   = from.state->n_resident;
+    values.clock        = from.state->clock;
+    values.unused_value = from.state->unused_value;
+    call_               = from.state->call;
+    n_resident_         = from.state->n_resident;
 }
 
 } // namespace rotary

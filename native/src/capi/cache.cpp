@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
 
 struct rotary_slots : rotary::slot_table {
@@ -22,29 +21,31 @@ struct rotary_slots : rotary::slot_table {
 
 struct rotary_cache {
     std::vector<std::unique_ptr<rotary_slots>> layers;
-    rotary::rebalancer                         balance;
+    rotary::rebalancer                         rebalancer;
     int32_t                                    last = -1; // the layer resolved last
 
     // Call between two tokens.
     void rebalance() {
         rotary::rebalancer::step step;
-        if (!balance.propose(step) || !layers[step.from]->reserved().empty()) {
+        if (!rebalancer.propose(step) || !layers[step.from]->reserved().empty()) {
             return;
         }
         for (int32_t i = 0; i < step.n; i++) {
             layers[step.from]->shrink();
         }
         layers[step.to]->resize(layers[step.to]->n_slots() + 1);
-        balance.commit(step);
+        rebalancer.commit(step);
     }
 };
 
-rotary_slots * rotary_slots_new(int32_t n_expert, int32_t n_slots) {
+rotary_slots * rotary_slots_new(int32_t n_expert, int32_t n_slots) try {
     if (n_expert < 1 || n_slots < 1 || n_slots > n_expert) {
         return nullptr;
     }
-    return new (std::nothrow)
-        rotary_slots(n_expert, n_slots, rotary::lru_new({ n_expert, n_slots, 0, 0, {}, nullptr }));
+    return new rotary_slots(n_expert, n_slots, rotary::lru_new({ n_expert, n_slots, 0, 0, {}, nullptr }));
+} catch (...) {
+    rotary::fail_by_exception();
+    return nullptr;
 }
 
 void rotary_slots_free(rotary_slots * slots) {
@@ -52,8 +53,10 @@ void rotary_slots_free(rotary_slots * slots) {
 }
 
 int32_t rotary_slots_resolve(rotary_slots * slots, const int32_t * ids, int32_t n_ids, int32_t * slot_ids,
-                             rotary_load * loads) {
+                             rotary_load * loads) try {
     return slots->resolve(ids, nullptr, n_ids, 1, slot_ids, loads);
+} catch (...) {
+    return rotary::fail_by_exception();
 }
 
 int32_t rotary_slots_slot_of(const rotary_slots * slots, int32_t expert) {
@@ -72,11 +75,11 @@ int32_t rotary_slots_n_resident(const rotary_slots * slots) {
     return slots->n_resident();
 }
 
-void rotary_slots_clear(rotary_slots * slots) {
-    slots->clear();
+void rotary_slots_clear(rotary_slots * slots) try { slots->clear(); } catch (...) {
+    rotary::fail_by_exception();
 }
 
-int32_t rotary_slots_reserve(rotary_slots * slots, int32_t expert, const int32_t * keep, int32_t n_keep) {
+int32_t rotary_slots_reserve(rotary_slots * slots, int32_t expert, const int32_t * keep, int32_t n_keep) try {
     const auto known = [&](int32_t each) {
         return each >= 0 && each < slots->n_expert();
     };
@@ -86,22 +89,26 @@ int32_t rotary_slots_reserve(rotary_slots * slots, int32_t expert, const int32_t
     }
     const int32_t slot = slots->reserve(expert, { keep, keep + n_keep });
     return slot >= 0 ? slot : ROTARY_ERR_BUDGET;
+} catch (...) {
+    return rotary::fail_by_exception();
 }
 
-int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool resident) {
+int32_t rotary_slots_end_reservation(rotary_slots * slots, int32_t expert, bool resident) try {
     if (slots->reserved_for(expert) < 0) {
         return ROTARY_ERR_ARG;
     }
     slots->end_reservation(expert, resident);
     return ROTARY_OK;
+} catch (...) {
+    return rotary::fail_by_exception();
 }
 
 const char * rotary_policy_names(void) {
-    return rotary::policy_names();
+    return rotary::guarded("", rotary::policy_names);
 }
 
 rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, int32_t n_layers, int32_t n_expert,
-                                const int32_t * n_slots, int32_t adaptive, int32_t min_slots) {
+                                const int32_t * n_slots, int32_t adaptive, int32_t min_slots) try {
     auto       cache   = std::make_unique<rotary_cache>();
     const auto history = rotary::routing_history_new(n_layers);
 
@@ -124,8 +131,11 @@ rotary_cache * rotary_cache_new(const char * policy, const rotary_policy * own, 
         sizes.push_back(
             { n_expert, n_slots[layer], min_slots, rotary::rebalancer::max_slots(n_slots[layer], n_expert), 1 });
     }
-    cache->balance = adaptive ? rotary::rebalancer(sizes) : rotary::rebalancer();
+    cache->rebalancer = adaptive ? rotary::rebalancer(sizes) : rotary::rebalancer();
     return cache.release();
+} catch (...) {
+    rotary::fail_by_exception();
+    return nullptr;
 }
 
 void rotary_cache_free(rotary_cache * cache) {
@@ -133,26 +143,28 @@ void rotary_cache_free(rotary_cache * cache) {
 }
 
 int32_t rotary_cache_resolve(rotary_cache * cache, int32_t layer, const int32_t * ids, const float * weights,
-                             int32_t n_used, int32_t n_tokens, int32_t * slot_ids, rotary_load * loads) {
+                             int32_t n_used, int32_t n_tokens, int32_t * slot_ids, rotary_load * loads) try {
+    rotary_slots * slots = rotary_cache_layer(cache, layer);
+    if (slots == nullptr) {
+        return ROTARY_ERR_ARG;
+    }
     if (layer < cache->last) {
         cache->rebalance();
     }
     cache->last     = layer;
-    const int32_t n = cache->layers[layer]->resolve(ids, weights, n_used, n_tokens, slot_ids, loads);
+    const int32_t n = slots->resolve(ids, weights, n_used, n_tokens, slot_ids, loads);
     if (n >= 0) {
-        cache->balance.note(layer, ids, n_used, n_tokens);
+        cache->rebalancer.note(layer, ids, n_used, n_tokens);
     }
     return n;
+} catch (...) {
+    return rotary::fail_by_exception();
 }
 
 int32_t rotary_cache_replay(rotary_cache * cache, int64_t n_rows, const int32_t * layers, const int32_t * ids,
-                            const float * weights, int32_t n_used, int32_t * misses) {
+                            const float * weights, int32_t n_used, int32_t * misses) try {
     std::vector<int32_t> slot_ids(n_used);
     for (int64_t i = 0; i < n_rows; i++) {
-        rotary_slots * slots = rotary_cache_layer(cache, layers[i]);
-        if (slots == nullptr) {
-            return ROTARY_ERR_ARG;
-        }
         const int32_t *          row = ids + i * n_used;
         const auto               n   = (int32_t) (std::find(row, row + n_used, -1) - row);
         std::vector<rotary_load> loads(n_used);
@@ -163,6 +175,8 @@ int32_t rotary_cache_replay(rotary_cache * cache, int64_t n_rows, const int32_t 
         }
     }
     return ROTARY_OK;
+} catch (...) {
+    return rotary::fail_by_exception();
 }
 
 rotary_slots * rotary_cache_layer(rotary_cache * cache, int32_t layer) {

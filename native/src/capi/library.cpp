@@ -3,7 +3,7 @@
 // C API: the library and its devices. See rotary.h.
 //
 // capi/ defines the functions of rotary.h and nothing else: each checks its arguments, calls the room that does the
-// work, and turns exceptions into a status (except for slot tables, caches and predictors without a pool).
+// work, and turns exceptions into a status.
 // Threading: any thread, since the rooms lock; a slot table, cache or predictor without a pool has no lock.
 
 #include "rotary.h"
@@ -50,10 +50,6 @@ const char * rotary_built_ggml_version(void) {
 
 const char * rotary_built_ggml_commit(void) {
     return ROTARY_GGML_COMMIT;
-}
-
-const char * rotary_built_machine(void) {
-    return ROTARY_MACHINE;
 }
 
 int32_t rotary_last_status(void) {

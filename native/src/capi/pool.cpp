@@ -7,7 +7,7 @@
 #include "base/error.hpp"
 #include "ggml/device.hpp"
 
-#include <cstring>
+#include <cstdio>
 
 using namespace rotary;
 
@@ -73,26 +73,23 @@ void rotary_pool_close(rotary_pool * handle) {
     }
 }
 
-// A change waits for the graph that runs over the pool, so that graph's callbacks cannot make one.
-static bool is_amid(rotary_pool * handle) {
-    if (handle->shared->lock.held_here()) {
-        fail(ROTARY_ERR_STATE,
-             format("%s: asked for a change by a policy, a predictor or a log callback, while a graph "
-                    "runs; these may ask for figures only; change it between runs",
-                    handle->shared->model.config.name.c_str()));
-        return true;
+// Wait for the graph that runs over the pool, then change it; that graph's callbacks cannot make a change.
+template <typename function> static int32_t change(rotary_pool * handle, const function & make) try {
+    pool & changed = *handle->shared;
+    if (changed.lock.held_here()) {
+        return fail(ROTARY_ERR_STATE,
+                    format("%s: asked for a change by a policy, a predictor or a log callback, while a graph "
+                           "runs; these may ask for figures only; change it between runs",
+                           changed.model.config.name.c_str()));
     }
-    return false;
-}
-
-int32_t rotary_pool_prepare(rotary_pool * handle) try {
-    if (is_amid(handle)) {
-        return ROTARY_ERR_STATE;
-    }
-    const pool_lock::hold held(handle->shared->lock);
-    return handle->shared->prepare();
+    const pool_lock::hold held(changed.lock);
+    return make(changed);
 } catch (...) {
     return fail_by_exception();
+}
+
+int32_t rotary_pool_prepare(rotary_pool * handle) {
+    return change(handle, [](pool & changed) { return changed.prepare(); });
 }
 
 int32_t rotary_pool_set_budget(rotary_pool * handle, const char * text) try {
@@ -100,12 +97,10 @@ int32_t rotary_pool_set_budget(rotary_pool * handle, const char * text) try {
     if (!budget_parse(text, wanted) || wanted.what == budget::kind::off) {
         return fail(ROTARY_ERR_ARG, budget_not_understood(text));
     }
-    if (is_amid(handle)) {
-        return ROTARY_ERR_STATE;
-    }
-    const pool_lock::hold held(handle->shared->lock);
-    handle->shared->set_budget(wanted, text);
-    return ROTARY_OK;
+    return change(handle, [&](pool & changed) {
+        changed.set_budget(wanted, text);
+        return ROTARY_OK;
+    });
 } catch (...) {
     return fail_by_exception();
 }
@@ -131,28 +126,16 @@ void rotary_pool_reset_counters(rotary_pool * handle) {
 }
 
 const char * rotary_pool_notice(rotary_pool * handle, int32_t index) {
-    return handle->shared->model.said.text(index);
+    return handle->shared->model.notices.text(index);
 }
 
-int32_t rotary_pool_warm(rotary_pool * handle, int32_t il, const int32_t * experts, int32_t n) try {
-    if (is_amid(handle)) {
-        return ROTARY_ERR_STATE;
-    }
-    const pool_lock::hold held(handle->shared->lock);
-    return handle->shared->warm(il, { experts, experts + n });
-} catch (...) {
-    return fail_by_exception();
+int32_t rotary_pool_warm(rotary_pool * handle, int32_t il, const int32_t * experts, int32_t n) {
+    return change(handle, [&](pool & changed) { return changed.warm(il, { experts, experts + n }); });
 }
 
 int32_t rotary_pool_learn(rotary_pool * handle, int32_t il, const float * popularity, const float * pairs,
-                          int32_t n_expert, int64_t n_tokens) try {
-    if (is_amid(handle)) {
-        return ROTARY_ERR_STATE;
-    }
-    const pool_lock::hold held(handle->shared->lock);
-    return handle->shared->learn(il, popularity, pairs, n_expert, n_tokens);
-} catch (...) {
-    return fail_by_exception();
+                          int32_t n_expert, int64_t n_tokens) {
+    return change(handle, [&](pool & changed) { return changed.learn(il, popularity, pairs, n_expert, n_tokens); });
 }
 
 void rotary_pool_predictor(rotary_pool * handle, char * text, size_t n) try {
@@ -166,17 +149,15 @@ const char * rotary_pool_policy(rotary_pool * handle) {
     return handle->shared->policy_name();
 }
 
-int32_t rotary_pool_trace(rotary_pool * handle, int32_t on) try {
-    if (is_amid(handle)) {
-        return ROTARY_ERR_STATE;
-    }
-    const pool_lock::hold held(handle->shared->lock); // a graph is recorded whole or not at all
-    handle->shared->trace(on != 0);
-    return ROTARY_OK;
-} catch (...) {
-    return fail_by_exception();
+int32_t rotary_pool_trace(rotary_pool * handle, int32_t on) {
+    return change(handle, [&](pool & changed) { // a graph is recorded whole or not at all
+        changed.trace(on != 0);
+        return ROTARY_OK;
+    });
 }
 
-int64_t rotary_pool_trace_read(rotary_pool * handle, int32_t * records, int64_t n, uint64_t * n_untraced) {
+int64_t rotary_pool_trace_read(rotary_pool * handle, int32_t * records, int64_t n, uint64_t * n_untraced) try {
     return handle->shared->model.trace.read(records, n, *n_untraced);
+} catch (...) {
+    return fail_by_exception();
 }

@@ -5,25 +5,19 @@
 #include "exec/device_lookup.hpp"
 
 #include "base/error.hpp"
+#include "base/inner_device.hpp"
 #include "prefetch/device_prefetch.hpp"
 
 namespace rotary {
 
 bool device_lookups::make_events() {
-    bool all = true;
-    for (ggml_backend_event_ptr * each : { &computed_, &paged_, &counted_ }) {
-        if (!*each) {
-            each->reset(ggml_backend_event_new(ggml_backend_get_device(inner_)));
-        }
-        all = all && *each;
-    }
-    return all;
+    return make_event(computed_, inner_) && make_event(paged_, inner_) && make_event(counted_, inner_);
 }
 
 ggml_status device_lookups::resolve(pool & pool, paged_layer & layer, const ggml_tensor * node) {
     paged_model &       model    = pool.model;
     const ggml_tensor * ids      = node->src[2];
-    ggml_tensor *       slot_ids = model.memory.slot_ids(layer.index, ids->ne[0], ids->ne[1]);
+    ggml_tensor *       slot_ids = model.lookup_memory.slot_ids(layer.index, ids->ne[0], ids->ne[1]);
     if (slot_ids == nullptr) {
         fail(ROTARY_ERR_MEMORY, format("%s: no memory for %lld ids on the inner device; lower n_ubatch",
                                        model.config.name.c_str(), (long long) ggml_nelements(ids)));
@@ -41,7 +35,7 @@ ggml_status device_lookups::resolve(pool & pool, paged_layer & layer, const ggml
     const bool predicts = pool.predicted.on() && predict_on_device(model, pool.predicted, layer, node, inner_, next);
 
     ggml_backend_event_record(computed_.get(), inner_);
-    link & over = *model.way.over();
+    link & over = *model.transfer.over();
     if (!over.wait(computed_.get()) || !over.look_up(lookup, predicts ? &next : nullptr) ||
         !over.record(paged_.get())) {
         return GGML_STATUS_FAILED;
@@ -58,7 +52,7 @@ bool device_lookups::end_graph(pool & pool) {
     if (!any_) {
         return true;
     }
-    if (!pool.model.tables.send_counts() || !pool.model.way.over()->record(counted_.get())) {
+    if (!pool.model.tables.send_counts() || !pool.model.transfer.over()->record(counted_.get())) {
         return false;
     }
     ggml_backend_event_synchronize(counted_.get());

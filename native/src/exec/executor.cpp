@@ -6,6 +6,7 @@
 
 #include "base/error.hpp"
 #include "base/forked_compute.hpp"
+#include "base/inner_device.hpp"
 
 #include "ggml-impl.h"
 
@@ -17,15 +18,14 @@ executor::~executor() {
     }
     for (const std::weak_ptr<pool> & each : pools_) {
         if (const std::shared_ptr<pool> alive = each.lock()) {
-            alive->forget(inner_);
+            alive->remove_user(inner_);
         }
     }
 }
 
 // A forked child inherits GPU handles that it cannot use.
 bool executor::can_compute_here() const {
-    return made_in_ == fork_generation() ||
-           ggml_backend_dev_type(ggml_backend_get_device(inner_)) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    return made_in_ == fork_generation() || inner_is_cpu(ggml_backend_get_device(inner_));
 }
 
 ggml_status executor::compute(ggml_cgraph * graph) {
@@ -37,7 +37,7 @@ ggml_status executor::compute(ggml_cgraph * graph) {
                         ggml_backend_name(inner_)));
             return GGML_STATUS_FAILED;
         }
-        if (!lost_threads(inner_)) {
+        if (begin_computation(inner_)) {
             return compute_paged(graph);
         }
         return on_new_thread([&] { return guarded(GGML_STATUS_ALLOC_FAILED, [&] { return compute_paged(graph); }); });
@@ -68,11 +68,11 @@ ggml_status executor::compute_paged(ggml_cgraph * graph) {
     if (pool->prepare() != ROTARY_OK) {
         return GGML_STATUS_FAILED;
     }
-    if (pool->model.way.over() != nullptr && !lookup_.make_events()) {
+    if (pool->model.transfer.over() != nullptr && !lookup_.make_events()) {
         return GGML_STATUS_FAILED;
     }
     pools_.reserve(pools_.size() + 1);
-    if (pool->use_from(inner_)) {
+    if (pool->add_user(inner_)) {
         pools_.push_back(pool);
     }
     const ggml_status status = guarded(GGML_STATUS_ALLOC_FAILED, [&] { return run_over(*pool, graph); });
@@ -137,7 +137,8 @@ ggml_status executor::run_paged_node(rotary::pool & pool, ggml_cgraph * graph, i
     };
     ggml_status status = GGML_STATUS_SUCCESS;
     // Waves overwrite slots, so a tensor that is used again after its waves needs a new lookup.
-    if (!lookup_.is_of(*layer, node->src[2]) || (lookup_.how() == lookup::mode::waves && lookup_.is_done(*tensor))) {
+    if (!lookup_.matches(*layer, node->src[2]) ||
+        (lookup_.current_mode() == lookup::mode::waves && lookup_.is_done(*tensor))) {
         if (layer->path == ROTARY_PATH_SLOTS || pool.model.trace.on()) {
             status = run_before();
         }
@@ -151,11 +152,11 @@ ggml_status executor::run_paged_node(rotary::pool & pool, ggml_cgraph * graph, i
             return status;
         }
     }
-    switch (lookup_.how()) {
+    switch (lookup_.current_mode()) {
         case lookup::mode::mapped: break;
         case lookup::mode::resident: segments_.patch(node, tensor->slots, node->src[2]); break; // expert e is in slot e
         case lookup::mode::on_device:
-            segments_.patch(node, tensor->slots, pool.model.memory.slot_ids(layer->index));
+            segments_.patch(node, tensor->slots, pool.model.lookup_memory.slot_ids(layer->index));
             break;
         case lookup::mode::slots:
             if (!lookup_.is_done(*tensor)) { // still being read: compute the nodes before it meanwhile
@@ -168,7 +169,7 @@ ggml_status executor::run_paged_node(rotary::pool & pool, ggml_cgraph * graph, i
                     status = lookup_.fill(pool.model, *tensor);
                 }
             }
-            segments_.patch(node, tensor->slots, pool.model.memory.slot_ids(layer->index));
+            segments_.patch(node, tensor->slots, pool.model.lookup_memory.slot_ids(layer->index));
             break;
         case lookup::mode::waves:
             status = run_before();

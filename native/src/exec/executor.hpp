@@ -21,7 +21,6 @@
 
 #include "ggml-backend-impl.h"
 
-#include <functional>
 #include <memory>
 #include <vector>
 

@@ -16,14 +16,14 @@
 namespace rotary {
 
 bool lookup::make_events() {
-    const bool filler = filler_.make_event(), device = device_.make_events(), waves = waves_.make_events();
-    if (!filler || !device || !waves) {
+    const bool made = filler_.make_event() && device_.make_events() && waves_.make_events();
+    if (!made) {
         fail(ROTARY_ERR_DEVICE,
              format("%s: no event is left, by which copies of experts are ordered; close other models "
                     "on it",
                     ggml_backend_name(inner_)));
     }
-    return filler && device && waves;
+    return made;
 }
 
 void lookup::begin_graph() {
@@ -121,7 +121,7 @@ ggml_status lookup::resolve(pool & pool, paged_layer & layer, const ggml_cgraph 
             read_ids(model);
             record(model, read_weights(model, graph, i));
         }
-        now_.how                 = layer.path == ROTARY_PATH_MAPPED ? mode::mapped : mode::resident;
+        now_.mode                = layer.path == ROTARY_PATH_MAPPED ? mode::mapped : mode::resident;
         rotary_layer_stats delta = {};
         delta.lookups            = 1;
         delta.requests = delta.hits = ggml_nelements(now_.ids);
@@ -129,7 +129,7 @@ ggml_status lookup::resolve(pool & pool, paged_layer & layer, const ggml_cgraph 
         return GGML_STATUS_SUCCESS;
     }
     if (!model.trace.on() && model.tables.resolves(layer.index, ggml_nelements(now_.ids))) {
-        now_.how = mode::on_device;
+        now_.mode = mode::on_device;
         return device_.resolve(pool, layer, node);
     }
     if (!model.tables.to_host(layer.index)) {
@@ -153,6 +153,11 @@ bool lookup::distinct_experts(const paged_model & model, std::vector<int32_t> & 
         }
     }
     return true;
+}
+
+static void count_loads(const paged_layer & layer, const std::vector<rotary_load> & loads, rotary_layer_stats & delta) {
+    delta.bytes_paged += loads.size() * layer.expert_bytes;
+    delta.evictions += std::count_if(loads.begin(), loads.end(), [](const auto & load) { return load.evicted >= 0; });
 }
 
 ggml_status lookup::resolve_on_host(pool & pool, const ggml_cgraph * graph, int i) {
@@ -187,7 +192,7 @@ ggml_status lookup::resolve_on_host(pool & pool, const ggml_cgraph * graph, int 
                                               [&](int32_t expert) { return table.slot_of(expert) >= 0; });
     std::sort(absent, experts.end());
     table.note(ids_.data(), weights.empty() ? nullptr : weights.data(), n_used, n_tokens);
-    model.balance.note(layer.index, ids_.data(), n_used, n_tokens);
+    model.rebalancer.note(layer.index, ids_.data(), n_used, n_tokens);
     pool.predicted.note(layer, ids_, n_used);
 
     now_.n_hits              = absent - experts.begin();
@@ -197,29 +202,26 @@ ggml_status lookup::resolve_on_host(pool & pool, const ggml_cgraph * graph, int 
     delta.misses             = experts.size() - now_.n_hits;
     delta.hits               = delta.requests - delta.misses;
     if ((int32_t) experts.size() <= table.n_slots()) {
-        now_.how = mode::slots;
+        now_.mode = mode::slots;
         if (!place_in_slots(model, delta)) {
             return GGML_STATUS_ALLOC_FAILED;
         }
     } else if (layer.maps_plain && model.config.compute_from_mapping) {
-        now_.how       = mode::mapped;
+        now_.mode      = mode::mapped;
         delta.bypassed = delta.misses;
     } else {
-        now_.how = mode::waves;
+        now_.mode = mode::waves;
         waves_.plan(model, layer, ids_, experts, now_.n_hits);
         for (const wave & each : waves_.planned()) {
-            delta.bytes_paged += each.loads.size() * layer.expert_bytes;
-            for (const rotary_load & load : each.loads) {
-                delta.evictions += load.evicted >= 0;
-            }
+            count_loads(layer, each.loads, delta);
         }
         delta.waves = waves_.planned().size() - 1;
     }
     model.stats.count_lookup(layer.index, delta, layer.n_resident());
     if (direct != nullptr) {
-        read_ahead(pool, experts, graph->nodes[i]);
+        start_reads(pool, experts, graph->nodes[i]);
     }
-    const ggml_status status = now_.how == mode::slots ? fill_landed(model) : GGML_STATUS_SUCCESS;
+    const ggml_status status = now_.mode == mode::slots ? fill_ready(model) : GGML_STATUS_SUCCESS;
     prefetcher_.end_lookup();
     return status;
 }
@@ -227,22 +229,19 @@ ggml_status lookup::resolve_on_host(pool & pool, const ggml_cgraph * graph, int 
 // Give each expert a slot and send the slot ids to the inner device. False with this thread's error.
 bool lookup::place_in_slots(paged_model & model, rotary_layer_stats & delta) {
     const paged_layer & layer    = *now_.layer;
-    ggml_tensor *       slot_ids = model.memory.slot_ids(layer.index, now_.ids->ne[0], now_.ids->ne[1]);
+    ggml_tensor *       slot_ids = model.lookup_memory.slot_ids(layer.index, now_.ids->ne[0], now_.ids->ne[1]);
     if (slot_ids == nullptr) {
         fail(ROTARY_ERR_MEMORY, format("%s: no memory for %zu ids on the inner device; lower n_ubatch",
                                        model.config.name.c_str(), ids_.size()));
         return false;
     }
-    std::vector<int32_t> & on_host = model.memory.slot_ids_on_host(layer.index);
+    std::vector<int32_t> & on_host = model.lookup_memory.slot_ids_on_host(layer.index);
     on_host.resize(ids_.size());
     now_.loads.resize(layer.table->n_slots());
     now_.loads.resize(layer.table->place(ids_.data(), (int32_t) ids_.size(), on_host.data(), now_.loads.data()));
     std::sort(now_.loads.begin(), now_.loads.end(),
               [](const rotary_load & a, const rotary_load & b) { return a.expert < b.expert; });
-    for (const rotary_load & load : now_.loads) {
-        delta.evictions += load.evicted >= 0;
-    }
-    delta.bytes_paged = now_.loads.size() * layer.expert_bytes;
+    count_loads(layer, now_.loads, delta);
     ggml_backend_tensor_set_async(inner_, slot_ids, on_host.data(), 0, ggml_nbytes(slot_ids));
     return true;
 }
@@ -250,10 +249,10 @@ bool lookup::place_in_slots(paged_model & model, rotary_layer_stats & delta) {
 // ---- reading
 
 // Start this lookup's reads in the direct store, then prefetches for the next layers.
-void lookup::read_ahead(pool & pool, const std::vector<int32_t> & experts, const ggml_tensor * node) {
+void lookup::start_reads(pool & pool, const std::vector<int32_t> & experts, const ggml_tensor * node) {
     paged_model &            model  = pool.model;
     direct_store &           direct = *model.store.direct();
-    const prefetcher::lookup seen   = { now_.layer, node, now_.order, experts, now_.loads, now_.how == mode::slots };
+    const prefetcher::lookup seen   = { now_.layer, node, now_.order, experts, now_.loads, now_.mode == mode::slots };
     prefetcher_.learn(model, pool.predicted, seen);
     demand(model);
     for (const paged_tensor * tensor : now_.layer->tensors) {
@@ -316,16 +315,14 @@ bool lookup::is_done(const paged_tensor & tensor) const {
 }
 
 // Fill all tensors whose experts have landed, in one go.
-ggml_status lookup::fill_landed(paged_model & model) {
+ggml_status lookup::fill_ready(paged_model & model) {
     std::vector<fill_job> jobs;
     for (const paged_tensor * tensor : now_.order) {
         const bool all = std::all_of(now_.loads.begin(), now_.loads.end(), [&](const rotary_load & load) {
             return model.store.fetchable(*tensor, load.expert);
         });
         if (all) {
-            for (const rotary_load & load : now_.loads) {
-                jobs.push_back({ tensor, tensor->slots, load.expert, load.slot });
-            }
+            add_jobs(*tensor, now_.loads, jobs);
             now_.done.push_back(tensor);
         }
     }
@@ -334,9 +331,7 @@ ggml_status lookup::fill_landed(paged_model & model) {
 
 ggml_status lookup::fill(paged_model & model, const paged_tensor & tensor) {
     std::vector<fill_job> jobs;
-    for (const rotary_load & load : now_.loads) {
-        jobs.push_back({ &tensor, tensor.slots, load.expert, load.slot });
-    }
+    add_jobs(tensor, now_.loads, jobs);
     now_.done.push_back(&tensor);
     return fill(model, jobs);
 }
@@ -344,14 +339,14 @@ ggml_status lookup::fill(paged_model & model, const paged_tensor & tensor) {
 // The slot table already describes the state after this lookup, so tensors that the graph did not use are filled too.
 ggml_status lookup::finish(pool & pool) {
     std::vector<fill_job> jobs;
-    if (now_.layer != nullptr && (now_.how == mode::waves || now_.how == mode::slots)) {
+    if (now_.layer != nullptr && (now_.mode == mode::waves || now_.mode == mode::slots)) {
         const slot_table & table = *now_.layer->table;
         for (const paged_tensor * tensor : now_.layer->tensors) {
             for (int32_t slot = 0; !is_done(*tensor) && slot < table.n_slots(); slot++) {
                 const int32_t expert = table.expert_of(slot);
                 const bool    loaded = std::any_of(now_.loads.begin(), now_.loads.end(),
                                                    [&](const rotary_load & load) { return load.expert == expert; });
-                if (expert >= 0 && (now_.how == mode::waves || loaded)) {
+                if (expert >= 0 && (now_.mode == mode::waves || loaded)) {
                     jobs.push_back({ tensor, tensor->slots, expert, slot });
                 }
             }
@@ -378,7 +373,7 @@ bool lookup::worth_splitting(const paged_model & model, const ggml_tensor * node
 }
 
 ggml_status lookup::run_hits_first(paged_model & model, ggml_tensor * node, const paged_tensor & tensor) {
-    waves_.plan_hits_first(ids_, model.memory.slot_ids_on_host(now_.layer->index), now_.loads, now_.n_hits);
+    waves_.plan_hits_first(ids_, model.lookup_memory.slot_ids_on_host(now_.layer->index), now_.loads, now_.n_hits);
     return run_waves(model, node, tensor);
 }
 

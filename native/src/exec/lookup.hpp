@@ -39,10 +39,10 @@ class lookup {
     void forget();
 
     // Whether the current lookup is the one of this layer and ids tensor.
-    bool is_of(const paged_layer & layer, const ggml_tensor * ids) const {
+    bool matches(const paged_layer & layer, const ggml_tensor * ids) const {
         return now_.layer == &layer && now_.ids == ids;
     }
-    mode how() const { return now_.how; }
+    mode current_mode() const { return now_.mode; }
 
     // Begin the lookup for node i; the previous one must be finished. For a layer with slots, and for a trace, the
     // nodes before i must have been submitted.
@@ -63,7 +63,7 @@ class lookup {
     struct state {
         paged_layer *                     layer = nullptr;
         const ggml_tensor *               ids   = nullptr;
-        mode                              how   = mode::mapped;
+        lookup::mode                      mode  = lookup::mode::mapped;
         std::vector<paged_tensor *>       order;      // the layer's tensors, in the order in which the graph uses them
         std::vector<rotary_load>          loads;      // mode slots: the absent experts
         size_t                            n_hits = 0; // distinct experts that are resident
@@ -76,11 +76,11 @@ class lookup {
     void               record(paged_model & model, const std::vector<float> & weights) const;
     bool               distinct_experts(const paged_model & model, std::vector<int32_t> & experts) const;
     bool               place_in_slots(paged_model & model, rotary_layer_stats & delta);
-    void               read_ahead(pool & pool, const std::vector<int32_t> & experts, const ggml_tensor * node);
+    void               start_reads(pool & pool, const std::vector<int32_t> & experts, const ggml_tensor * node);
     void               demand(paged_model & model);
-    ggml_status        fill_landed(paged_model & model);
+    ggml_status        fill_ready(paged_model & model);
     ggml_status        fill(paged_model & model, const std::vector<fill_job> & jobs) {
-        return filler_.fill(model.store, model.way, model.stats, jobs);
+        return filler_.fill(model.store, model.transfer, model.stats, jobs);
     }
 
     ggml_backend_t       inner_;

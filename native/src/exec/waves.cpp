@@ -5,8 +5,7 @@
 #include "exec/waves.hpp"
 
 #include "base/error.hpp"
-
-#include "ggml-impl.h"
+#include "base/inner_device.hpp"
 
 #include <algorithm>
 #include <cstring>
@@ -14,14 +13,13 @@
 namespace rotary {
 
 bool wave_runner::make_events() {
-    bool all = true;
-    for (ggml_backend_event_ptr & each : computed_) {
-        if (!each) {
-            each.reset(ggml_backend_event_new(ggml_backend_get_device(inner_)));
-        }
-        all = all && each;
+    return make_event(computed_[0], inner_) && make_event(computed_[1], inner_);
+}
+
+void add_jobs(const paged_tensor & tensor, const std::vector<rotary_load> & loads, std::vector<fill_job> & jobs) {
+    for (const rotary_load & load : loads) {
+        jobs.push_back({ &tensor, tensor.slots, load.expert, load.slot });
     }
-    return all;
 }
 
 // ---- planning
@@ -40,8 +38,8 @@ void wave_runner::plan(paged_model & model, const paged_layer & layer, const std
     }
     // The next wave is read or copied while one is computed, so each gets half of the staging area or of the slots.
     const direct_store * direct      = model.store.direct();
-    const bool           at_once     = direct == nullptr && !model.way.is_used();
-    size_t               max_experts = model.way.is_used() ? std::max<size_t>(n_slots / 2, 1) : n_slots;
+    const bool           at_once     = direct == nullptr && !model.transfer.is_used();
+    size_t               max_experts = model.transfer.is_used() ? std::max<size_t>(n_slots / 2, 1) : n_slots;
     if (direct != nullptr) {
         size_t largest = 1;
         for (const paged_tensor * tensor : layer.tensors) {
@@ -109,18 +107,17 @@ ggml_status wave_runner::run(paged_model & model, ggml_tensor * node, const page
     for (size_t i = 0; i < waves_.size(); i++) {
         const wave &          each = waves_[i];
         std::vector<fill_job> jobs;
-        for (const rotary_load & load : each.loads) {
-            jobs.push_back({ &tensor, tensor.slots, load.expert, load.slot });
-        }
-        ggml_status status = wait_for_slots(model, layer, i) ? filler_.fill(model.store, model.way, model.stats, jobs)
-                                                             : GGML_STATUS_FAILED;
+        add_jobs(tensor, each.loads, jobs);
+        ggml_status status = wait_for_slots(model, layer, i)
+                                 ? filler_.fill(model.store, model.transfer, model.stats, jobs)
+                                 : GGML_STATUS_FAILED;
         if (status == GGML_STATUS_SUCCESS) {
             status = run_wave(model, node, tensor, each);
         }
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }
-        if (model.way.is_used()) {
+        if (model.transfer.is_used()) {
             ggml_backend_event_record(computed_[i % 2].get(), inner_);
         }
     }
@@ -130,12 +127,12 @@ ggml_status wave_runner::run(paged_model & model, ggml_tensor * node, const page
 // Make the link wait for the last wave that reads the slots which wave `index` overwrites. plan() held the slots of the
 // previous wave if there was room for both, so then it is the wave before that one.
 bool wave_runner::wait_for_slots(paged_model & model, const paged_layer & layer, size_t index) {
-    if (!model.way.is_used() || index == 0) {
+    if (!model.transfer.is_used() || index == 0) {
         return true; // the host has waited for the routing, so for everything before it too
     }
     const size_t n_experts = waves_[index - 1].n_experts + waves_[index].n_experts;
     const size_t reader    = n_experts <= (size_t) layer.table->n_slots() ? 2 : 1; // how many waves ago
-    return index < reader || model.way.over()->wait(computed_[(index - reader) % 2].get());
+    return index < reader || model.transfer.over()->wait(computed_[(index - reader) % 2].get());
 }
 
 // A leaf over `tensor`'s memory as rows of ne0; the tensor itself would pull the nodes that compute it into the graph.
@@ -189,7 +186,7 @@ ggml_status wave_runner::run_wave(paged_model & model, ggml_tensor * node, const
             return GGML_STATUS_FAILED;
         }
     }
-    if (!model.memory.place_in_scratch(inner_, { gather, slots, to, rows, out })) {
+    if (!model.lookup_memory.place_in_scratch(inner_, { gather, slots, to, rows, out })) {
         fail(ROTARY_ERR_MEMORY, format("%s: no memory for the activations of %lld rows; lower n_ubatch",
                                        ggml_backend_name(inner_), (long long) n_rows));
         return GGML_STATUS_ALLOC_FAILED;
@@ -201,7 +198,7 @@ ggml_status wave_runner::run_wave(paged_model & model, ggml_tensor * node, const
     ggml_backend_tensor_set_async(inner_, gather, sources.from.data(), 0, ggml_nbytes(gather));
     ggml_backend_tensor_set_async(inner_, slots, sources.slots.data(), 0, ggml_nbytes(slots));
     ggml_backend_tensor_set_async(inner_, to, sources.to.data(), 0, ggml_nbytes(to));
-    if (model.way.is_used()) {
+    if (model.transfer.is_used()) {
         return ggml_backend_graph_compute_async(inner_, graph);
     }
     // Wait: the next wave's experts are copied into slots that this wave reads.

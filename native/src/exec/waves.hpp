@@ -34,6 +34,9 @@ struct wave {
     std::vector<int32_t>     slots; // the slot of each row's expert
 };
 
+// Jobs that fill a tensor's slots with these experts.
+void add_jobs(const paged_tensor & tensor, const std::vector<rotary_load> & loads, std::vector<fill_job> & jobs);
+
 class wave_runner {
   public:
     wave_runner(ggml_backend_t inner, slot_filler & filler) : inner_(inner), filler_(filler) {}

@@ -5,8 +5,6 @@
 #include "exec/executor.hpp"
 #include "ggml/device.hpp"
 
-#include "ggml-impl.h"
-
 #include <memory>
 
 namespace rotary {

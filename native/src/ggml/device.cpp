@@ -6,9 +6,8 @@
 
 #include "base/error.hpp"
 #include "base/inner_device.hpp"
-#include "ggml/inner.hpp"
 
-#include <cstdlib>
+#include <utility>
 
 namespace rotary {
 
@@ -39,52 +38,11 @@ bool is_rotary(ggml_backend_dev_t dev) {
     return false;
 }
 
-static uint64_t env_bytes(const char * name) {
-    budget       parsed;
-    const char * text = getenv(name);
-    return text != nullptr && budget_parse(text, parsed) && parsed.what == budget::kind::bytes ? (uint64_t) parsed.value
-                                                                                               : 0;
-}
-
-static std::string env_text(const char * name) {
-    const char * text = getenv(name);
-    return text != nullptr ? text : "";
-}
-
-static bool env_on(const char * name) {
-    const char * text = getenv(name);
-    return text == nullptr || std::string(text) != "0";
-}
-
-// environment_is_valid() in registry.cpp has checked the texts.
-static pool_config config_from_environment() {
-    pool_config    config;
-    model_config & model = config.model;
-    if (const std::string text = env_text("ROTARY_BUDGET"); !text.empty()) {
-        model.budget_text = text;
-        budget_parse(text, model.wanted);
-    }
-    model.margin_bytes         = env_bytes("ROTARY_MARGIN");
-    model.repack               = env_on("ROTARY_REPACK");
-    model.compute_from_mapping = env_on("ROTARY_DIRECT");
-    model.staging_bytes        = env_bytes("ROTARY_STAGING");
-    model.adaptive             = env_text("ROTARY_SPLIT") != "even";
-    config.prefetch.on         = env_on("ROTARY_PREFETCH");
-    if (const std::string predictor = env_text("ROTARY_PREFETCH"); predictor_known(predictor)) {
-        config.prefetch.predictor = predictor;
-    }
-    if (const std::string policy = env_text("ROTARY_POLICY"); !policy.empty()) {
-        model.policy = policy;
-    }
-    pin_parse(env_text("ROTARY_PIN"), model.pin);
-    store_parse(env_text("ROTARY_STORE"), model.store);
-    return config;
-}
-
-device::device(ggml_backend_reg_t reg, int index, ggml_backend_dev_t inner, const std::string & inner_name) :
+device::device(ggml_backend_reg_t reg, int index, ggml_backend_dev_t inner, const std::string & inner_name,
+               const pool_config & environment) :
     handle_{ device_i, reg, this }, paged_device_{ paged_device_i, reg, this },
     paged_buft_{ paged_buft_i, &paged_device_, this }, name_("ROTARY" + std::to_string(index)),
-    paged_name_("ROTARY_PAGED" + std::to_string(index)), environment_(config_from_environment()) {
+    paged_name_("ROTARY_PAGED" + std::to_string(index)), environment_(environment) {
     wrap(inner, inner_name);
 }
 
@@ -112,8 +70,9 @@ bool device::set_inner(ggml_backend_dev_t inner, const std::string & name) {
 }
 
 std::shared_ptr<pool> device::open_pool(const pool_config & config) {
+    std::shared_ptr<pool>             before; // goes after the lock: a pool's end may wait for the inner device
     const std::lock_guard<std::mutex> lock(mutex_);
-    opened_ = std::make_shared<pool>(inner_, config);
+    before = std::exchange(opened_, std::make_shared<pool>(inner_, config));
     return opened_;
 }
 
@@ -138,14 +97,13 @@ void device::stop_collecting(const pool * pool) {
 }
 
 uint64_t device::slot_bytes() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    uint64_t                          sum = 0;
-    for (const std::shared_ptr<pool> & each : { opened_, from_environment_.lock() }) {
-        if (each) {
-            sum += each->stats().slot_bytes;
-        }
+    std::shared_ptr<pool> opened, from_environment; // may be the last owners, so they go after the lock
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        opened           = opened_;
+        from_environment = from_environment_.lock();
     }
-    return sum;
+    return (opened ? opened->stats().slot_bytes : 0) + (from_environment ? from_environment->stats().slot_bytes : 0);
 }
 
 bool device::paging() const {

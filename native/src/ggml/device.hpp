@@ -2,9 +2,10 @@
 //
 // ROTARY devices: one over each inner device, registered in this process's ggml.
 //
-// ggml/ is what llama.cpp sees: the entry point (registry.cpp), devices (here and device_iface.cpp), the buffer type of
-// expert weights (paged_buffer.cpp) and the backend that computes (backend.cpp). Everything but expert lookup is handed
-// to the inner device. Called by ggml and llama.cpp, and by capi/, which opens and closes pools.
+// ggml/ is what llama.cpp sees: the entry point (registry.cpp) and what the environment says (environment.cpp), devices
+// (here and device_iface.cpp), the buffer type of expert weights (paged_buffer.cpp) and the backend that computes
+// (backend.cpp). Everything but expert lookup is handed to the inner device. Called by ggml and llama.cpp, and by
+// capi/, which opens and closes pools.
 // Threading: as in ggml: devices from any thread, a backend from one at a time. A device's mutex guards which pool
 // collects and what the loader was told; no pool's lock is taken while it is held.
 
@@ -24,7 +25,8 @@ namespace rotary {
 
 class device {
   public:
-    device(ggml_backend_reg_t reg, int index, ggml_backend_dev_t inner, const std::string & inner_name);
+    device(ggml_backend_reg_t reg, int index, ggml_backend_dev_t inner, const std::string & inner_name,
+           const pool_config & environment);
 
     ggml_backend_dev_t         handle() { return &handle_; }
     ggml_backend_buffer_type_t paged_buft() { return &paged_buft_; }
@@ -52,10 +54,10 @@ class device {
     int32_t n_expert_used(const std::string & name) const;
 
     // Memory ran out while the loader asked, so the pool opened for this model may miss experts and must refuse to run.
-    void lose() {
+    void count_lost_model() {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (opened_) {
-            opened_->lose(1);
+            opened_->count_lost_models(1);
         }
     }
 
@@ -101,8 +103,11 @@ extern const ggml_backend_device_i      device_i;       // device_iface.cpp
 extern const ggml_backend_device_i      paged_device_i; // paged_buffer.cpp
 extern const ggml_backend_buffer_type_i paged_buft_i;   // paged_buffer.cpp
 
-ggml_backend_t backend_new(device & dev);               // backend.cpp
-ggml_backend_t backend_inner(ggml_backend_t handle);    // backend.cpp
+// Read a pool's configuration from ROTARY_* variables; false with this thread's error if one is not understood.
+bool read_environment(pool_config & config);         // environment.cpp
+
+ggml_backend_t backend_new(device & dev);            // backend.cpp
+ggml_backend_t backend_inner(ggml_backend_t handle); // backend.cpp
 
 // The pool of a weight that lies in a ROTARY_PAGED buffer, else NULL.
 std::shared_ptr<pool> paged_pool_of(const ggml_tensor * weight); // paged_buffer.cpp

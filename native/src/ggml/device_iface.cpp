@@ -9,8 +9,6 @@
 #include "base/inner_device.hpp"
 #include "store/loaded_weights.hpp"
 
-#include "ggml-impl.h"
-
 #include <algorithm>
 #include <cstring>
 
@@ -31,7 +29,7 @@ static const char * device_get_description(ggml_backend_dev_t dev) {
 static void device_get_memory(ggml_backend_dev_t dev, size_t * free, size_t * total) {
     ggml_backend_dev_memory(self(dev).inner(), free, total);
     // A GPU counts slots as used; the CPU backend reports all memory as free, so they are subtracted.
-    if (ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(self(dev).inner()))) {
+    if (inner_has_host_memory(self(dev).inner())) {
         *free -= std::min<size_t>(*free, self(dev).slot_bytes());
     }
 }
@@ -94,7 +92,7 @@ static bool loader_supports_op(device & dev, const ggml_tensor * op, ggml_backen
     }
     if (buft == dev.paged_buft()) {
         if (op->op == GGML_OP_MUL_MAT_ID && dev.paging() && is_expert_matrix(weight)) {
-            dev.collecting_pool()->model.said.say(
+            dev.collecting_pool()->model.notices.say(
                 format("%s: %s cannot multiply expert matrices of type %s; they are not paged", weight->name,
                        dev.inner_name().c_str(), ggml_type_name(weight->type)));
         }
@@ -133,7 +131,7 @@ static bool device_supports_op(ggml_backend_dev_t dev, const struct ggml_tensor 
                 return loader_supports_op(self(dev), op, buft);
             } catch (...) { // a refusal alone would leave the weight unpaged, silently
                 fail_by_exception();
-                self(dev).lose();
+                self(dev).count_lost_model();
                 return false;
             }
         }

@@ -31,7 +31,7 @@ static void buffer_free(ggml_backend_buffer_t buffer) {
         paged.owner->remove_owner(buffer);
         return true;
     });
-    paged.owner->lose(paged.lost ? -1 : 0);
+    paged.owner->count_lost_models(paged.lost ? -1 : 0);
     paged.dev.add_user(-1);
     if (paged.owns_memory) {
         ggml_aligned_free(paged.base, buffer->size);
@@ -52,7 +52,7 @@ static enum ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, struct 
         });
         if (!known && !paged.lost) { // the loader ignores the status, so the pool has to refuse to run
             paged.lost = true;
-            paged.owner->lose(1);
+            paged.owner->count_lost_models(1);
         }
         return known ? GGML_STATUS_SUCCESS : GGML_STATUS_ALLOC_FAILED;
     }

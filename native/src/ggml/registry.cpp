@@ -100,52 +100,7 @@ static bool ggml_matches() {
     return true;
 }
 
-static bool environment_is_valid() {
-    budget       parsed;
-    const char * budget_text = getenv("ROTARY_BUDGET");
-    if (budget_text != nullptr && *budget_text != '\0' && !budget_parse(budget_text, parsed)) {
-        fail(ROTARY_ERR_ARG, "ROTARY_BUDGET: " + budget_not_understood(budget_text));
-        return false;
-    }
-    for (const char * name : { "ROTARY_MARGIN", "ROTARY_STAGING", "ROTARY_RAM" }) {
-        const char * text = getenv(name);
-        if (text != nullptr && *text != '\0' && !(budget_parse(text, parsed) && parsed.what == budget::kind::bytes)) {
-            fail(ROTARY_ERR_ARG, format("%s=%s: not a size; more than 0 bytes; write for example 512MiB", name, text));
-            return false;
-        }
-    }
-    rotary_store store = ROTARY_STORE_AUTO;
-    pin_policy   pin   = pin_policy::automatic;
-    const char * text  = getenv("ROTARY_POLICY");
-    if (text != nullptr && *text != '\0' && !policy_known(text)) {
-        fail(ROTARY_ERR_ARG, "ROTARY_POLICY: " + policy_not_known(text));
-        return false;
-    }
-    text = getenv("ROTARY_PREFETCH");
-    if (text != nullptr && *text != '\0' && strcmp(text, "0") != 0 && strcmp(text, "1") != 0 &&
-        !predictor_known(text)) {
-        fail(ROTARY_ERR_ARG, "ROTARY_PREFETCH: " + predictor_not_known(text));
-        return false;
-    }
-    text = getenv("ROTARY_SPLIT");
-    if (text != nullptr && *text != '\0' && strcmp(text, "even") != 0 && strcmp(text, "adaptive") != 0) {
-        fail(ROTARY_ERR_ARG, format("ROTARY_SPLIT=%s: no such split; even or adaptive; choose one of them", text));
-        return false;
-    }
-    text = getenv("ROTARY_STORE");
-    if (text != nullptr && *text != '\0' && !store_parse(text, store)) {
-        fail(ROTARY_ERR_ARG, format("ROTARY_STORE=%s: no such store; auto, mmap or direct; choose one of them", text));
-        return false;
-    }
-    text = getenv("ROTARY_PIN");
-    if (text != nullptr && *text != '\0' && !pin_parse(text, pin)) {
-        fail(ROTARY_ERR_ARG, format("ROTARY_PIN=%s: not understood; auto, on or off; choose one of them", text));
-        return false;
-    }
-    return true;
-}
-
-static bool make_devices() {
+static bool make_devices(const pool_config & environment) {
     std::vector<std::pair<std::string, ggml_backend_dev_t>> inner;
     const char *                                            names = getenv("ROTARY_INNER");
     if (names != nullptr && *names != '\0') {
@@ -169,7 +124,7 @@ static bool make_devices() {
         return false;
     }
     for (const auto & [name, dev] : inner) {
-        devices().push_back(std::make_unique<device>(&reg, (int) devices().size(), dev, name));
+        devices().push_back(std::make_unique<device>(&reg, (int) devices().size(), dev, name, environment));
     }
     return true;
 }
@@ -183,8 +138,9 @@ GGML_BACKEND_API ggml_backend_reg_t ggml_backend_init(void);
 ggml_backend_reg_t ggml_backend_init(void) {
     using namespace rotary;
     return guarded((ggml_backend_reg_t) nullptr, [] {
-        const bool registered = !devices().empty(); // ggml may load the same file twice
-        const bool fine       = registered || (ggml_matches() && environment_is_valid() && make_devices());
+        pool_config environment;
+        const bool  registered = !devices().empty(); // ggml may load the same file twice
+        const bool  fine = registered || (ggml_matches() && read_environment(environment) && make_devices(environment));
         return fine ? &reg : nullptr;
     });
 }

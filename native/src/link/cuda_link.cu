@@ -34,7 +34,6 @@ struct block_team {
     __device__ int32_t rank() const { return (int32_t) threadIdx.x; }
     __device__ int32_t size() const { return (int32_t) blockDim.x; }
     __device__ void    sync() const { __syncthreads(); }
-    __device__ void    raise(int64_t * value, int64_t to) const { atomicMax((long long *) value, (long long) to); }
     __device__ void    add(int32_t * value, int32_t by) const { atomicAdd(value, by); }
     __device__ void    add(uint64_t * value, uint64_t by) const { atomicAdd((unsigned long long *) value, by); }
     __device__ bool    any(bool mine) const { return __syncthreads_or(mine) != 0; }
@@ -158,7 +157,7 @@ static __global__ void __launch_bounds__(gather_threads) gather_kernel(rotary_li
     }
 }
 
-// Blocks take pieces in order until the lookup that they are for has come. Each piece taken is copied, so `taken` tells
+// Blocks take pieces in order until the lookup that they are for has come. Each piece taken is copied, so `n_begun` tells
 // which pieces have arrived.
 static __global__ void __launch_bounds__(gather_threads) prefetch_kernel(rotary_link_layer layer, uint64_t number) {
     __shared__ uint32_t taken;
@@ -169,7 +168,7 @@ static __global__ void __launch_bounds__(gather_threads) prefetch_kernel(rotary_
     while (true) {
         if (threadIdx.x == 0) {
             const bool late = *(const volatile uint64_t *) &state.demanded >= number;
-            taken           = late ? all : atomicAdd(&state.taken, 1);
+            taken           = late ? all : atomicAdd(&state.n_begun, 1);
         }
         __syncthreads();
         const uint32_t index = taken;

@@ -11,7 +11,6 @@
 #include "ggml-cpp.h"
 
 #include <cstdlib>
-#include <cstring>
 #include <dlfcn.h>
 #include <map>
 

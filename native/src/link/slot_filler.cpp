@@ -7,8 +7,6 @@
 #include "base/clock.hpp"
 #include "base/forked_compute.hpp"
 
-#include "ggml-impl.h"
-
 #include <algorithm>
 
 namespace rotary {
@@ -24,8 +22,7 @@ ggml_tensor slot_view(const ggml_tensor & slots, int32_t slot) {
 slot_filler::slot_filler(ggml_backend_t inner) :
     inner_(inner),
     context_(ggml_init({ ggml_tensor_overhead() * 4 + ggml_graph_overhead_custom(4, false), nullptr, true })) {
-    ggml_backend_dev_t dev = ggml_backend_get_device(inner);
-    if (dev == nullptr || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+    if (!inner_is_cpu(ggml_backend_get_device(inner))) {
         return;
     }
     ggml_tensor * node =
@@ -33,13 +30,6 @@ slot_filler::slot_filler(ggml_backend_t inner) :
     node->data = node_data_;
     graph_     = ggml_new_graph_custom(context_.get(), 4, false);
     ggml_build_forward_expand(graph_, node);
-}
-
-bool slot_filler::make_event() {
-    if (!copied_) {
-        copied_.reset(ggml_backend_event_new(ggml_backend_get_device(inner_)));
-    }
-    return copied_ != nullptr;
 }
 
 void slot_filler::copy(const piece & piece) {
@@ -63,13 +53,13 @@ void slot_filler::work(ggml_tensor *, int, int, void * self) {
 
 // Enqueue the copies: the inner backend's next graph waits for them, the host does not. The caller ensures that no
 // earlier work still reads these slots.
-ggml_status slot_filler::copy_by_link(transfer & way) {
-    link &                           over = *way.over();
+ggml_status slot_filler::copy_by_link(transfer & transfer) {
+    link &                           over = *transfer.over();
     std::vector<staging_ring::piece> pieces;
     for (const piece & each : pieces_) {
         const stored_tensor & tensor = *each.job->tensor;
         char *                to     = (char *) each.job->target().data;
-        if (const char * pinned = way.pinned_at(tensor, each.job->expert, each.bytes)) {
+        if (const char * pinned = transfer.pinned_at(tensor, each.job->expert, each.bytes)) {
             if (!over.copy(to, pinned, tensor.expert_bytes)) {
                 return GGML_STATUS_FAILED;
             }
@@ -80,7 +70,7 @@ ggml_status slot_filler::copy_by_link(transfer & way) {
                 { to + done, each.bytes + done, std::min(tensor.expert_bytes - done, staging_ring::block_bytes) });
         }
     }
-    staging_ring * ring = pieces.empty() ? nullptr : way.ring();
+    staging_ring * ring = pieces.empty() ? nullptr : transfer.ring();
     if ((!pieces.empty() && (ring == nullptr || !ring->copy(pieces))) || !over.record(copied_.get())) {
         return GGML_STATUS_FAILED;
     }
@@ -88,9 +78,9 @@ ggml_status slot_filler::copy_by_link(transfer & way) {
     return GGML_STATUS_SUCCESS;
 }
 
-ggml_status slot_filler::copy_all(transfer & way) {
-    if (graph_ == nullptr && way.is_used()) {
-        return copy_by_link(way);
+ggml_status slot_filler::copy_all(transfer & transfer) {
+    if (graph_ == nullptr && transfer.is_used()) {
+        return copy_by_link(transfer);
     }
     if (graph_ == nullptr) {
         for (const piece & each : pieces_) {
@@ -103,14 +93,14 @@ ggml_status slot_filler::copy_all(transfer & way) {
         std::for_each(pieces_.begin(), pieces_.end(), copy);
         return GGML_STATUS_SUCCESS;
     }
-    next_ = 0;
-    if (lost_threads(inner_)) {
-        return on_new_thread([&] { return ggml_backend_graph_compute(inner_, graph_); });
-    }
-    return ggml_backend_graph_compute(inner_, graph_);
+    next_              = 0;
+    const auto compute = [&] {
+        return ggml_backend_graph_compute(inner_, graph_);
+    };
+    return begin_computation(inner_) ? compute() : on_new_thread(compute);
 }
 
-ggml_status slot_filler::fill(expert_store & store, transfer & way, statistics & stats,
+ggml_status slot_filler::fill(expert_store & store, transfer & transfer, statistics & stats,
                               const std::vector<fill_job> & jobs) {
     // Repacked layouts interleave groups of at most this many rows.
     static constexpr int64_t row_group = 64;
@@ -142,12 +132,12 @@ ggml_status slot_filler::fill(expert_store & store, transfer & way, statistics &
             }
         }
         const uint64_t    start  = now_us();
-        const ggml_status status = copy_all(way);
+        const ggml_status status = copy_all(transfer);
         if (store.direct() != nullptr) {
             // Copies must have ended before release(), which lets the staging area be reused.
-            if (graph_ == nullptr && !way.is_used()) {
+            if (graph_ == nullptr && !transfer.is_used()) {
                 ggml_backend_synchronize(inner_);
-            } else if (graph_ == nullptr && !way.over()->synchronize()) {
+            } else if (graph_ == nullptr && !transfer.over()->synchronize()) {
                 return GGML_STATUS_FAILED;
             }
             for (size_t i = 0; i < n; i++) {

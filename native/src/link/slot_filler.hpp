@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include "base/inner_device.hpp"
 #include "link/transfer.hpp"
 #include "stats/statistics.hpp"
 #include "store/expert_store.hpp"
@@ -37,9 +38,9 @@ class slot_filler {
 
     // Do the jobs, waiting for reads where needed; experts that have landed are copied while others are in flight. On
     // failure this thread's error says why, and some slots may have been written.
-    ggml_status fill(expert_store & store, transfer & way, statistics & stats, const std::vector<fill_job> & jobs);
+    ggml_status fill(expert_store & store, transfer & transfer, statistics & stats, const std::vector<fill_job> & jobs);
 
-    bool make_event(); // once, before fill() copies by a link; false if the device has no events
+    bool make_event() { return rotary::make_event(copied_, inner_); } // for copies by a link; see base/inner_device.hpp
 
   private:
     // Rows [first, last) of a job, for one thread.
@@ -50,9 +51,9 @@ class slot_filler {
     };
 
     static void copy(const piece & piece);
-    ggml_status copy_by_link(transfer & way);
+    ggml_status copy_by_link(transfer & transfer);
     static void work(ggml_tensor * dst, int ith, int nth, void * self);
-    ggml_status copy_all(transfer & way);
+    ggml_status copy_all(transfer & transfer);
 
     ggml_backend_t         inner_;
     ggml_backend_event_ptr copied_;       // by the link, recorded after its last copy

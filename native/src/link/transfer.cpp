@@ -21,8 +21,8 @@ void transfer::open(const std::vector<const stored_tensor *> & tensors) {
     }
     if (!link_) {
         if (!reason.empty()) {
-            said_.say(format("%s: the host copies experts to %s and waits for each layer: %s", model_.c_str(),
-                             ggml_backend_dev_name(inner_), reason.c_str()));
+            notices_.say(format("%s: the host copies experts to %s and waits for each layer: %s", model_.c_str(),
+                                ggml_backend_dev_name(inner_), reason.c_str()));
         }
         return;
     }
@@ -44,11 +44,12 @@ void transfer::open(const std::vector<const stored_tensor *> & tensors) {
                       ggml_backend_dev_name(inner_));
     } else if (ring() == nullptr) {
         uses_link_ = false;
-        said_.say(format("%s: the host copies experts to %s and waits for each layer: %s", model_.c_str(),
-                         ggml_backend_dev_name(inner_), last_error()));
+        notices_.say(format("%s: the host copies experts to %s and waits for each layer: %s", model_.c_str(),
+                            ggml_backend_dev_name(inner_), last_error()));
     } else {
-        said_.say(format("%s: experts are not page-locked but pass through %s that is, which costs the host's time: %s",
-                         model_.c_str(), mib(ring_bytes).c_str(), reason.c_str()));
+        notices_.say(
+            format("%s: experts are not page-locked but pass through %s that is, which costs the host's time: %s",
+                   model_.c_str(), mib(ring_bytes).c_str(), reason.c_str()));
     }
 }
 
@@ -65,7 +66,7 @@ staging_ring * transfer::ring() {
             return nullptr;
         }
         if (!reason.empty()) {
-            said_.say(format("%s: %s", model_.c_str(), reason.c_str()));
+            notices_.say(format("%s: %s", model_.c_str(), reason.c_str()));
         }
         stats_.update([](rotary_stats & totals) { totals.locked_bytes += ring_bytes; });
     }

@@ -5,8 +5,8 @@
 //
 // link/ owns the way to the device: the link's library (link.hpp, link_api.h, cuda_link.cu), pinned memory
 // (pinned_store.hpp, staging_ring.hpp), page tables in the device's memory (device_tables.hpp), and copying experts
-// into slots (slot_filler.hpp), also for a host inner device. Called by model/ (sizing) and exec/ (lookups). It knows
-// tensors and slot tables, but no graphs.
+// into slots (slot_filler.hpp), also for a host inner device. Called by model/ (sizing), prefetch/ (its tables), pool/ and
+// exec/ (lookups). It knows tensors and slot tables, but no graphs.
 // Threading: none of its own, the pool locks; the ring has threads.
 
 #pragma once
@@ -26,9 +26,9 @@ namespace rotary {
 
 class transfer {
   public:
-    transfer(ggml_backend_dev_t inner, std::string model, pin_policy pin, expert_store & store, notices & said,
+    transfer(ggml_backend_dev_t inner, std::string model, pin_policy pin, expert_store & store, notices & notices,
              statistics & stats) :
-        inner_(inner), model_(std::move(model)), store_(store), said_(said), stats_(stats), pinned_(pin) {}
+        inner_(inner), model_(std::move(model)), store_(store), notices_(notices), stats_(stats), pinned_(pin) {}
 
     // Open the link to the inner device, if any; pin these tensors' experts, or the staging area of the direct store.
     void open(const std::vector<const stored_tensor *> & tensors);
@@ -50,7 +50,7 @@ class transfer {
     ggml_backend_dev_t            inner_;
     std::string                   model_; // name for messages
     expert_store &                store_;
-    notices &                     said_;
+    notices &                     notices_;
     statistics &                  stats_;
     std::shared_ptr<link>         link_;
     std::unique_ptr<staging_ring> ring_;   // NULL where everything that is copied is pinned

@@ -21,7 +21,7 @@ namespace rotary {
 bool has_experts_on_device(const paged_model & model) {
     const auto & tensors = model.experts.tensors();
     return std::any_of(tensors.begin(), tensors.end(),
-                       [&](const auto & tensor) { return model.way.pinned().on_device(*tensor) != nullptr; });
+                       [&](const auto & tensor) { return model.transfer.pinned().on_device(*tensor) != nullptr; });
 }
 
 // ---- tier in RAM
@@ -47,7 +47,6 @@ void allocate_ram_tier(paged_model & model) {
     }
     const uint64_t                     bytes   = ram_tier_bytes();
     const std::vector<int32_t>         n_slots = budget_slots(bytes, model.experts.layer_sizes());
-    const auto                         history = routing_history_new((int32_t) model.experts.layers().size());
     std::vector<ram_tier::layer_slots> wanted;
     bool                               any_paged = false;
     for (const auto & layer : model.experts.layers()) {
@@ -55,19 +54,20 @@ void allocate_ram_tier(paged_model & model) {
         any_paged                   = any_paged || layer->table;
         if (!n_slots.empty() && layer->table && layer->reads_whole_sectors()) {
             slots.n_slots = n_slots[layer->index];
-            // Not the policy chosen by name: the tier sees only misses of the device's slots, not whole routings.
-            slots.table = std::make_unique<slot_table>(
-                layer->n_expert, slots.n_slots,
-                policy_new(best_on_device, { layer->n_expert, slots.n_slots, layer->index, layer->il, history,
-                                             model.config.own_policy }));
+            // Not the policy chosen: the tier sees only misses of the device's slots, not whole routings, and the
+            // caller's own knows the device's slots by the same layer numbers.
+            slots.table =
+                std::make_unique<slot_table>(layer->n_expert, slots.n_slots,
+                                             policy_new(best_on_device, { layer->n_expert, slots.n_slots, layer->index,
+                                                                          layer->il, nullptr, nullptr }));
             std::copy_if(layer->tensors.begin(), layer->tensors.end(), std::back_inserter(slots.tensors),
                          [](const auto * tensor) { return tensor->direct_io; }); // the others are in RAM already
         }
         wanted.push_back(std::move(slots));
     }
     const auto none = [&](const std::string & reason) {
-        model.said.say(format("%s: no slots in RAM, so what %s does not hold is read from the disk each time: %s", name,
-                              inner, reason.c_str()));
+        model.notices.say(format("%s: no slots in RAM, so what %s does not hold is read from the disk each time: %s",
+                                 name, inner, reason.c_str()));
     };
     const size_t size = ram_tier::bytes_for(wanted);
     if (size == 0) {
@@ -80,9 +80,9 @@ void allocate_ram_tier(paged_model & model) {
     }
     std::string         reason;
     ram_tier::allocator pinned;
-    if (model.way.over() != nullptr && model.way.pinned().may_pin(size, reason)) {
+    if (model.transfer.over() != nullptr && model.transfer.pinned().may_pin(size, reason)) {
         pinned = [&](size_t n) {
-            return std::static_pointer_cast<char>(model.way.over()->new_pinned(n, reason).memory);
+            return std::static_pointer_cast<char>(model.transfer.over()->new_pinned(n, reason).memory);
         };
     }
     if (!model.store.ram().allocate(std::move(wanted), pinned)) {
@@ -90,9 +90,9 @@ void allocate_ram_tier(paged_model & model) {
         return;
     }
     model.stats.update([&](rotary_stats & totals) { totals.ram_bytes = size; });
-    if (model.way.over() != nullptr && !model.store.ram().is_pinned()) {
-        model.said.say(format("%s: slots in RAM are not page-locked, so copies from them cost the host's time: %s",
-                              name, reason.c_str()));
+    if (model.transfer.over() != nullptr && !model.store.ram().is_pinned()) {
+        model.notices.say(format("%s: slots in RAM are not page-locked, so copies from them cost the host's time: %s",
+                                 name, reason.c_str()));
     }
     GGML_LOG_INFO("rotary: %s: %s of slots in RAM in front of %s%s\n", name, mib(size).c_str(), inner,
                   model.store.ram().is_pinned() ? ", page-locked" : "");
@@ -101,14 +101,14 @@ void allocate_ram_tier(paged_model & model) {
 // ---- page tables
 
 bool allocate_device_tables(paged_model & model, const char * policy) {
-    const char *                      asked = getenv("ROTARY_DEVICE_LOOKUPS"); // 0: the host resolves, for comparison
-    link *                            over  = asked != nullptr && strcmp(asked, "0") == 0 ? nullptr : model.way.over();
+    const char * asked = getenv("ROTARY_DEVICE_LOOKUPS"); // 0: the host resolves, for comparison
+    link *       over  = asked != nullptr && strcmp(asked, "0") == 0 ? nullptr : model.transfer.over();
     std::vector<device_tables::layer> layers;
     for (const auto & layer : model.experts.layers()) {
         device_tables::layer wanted   = { layer->il, layer->n_expert, layer->expert_bytes, layer->table.get(), {}, 0 };
         bool                 readable = true;
         for (const paged_tensor * tensor : layer->tensors) {
-            const char * store = model.way.pinned().on_device(*tensor);
+            const char * store = model.transfer.pinned().on_device(*tensor);
             readable           = readable && store != nullptr;
             if (wanted.slots != nullptr) {
                 wanted.tensors.push_back({ store, tensor->slots->data, tensor->expert_bytes, tensor->slots->nb[2] });
@@ -116,7 +116,7 @@ bool allocate_device_tables(paged_model & model, const char * policy) {
             wanted.max_embd = std::max(wanted.max_embd, tensor->ne[0]); // at least n_embd, the first one's ne[0]
         }
         if (over != nullptr && wanted.slots != nullptr && readable && !wanted.slots->can_be_on_device()) {
-            model.said.say(
+            model.notices.say(
                 format("%s: the host learns each routing and waits for it: policy %s cannot run on %s; lru and lfu can",
                        model.config.name.c_str(), policy, ggml_backend_dev_name(model.inner)));
             wanted.slots = nullptr;
@@ -126,7 +126,7 @@ bool allocate_device_tables(paged_model & model, const char * policy) {
     std::string reason;
     const bool  fine = model.tables.allocate(over, layers, reason);
     if (fine && !reason.empty()) {
-        model.said.say(
+        model.notices.say(
             format("%s: the host learns each routing and waits for it: %s cannot count lookups for the host: %s",
                    model.config.name.c_str(), ggml_backend_dev_name(model.inner), reason.c_str()));
     }

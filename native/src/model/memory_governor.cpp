@@ -31,7 +31,7 @@ void memory_governor::follow() {
     seen_us_ = now_us();
 
     const host_memory memory = host_memory_now();
-    const uint64_t    now    = model_.stats.all().slot_bytes + model_.balance.spare();
+    const uint64_t    now    = model_.stats.all().slot_bytes + model_.rebalancer.spare();
     const uint64_t    wanted = bytes_wanted(memory, now);
     if (wanted == now) {
         return;
@@ -45,7 +45,7 @@ void memory_governor::follow() {
             format("%s: memory runs short, %s are available: slots shrink from %s to %s", model_.config.name.c_str(),
                    mib(memory.available).c_str(), mib(now).c_str(), mib(slot_bytes).c_str());
         if (n_shrinks == 1) {
-            model_.said.say(text);
+            model_.notices.say(text);
         } else {
             GGML_LOG_WARN("rotary: %s\n", text.c_str());
         }

@@ -23,30 +23,29 @@ namespace rotary {
 
 struct paged_model {
     paged_model(ggml_backend_dev_t inner, model_config chosen) :
-        inner(inner), config(std::move(chosen)), slots(inner, config.repack), memory(inner, stats),
-        store({ config.name, config.store, config.staging_bytes, slots.inner_is_host() }, said, stats),
-        way(inner, config.name, config.pin, store, said, stats), tables(inner, config.name, stats),
+        inner(inner), config(std::move(chosen)), slots(inner, config.repack), lookup_memory(inner, stats),
+        store({ config.name, config.store, config.staging_bytes, slots.inner_is_host() }, notices, stats),
+        transfer(inner, config.name, config.pin, store, notices, stats), tables(inner, config.name, stats),
         targets(experts, store, stats) {}
 
     bool     inner_is_host() const { return slots.inner_is_host(); }
-    uint64_t generation() const { return slots.generation() + memory.generation(); } // changes when slots or ids move
+    uint64_t generation() const {
+        return slots.generation() + lookup_memory.generation();
+    } // changes when slots or ids move
 
-    void forget_slots(); // after a failure: slots may not hold what the tables say
-    void release();      // frees everything that sizing allocates
-
-    ggml_backend_dev_t inner;
-    model_config       config;
-    statistics         stats;
-    notices            said;
-    routing_trace      trace;
-    catalogue          experts;
-    slot_memory        slots;
-    lookup_memory      memory;
-    expert_store       store;
-    transfer           way; // after the store: copies end before the memory that they read is freed
-    device_tables      tables;
-    read_targets       targets;
-    rebalancer         balance;
+    ggml_backend_dev_t    inner;
+    model_config          config;
+    statistics            stats;
+    rotary::notices       notices;
+    routing_trace         trace;
+    catalogue             experts;
+    slot_memory           slots;
+    rotary::lookup_memory lookup_memory;
+    expert_store          store;
+    rotary::transfer      transfer; // after the store: copies end before the memory that they read is freed
+    device_tables         tables;
+    read_targets          targets;
+    rotary::rebalancer    rebalancer;
 };
 
 } // namespace rotary

@@ -16,12 +16,12 @@ void start_rebalancing(paged_model & model) {
                           std::min(rebalancer::max_slots(n, layer->n_expert), layer->n_allocated),
                           layer->expert_bytes });
     }
-    model.balance = model.config.adaptive && model.inner_is_host() ? rebalancer(sizes) : rebalancer();
+    model.rebalancer = model.config.adaptive && model.inner_is_host() ? rebalancer(sizes) : rebalancer();
 }
 
 void rebalance(paged_model & model, ggml_backend_t user) {
     rebalancer::step step;
-    if (!model.balance.propose(step)) {
+    if (!model.rebalancer.propose(step)) {
         return;
     }
     paged_layer & from = *model.experts.layers()[step.from];
@@ -40,7 +40,7 @@ void rebalance(paged_model & model, ggml_backend_t user) {
         model.slots.give_back(from, last, last + 1);
     }
     to.table->resize(to.table->n_slots() + 1);
-    model.balance.commit(step);
+    model.rebalancer.commit(step);
     for (const paged_layer * each : { &from, &to }) {
         model.stats.set_slots(each->index, each->n_slots(), each->n_resident());
     }

@@ -25,10 +25,10 @@ int32_t sizing::run() {
     const char * name = model_.config.name.c_str();
     done_             = true;
     model_.experts.build_layers();
-    model_.memory.set_layers(model_.experts.layers().size());
+    model_.lookup_memory.set_layers(model_.experts.layers().size());
     show_layers({});
     if (inner_starts_threads(model_.inner)) {
-        model_.said.say(format(
+        model_.notices.say(format(
             "%s: this llama.cpp's CPU backend was built without OpenMP and starts its threads anew for each part "
             "of a graph; build it with GGML_OPENMP=ON",
             name));
@@ -41,9 +41,9 @@ int32_t sizing::run() {
     }
     const uint64_t total  = host_memory_now().total;
     const uint64_t margin = model_.inner_is_host() ? margin_bytes(model_, total) : host_margin(total);
-    model_.store.choose(margin, one_token, [this] { model_.way.pinned().unpin(); });
+    model_.store.choose(margin, one_token, [this] { model_.transfer.pinned().unpin(); });
     if (!model_.inner_is_host()) {
-        model_.way.open(model_.experts.stored());
+        model_.transfer.open(model_.experts.stored());
     }
 
     uint64_t bytes = budget_bytes(model_.config.wanted, sizes, free_bytes(model_));
@@ -66,8 +66,8 @@ int32_t sizing::run() {
             break;
         }
         bytes = bytes / 10 * 9;
-        model_.said.say(format("%s: %s has no room for the slots; auto budget lowered to %s", name,
-                               ggml_backend_dev_name(model_.inner), mib(bytes).c_str()));
+        model_.notices.say(format("%s: %s has no room for the slots; auto budget lowered to %s", name,
+                                  ggml_backend_dev_name(model_.inner), mib(bytes).c_str()));
     }
     model_.store.count_reads();
     if (status_ != ROTARY_ERR_READ) {
@@ -135,7 +135,7 @@ int32_t sizing::allocate(uint64_t bytes, const std::vector<int32_t> & n_slots) {
         const std::string why = last_error();
         status                = allocate(n_slots, n_allocated);
         if (status == ROTARY_OK) {
-            model_.said.say(
+            model_.notices.say(
                 format("%s: slots stay as they are divided between layers: no address space to rebalance them (%s)",
                        name, why.c_str()));
         }

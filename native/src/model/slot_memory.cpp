@@ -16,7 +16,7 @@
 namespace rotary {
 
 slot_memory::slot_memory(ggml_backend_dev_t inner, bool repack) :
-    inner_(inner), inner_is_host_(ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(inner))), repack_(repack) {}
+    inner_(inner), inner_is_host_(inner_has_host_memory(inner)), repack_(repack) {}
 
 ggml_backend_buffer_type_t slot_memory::layout_of(const paged_tensor & tensor) const {
     if (repack_) {

@@ -18,7 +18,7 @@ namespace rotary {
 pool::pool(ggml_backend_dev_t inner, const pool_config & config) :
     model(inner, config.model), predicted(model, config.prefetch), sizing_(model), governor_(model, sizing_),
     lock(model.inner_is_host(), [this] {
-        model.way.abandon();
+        model.transfer.abandon();
         self_ = weak_from_this().lock();
     }) {}
 
@@ -32,10 +32,10 @@ void pool::add_tensor(const void * owner, const ggml_tensor * tensor, int32_t n_
     const pool_lock::hold held(lock);
     if (sizing_.is_done()) {
         // Weights that come late, such as an adapter's: divide the budget anew at the next graph.
-        model.said.say(format("%s: %s was loaded after the slots were sized; slots start cold again",
-                              model.config.name.c_str(), tensor->name));
+        model.notices.say(format("%s: %s was loaded after the slots were sized; slots start cold again",
+                                 model.config.name.c_str(), tensor->name));
         release();
-        model.way.pinned().unpin(); // sizing pins the new weights with the others
+        model.transfer.pinned().unpin(); // sizing pins the new weights with the others
     }
     model.store.add(model.experts.add(owner, tensor, n_expert_used, is_mapped));
 }
@@ -47,7 +47,7 @@ void pool::remove_owner(const void * owner) {
         return;
     }
     release();
-    model.way.pinned().unpin(); // sizing pins those that stay again
+    model.transfer.pinned().unpin(); // sizing pins those that stay again
     model.store.remove_owner(owner);
     model.experts.remove_owner(owner);
 }
@@ -68,7 +68,7 @@ int32_t pool::prepare() {
                    model.config.name.c_str(),
                    model.inner_is_host() ? "while its parent computed with the model" : "after the model was loaded"));
     }
-    if (n_lost_ > 0) {
+    if (n_lost_models_ > 0) {
         return fail(ROTARY_ERR_MEMORY,
                     format("%s: memory ran out while its experts were loaded, and not all are known; "
                            "close other programs, then load the model again",
@@ -102,17 +102,24 @@ void pool::release() {
     for (ggml_backend_t user : users_) {
         ggml_backend_synchronize(user);
     }
-    model.way.synchronize(); // the link may still copy prefetches into slots
+    model.transfer.synchronize(); // the link may still copy prefetches into slots
     const char * print = getenv("ROTARY_STATS");
     if (print != nullptr && strcmp(print, "0") != 0) {
         model.stats.print(model.config.name, ggml_backend_dev_name(model.inner));
     }
-    model.release();
+    model.store.clear(); // first: waits for reads into slots
+    model.tables.free();
+    model.store.ram().free();
+    model.lookup_memory.free();
+    model.slots.free();
+    model.experts.clear_layers();
+    model.stats.set_layers({});
+    model.stats.update([](rotary_stats & totals) { totals.slot_bytes = totals.ram_bytes = 0; });
     sizing_.release();
 }
 
 bool pool::begin_graph(ggml_backend_t user) {
-    if (spoiled_ && !forget_slots()) {
+    if (slots_invalid_ && !forget_slots()) {
         return false;
     }
     model.store.count_reads(); // first: after a reset of the counters, reads count from this graph on
@@ -123,10 +130,17 @@ bool pool::begin_graph(ggml_backend_t user) {
 }
 
 bool pool::forget_slots() noexcept {
-    spoiled_ = true;
+    slots_invalid_ = true;
     return guarded(false, [&] {
-        model.forget_slots();
-        spoiled_ = false;
+        model.store.clear();
+        model.transfer.synchronize(); // lookups that were enqueued before the failure still change tables
+        for (const auto & layer : model.experts.layers()) {
+            if (layer->table) {
+                layer->table->clear();
+            }
+        }
+        model.tables.forget();
+        slots_invalid_ = false;
         return true;
     });
 }
@@ -139,34 +153,34 @@ void pool::set_budget(const budget & wanted, const std::string & text) {
     model.config.budget_text = text;
 }
 
-int32_t pool::not_now() const {
+int32_t pool::fail_already_sized() const {
     return fail(ROTARY_ERR_STATE, format("%s: its slots are allocated; begin with another profile before that",
                                          model.config.name.c_str()));
 }
 
 int32_t pool::warm(int32_t il, std::vector<int32_t> experts) {
-    return sizing_.is_done() ? not_now() : sizing_.fill().set(model, il, std::move(experts));
+    return sizing_.is_done() ? fail_already_sized() : sizing_.fill().set(model, il, std::move(experts));
 }
 
 int32_t pool::learn(int32_t il, const float * popularity, const float * pairs, int32_t n_expert, int64_t n_tokens) {
     if (sizing_.is_done()) {
-        return not_now();
+        return fail_already_sized();
     }
     predicted.learn(il, popularity, pairs, n_expert, n_tokens);
     return ROTARY_OK;
 }
 
 void pool::trace(bool on) {
-    model.trace.turn(on);
+    model.trace.enable(on);
     if (on && has_experts_on_device(model)) {
-        model.said.say(format("%s: while routings are recorded, the host resolves lookups, not %s; that is slower",
-                              model.config.name.c_str(), ggml_backend_dev_name(model.inner)));
+        model.notices.say(format("%s: while routings are recorded, the host resolves lookups, not %s; that is slower",
+                                 model.config.name.c_str(), ggml_backend_dev_name(model.inner)));
     }
 }
 
 // ---- users
 
-bool pool::use_from(ggml_backend_t user) {
+bool pool::add_user(ggml_backend_t user) {
     if (std::find(users_.begin(), users_.end(), user) != users_.end()) {
         return false;
     }
@@ -178,7 +192,7 @@ bool pool::use_from(ggml_backend_t user) {
     return true;
 }
 
-void pool::forget(ggml_backend_t user) {
+void pool::remove_user(ggml_backend_t user) {
     const pool_lock::hold held(lock);
     if (!lock.is_orphaned()) {
         users_.erase(std::remove(users_.begin(), users_.end(), user), users_.end());
@@ -189,7 +203,7 @@ void pool::forget(ggml_backend_t user) {
 
 rotary_stats pool::stats() const {
     rotary_stats all = model.stats.all();
-    all.n_notices    = model.said.size();
+    all.n_notices    = model.notices.size();
     return all;
 }
 

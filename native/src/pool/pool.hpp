@@ -41,9 +41,7 @@ class pool : public std::enable_shared_from_this<pool> {
                   size_t size); // false with this thread's error
 
     // ---- for the C API and the executor, with the lock held
-    void lose(int n) {
-        n_lost_ += n;
-    } // counts models whose experts are not all known, because memory ran out; needs no lock
+    void    count_lost_models(int n) { n_lost_models_ += n; } // not all experts are known: no memory; needs no lock
     int32_t prepare(); // choose the store, divide the budget and allocate slots, unless that is done
     void    set_budget(const budget & wanted, const std::string & text);
     int32_t warm(int32_t il, std::vector<int32_t> experts); // first_fill::set(), before slots are allocated
@@ -55,9 +53,9 @@ class pool : public std::enable_shared_from_this<pool> {
     bool begin_graph(ggml_backend_t user);
     bool forget_slots() noexcept; // after a failure: slots may not hold what the tables say; false: try again
 
-    // Register a backend that runs over the slots; true if it is new, and must be forgotten when it goes.
-    bool use_from(ggml_backend_t user);
-    void forget(ggml_backend_t user); // takes the lock
+    // Register a backend that runs over the slots; true if it is new, and must be removed when it goes.
+    bool add_user(ggml_backend_t user);
+    void remove_user(ggml_backend_t user); // takes the lock
     bool is_shared() const { return users_.size() > 1; }
 
     // ---- figures, at any time
@@ -69,14 +67,14 @@ class pool : public std::enable_shared_from_this<pool> {
 
   private:
     void    release();
-    int32_t not_now() const;
+    int32_t fail_already_sized() const;
 
     sizing                      sizing_;
     memory_governor             governor_;
     std::vector<ggml_backend_t> users_;
-    std::atomic<int>            n_lost_{ 0 };
-    bool                        spoiled_ = false; // a failure left slots that could not be forgotten
-    std::shared_ptr<pool>       self_;            // keeps a pool alive that a child cannot use
+    std::atomic<int>            n_lost_models_{ 0 };
+    bool                        slots_invalid_ = false; // a failure left slots that could not be forgotten
+    std::shared_ptr<pool>       self_;                  // keeps a pool alive that a child cannot use
 
   public:
     pool_lock lock; // last member, so destroyed first

@@ -45,7 +45,7 @@ void predictions::start() {
         return;
     }
     if (by_device && !applies_routers()) {
-        model_.said.say(format(
+        model_.notices.say(format(
             "%s: the GPU resolves lookups itself, so what it prefetches is named by the next layers' "
             "routers, not by %s",
             model_.config.name.c_str(), config_.own != nullptr ? "the predictor given" : config_.predictor.c_str()));
@@ -74,11 +74,12 @@ void predictions::make(const std::string & predictor) {
     const profile * before_layer = nullptr;
     for (const auto & layer : model_.experts.layers()) {
         const auto      found = profiles_.find(layer->il);
-        const profile * known = found != profiles_.end() ? &found->second : nullptr;
-        if (known != nullptr && known->popularity.size() == (size_t) n_expert) {
-            predictor_->learn(layer->index, known->popularity.data(),
-                              before_layer != nullptr ? known->pairs.data() : nullptr,
-                              before_layer != nullptr ? before_layer->popularity.data() : nullptr, known->n_tokens);
+        const bool      fits  = found != profiles_.end() && found->second.popularity.size() == (size_t) n_expert;
+        const profile * known = fits ? &found->second : nullptr;
+        if (known != nullptr) {
+            const bool pairs = before_layer != nullptr && !known->pairs.empty();
+            predictor_->learn(layer->index, known->popularity.data(), pairs ? known->pairs.data() : nullptr,
+                              pairs ? before_layer->popularity.data() : nullptr, known->n_tokens);
         }
         before_layer = known;
     }
@@ -95,7 +96,7 @@ void predictions::router_missing(const paged_layer & layer, const std::string & 
         return;
     }
     missing_said_ = true;
-    model_.said.say(format(
+    model_.notices.say(format(
         "%s: the router of layer %d, and maybe others, cannot be applied early, %s; what they will want is %s",
         model_.config.name.c_str(), layer.il, why.c_str(),
         others ? format("predicted from routings, less well (%s)", best_without_router).c_str() : "not prefetched"));

@@ -5,7 +5,8 @@
 // prefetch/ predicts lookups: it finds routers in graphs (router_finder.hpp) and applies them early (router.hpp), or
 // predicts from routings alone (predictors/); it keeps a pool's predictor and predictions (predictions.hpp) and
 // measures what following them gains (gain.hpp). Two parts act on predictions: this one through the direct store,
-// device_prefetch.hpp over the link. A wrong prediction costs time, and changes no result. Called by exec/.
+// device_prefetch.hpp over the link. A wrong prediction costs time, and changes no result. Called by exec/, pool/
+// (predictions) and capi/ (predictors without a model).
 // Threading: one prefetcher for each backend, one graph at a time, under the lock of the pool that the graph runs over.
 
 #pragma once

@@ -4,7 +4,7 @@
 
 #include "prefetch/router.hpp"
 
-#include "ggml-impl.h"
+#include "base/inner_device.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -58,8 +58,7 @@ void router::choose(const float * products, int32_t n_used, std::vector<int32_t>
 // ---- multiplying
 
 router_products::router_products(ggml_backend_t inner) : cpu_(inner) {
-    ggml_backend_dev_t dev = ggml_backend_get_device(inner);
-    if (dev == nullptr || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+    if (!inner_is_cpu(ggml_backend_get_device(inner))) {
         own_.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
         cpu_ = own_.get();
     }

@@ -5,7 +5,9 @@
 #include "stats/statistics.hpp"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
+#include <cstring>
 #include <utility>
 
 namespace rotary {
@@ -68,16 +70,16 @@ bool statistics::layer(int32_t index, rotary_layer_stats & out) const {
     return true;
 }
 
+// All fields from `lookups` on are counters.
+template <typename figures> static void clear_counters(figures & all) {
+    memset((char *) &all + offsetof(figures, lookups), 0, sizeof(all) - offsetof(figures, lookups));
+}
+
 void statistics::reset() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (rotary_layer_stats & s : layers_) {
-        s.lookups = s.requests = s.hits = s.misses = s.bypassed = s.evictions = s.bytes_paged = s.waves = 0;
-    }
-    rotary_stats & t = totals_;
-    t.slot_moves = t.ram_hits = t.device_lookups = t.waits = t.wait_us = t.page_us = t.reads = t.bytes_read =
-        t.bytes_in_place = t.read_us = t.stall_us = t.shrinks = 0;
-    t.predicted = t.predicted_right = t.prefetched = t.prefetch_used = t.late_hits = 0;
-    was_reset_                                                                     = true;
+    std::for_each(layers_.begin(), layers_.end(), clear_counters<rotary_layer_stats>);
+    clear_counters(totals_);
+    was_reset_ = true;
 }
 
 bool statistics::take_reset() {

@@ -9,7 +9,7 @@
 
 namespace rotary {
 
-void routing_trace::turn(bool on) {
+void routing_trace::enable(bool on) {
     const std::lock_guard<std::mutex> lock(mutex_);
     on_ = on;
     if (on) {

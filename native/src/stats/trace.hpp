@@ -15,7 +15,7 @@ namespace rotary {
 
 class routing_trace {
   public:
-    void turn(bool on); // turning it on drops older records
+    void enable(bool on); // turning it on drops older records
     bool on() const { return on_; }
 
     // Record a routing of layer `il`, ids[n_tokens][n_used], with each id's router weight (or none) and its residency.

@@ -8,7 +8,6 @@
 #include "base/error.hpp"
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 
 namespace rotary {
@@ -108,7 +107,7 @@ void direct_store::drop(const stored_tensor & tensor, int32_t expert) {
 
 size_t direct_store::prefetch_window() const {
     // What the disk reads while a layer is computed, and enough to keep several requests in flight.
-    return std::max<size_t>(std::min((size_t) (bytes_per_us_ * layer_us_), area_.size() / 2), 4 << 20);
+    return std::max<size_t>(std::min((size_t) (rate_.bytes_per_us() * layer_us_), area_.size() / 2), 4 << 20);
 }
 
 // ---- reading
@@ -213,11 +212,7 @@ void direct_store::begin(std::deque<part_key> & queue, size_t n, uint64_t from, 
         counters_.prefetched += !each.demanded && queue[i].first->counts_expert;
     }
     queue.erase(queue.begin(), queue.begin() + n);
-    if (in_flight_bytes_ == 0) {
-        busy_since_us_ = now_us();
-        busy_bytes_    = 0;
-    }
-    busy_bytes_ += size;
+    rate_.begin(size, now_us());
     in_flight_bytes_ += end - start;
     counters_.reads++;
     counters_.bytes_read += size;
@@ -262,13 +257,7 @@ void direct_store::reap(bool wait) {
         reads_.erase(finished);
     }
     if (!results_.empty() && in_flight_bytes_ == 0) {
-        const uint64_t busy_us = std::max<uint64_t>(now_us() - busy_since_us_, 1);
-        counters_.read_us += busy_us;
-        // Reads that land between calls are noticed late: unless the span ended in a wait, this is a lower bound.
-        const double seen = (double) busy_bytes_ / busy_us;
-        if (wait || seen > bytes_per_us_) {
-            bytes_per_us_ += (seen - bytes_per_us_) / 8;
-        }
+        counters_.read_us += rate_.end(now_us(), wait);
     }
     results_.clear();
 }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "rotary.h"
+#include "store/rate_meter.hpp"
 #include "store/reader.hpp"
 #include "store/staging_area.hpp"
 #include "store/stored_tensor.hpp"
@@ -74,7 +75,7 @@ class direct_store {
     void         clear() noexcept; // drop all parts; afterwards no read writes to a target
 
     // Microseconds to read `bytes`, and until all demanded parts have landed, at the bandwidth measured so far.
-    double time_for(size_t bytes) const { return (double) bytes / bytes_per_us_; }
+    double time_for(size_t bytes) const { return (double) bytes / rate_.bytes_per_us(); }
     double expected_wait_us() const { return time_for(demanded_bytes_); }
 
     // Bytes of prefetches queued and in flight, and how many are worth it: more would only delay the next demand.
@@ -133,13 +134,11 @@ class direct_store {
     std::deque<part_key>                         prefetches_;
     std::unordered_map<uint64_t, read>           reads_;
     uint64_t                                     next_read_       = 1;
-    size_t                                       demanded_bytes_  = 0;    // queued or in flight
-    size_t                                       prefetch_bytes_  = 0;    // queued or in flight
+    size_t                                       demanded_bytes_  = 0; // queued or in flight
+    size_t                                       prefetch_bytes_  = 0; // queued or in flight
     size_t                                       in_flight_bytes_ = 0;
-    uint64_t                                     busy_since_us_   = 0;    // when the first of the reads in flight began
-    uint64_t                                     busy_bytes_      = 0;    // requested since then
-    double                                       bytes_per_us_    = 1000; // measured; a guess at first
-    double                                       layer_us_        = 4000; // a guess until set_layer_time()
+    rate_meter                                   rate_;
+    double                                       layer_us_ = 4000; // a guess until set_layer_time()
     counters                                     counters_;
     std::vector<read_result>                     results_;
     std::unique_ptr<reader>                      reader_; // last, so destroyed first: it waits for its reads

@@ -91,22 +91,22 @@ void expert_store::choose(uint64_t margin, uint64_t one_token, const std::functi
         return;
     }
     if (!mapped || lost) {
-        said_.say(format("%s: experts cannot be read from the file directly: %s", setting_.model.c_str(),
-                         mapped ? reopen_error_.c_str() : "they were loaded without mmap"));
+        notices_.say(format("%s: experts cannot be read from the file directly: %s", setting_.model.c_str(),
+                            mapped ? reopen_error_.c_str() : "they were loaded without mmap"));
     }
     const bool opens = !direct_;
     if ((lost && opens) || !mapped) {
         return;
     }
     if (fresh && !open_direct(one_token, unpin)) {
-        said_.say(format("%s: experts are paged through the page cache, which is slow where they do not fit: %s",
-                         setting_.model.c_str(), last_error()));
+        notices_.say(format("%s: experts are paged through the page cache, which is slow where they do not fit: %s",
+                            setting_.model.c_str(), last_error()));
     }
     if (!direct_) {
         return;
     }
     if (kept != nullptr) {
-        said_.say(
+        notices_.say(
             format("%s: %s of experts lie in no file, such as %s: they stay in memory, and no budget limits that; the "
                    "others are read from the file directly",
                    setting_.model.c_str(), mib(in_memory).c_str(), kept->name.c_str()));
@@ -122,8 +122,8 @@ void expert_store::choose(uint64_t margin, uint64_t one_token, const std::functi
     }
     announce_io();
     if (!(*files.begin())->is_direct()) {
-        said_.say(format("%s: its file system refuses direct reads; they go through the page cache",
-                         (*files.begin())->path().c_str()));
+        notices_.say(format("%s: its file system refuses direct reads; they go through the page cache",
+                            (*files.begin())->path().c_str()));
     }
 }
 
@@ -210,7 +210,7 @@ void expert_store::announce_io() {
         return;
     }
     for (const std::string & text : direct_->take_io_notices()) {
-        said_.say(format("%s: %s", setting_.model.c_str(), text.c_str()));
+        notices_.say(format("%s: %s", setting_.model.c_str(), text.c_str()));
     }
     stats_.update([&](rotary_stats & totals) { totals.io = direct_->io(); });
 }

@@ -9,7 +9,7 @@
 // memory of its own, experts that have been read stay in slots in RAM (ram_tier.hpp).
 //
 // store/ knows files, reads and memory, but neither graphs nor the inner device's slots: callers pass read targets.
-// Called by link/ (which copies the bytes), model/ (sizing), prefetch/ and exec/.
+// Called by link/ (which copies the bytes), model/ (sizing), prefetch/, pool/, exec/ and ggml/ (loaded weights).
 // Threading: none of its own, the pool locks; reads go on in the background between calls.
 
 #pragma once
@@ -40,8 +40,8 @@ struct store_setting {
 
 class expert_store {
   public:
-    expert_store(store_setting setting, notices & said, statistics & stats) :
-        setting_(std::move(setting)), said_(said), stats_(stats) {}
+    expert_store(store_setting setting, notices & notices, statistics & stats) :
+        setting_(std::move(setting)), notices_(notices), stats_(stats) {}
 
     // While llama.cpp loads and frees models.
     void add(stored_tensor & tensor);
@@ -73,7 +73,7 @@ class expert_store {
     const char * in_ram(const stored_tensor & tensor, int32_t expert) const;
 
     store_setting                 setting_;
-    notices &                     said_;
+    notices &                     notices_;
     statistics &                  stats_;
     std::vector<stored_tensor *>  tensors_;
     std::string                   reopen_error_; // why a tensor's file could not be opened again

@@ -24,12 +24,7 @@ class lfu : public valued_policy {
             clock *= i % n_used == 0 ? growth : 1;
             value[ids[i]] += clock;
         }
-        if (clock > ROTARY_PAGE_MAX_GAIN) {
-            for (double & each : value) {
-                each /= ROTARY_PAGE_MAX_GAIN;
-            }
-            clock /= ROTARY_PAGE_MAX_GAIN;
-        }
+        scale_down(ROTARY_PAGE_MAX_GAIN);
     }
 
     valued_policy * on_device() override { return this; }

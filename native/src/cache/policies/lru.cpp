@@ -18,7 +18,7 @@ class lru : public valued_policy {
             value[ids[i]] = ++clock;
         }
     }
-    void enter(int32_t expert, bool wanted) override { value[expert] = wanted ? value[expert] : --unused; }
+    void enter(int32_t expert, bool wanted) override { value[expert] = wanted ? value[expert] : --unused_value; }
 
     valued_policy * on_device() override { return this; }
 };

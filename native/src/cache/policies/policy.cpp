@@ -63,4 +63,13 @@ int32_t valued_policy::choose(const std::vector<int32_t> & candidates) {
     return best;
 }
 
+void valued_policy::scale_down(double max_clock) {
+    if (clock > max_clock) {
+        for (double & each : value) {
+            each /= max_clock;
+        }
+        clock /= max_clock;
+    }
+}
+
 } // namespace rotary

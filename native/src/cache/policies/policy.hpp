@@ -48,7 +48,10 @@ class valued_policy : public policy {
     std::vector<double> value;      // [n_expert]
     double              clock  = 0; // growth 0: number of uses so far; else what a use adds to its expert's value
     double              growth = 0; // factor on what a use adds, per token; 0: a value is the number of the last use
-    double              unused = 0; // value of the last expert that was prefetched and not used; counts down
+    double              unused_value = 0; // value of the last expert that was prefetched and not used; counts down
+
+  protected:
+    void scale_down(double max_clock); // divide clock and values by it if clock has grown beyond it
 };
 
 class routing_history; // recall.cpp

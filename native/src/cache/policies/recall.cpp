@@ -22,7 +22,7 @@ class routing_history {
     explicit routing_history(int32_t n_layers) : part_(n_layers, std::vector<int32_t>(window, 0)), sum_(window, 0) {}
 
     // `shared`: how many experts of `layer` the last token shares with the token at each distance; 0: the one before.
-    void tell(int32_t layer, const std::vector<int32_t> & shared) {
+    void record(int32_t layer, const std::vector<int32_t> & shared) {
         std::vector<int32_t> & part = part_[layer];
         for (int32_t i = 0; i < window; i++) {
             sum_[i] += shared[i] - part[i];
@@ -42,7 +42,7 @@ class recall : public policy {
   public:
     recall(const policy_setting & setting) :
         layer_(setting.layer), history_(setting.history), frequency_(setting.n_expert, 0), score_(setting.n_expert, 0),
-        told_(setting.n_expert, -1), shared_(window, 0) {}
+        noted_in_(setting.n_expert, -1), shared_(window, 0) {}
 
     void note(const int32_t * ids, const float *, int32_t n_used, int32_t n_tokens) override {
         for (int32_t t = 0; t < n_tokens; t++) {
@@ -59,14 +59,14 @@ class recall : public policy {
         }
         n_noted_++;
         for (const int32_t expert : tokens_.back()) {
-            told_[expert] = n_noted_;
+            noted_in_[expert] = n_noted_;
         }
         for (int32_t i = 0; i + 1 < (int32_t) tokens_.size(); i++) {
             const std::vector<int32_t> & before = tokens_[tokens_.size() - 2 - i];
             shared_[i] = (int32_t) std::count_if(before.begin(), before.end(),
-                                                 [&](int32_t expert) { return told_[expert] == n_noted_; });
+                                                 [&](int32_t expert) { return noted_in_[expert] == n_noted_; });
         }
-        history_->tell(layer_, shared_);
+        history_->record(layer_, shared_);
         scored_ = false;
     }
 
@@ -79,7 +79,7 @@ class recall : public policy {
     }
 
   private:
-    static constexpr double keep = 0.95, further = 0.8; // decay per token: of frequency_, and of `wave` in score()
+    static constexpr double keep = 0.95, wave_decay = 0.8; // decay per token: of frequency_, and of `wave` in score()
 
     // Experts of tokens that followed a similar one gain by the fourth power of the similarity.
     void score() {
@@ -94,7 +94,7 @@ class recall : public policy {
             }
             const double alike  = i + 1 < n ? history_->sum(n - 2 - i) / all : 0;
             const double weight = alike * alike * alike * alike;
-            wave                = wave * further + weight;
+            wave                = wave * wave_decay + weight;
             sum += weight;
         }
         for (size_t expert = 0; expert < score_.size(); expert++) {
@@ -107,7 +107,7 @@ class recall : public policy {
     std::shared_ptr<routing_history> history_;
     std::deque<std::vector<int32_t>> tokens_;            // the experts of each token of the window, and of the last
     std::vector<double>              frequency_, score_; // [n_expert]
-    std::vector<int64_t>             told_;              // [n_expert] the last note() that named it
+    std::vector<int64_t>             noted_in_;          // [n_expert] the last note() that named it
     std::vector<int32_t>             shared_;            // [window]
     int64_t                          n_noted_ = 0;
     bool                             scored_  = false;

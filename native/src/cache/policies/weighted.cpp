@@ -18,18 +18,13 @@ class weighted : public valued_policy {
     bool wants_weights() const override { return true; }
 
     void note(const int32_t * ids, const float * weights, int32_t n_used, int32_t n_tokens) override {
-        static constexpr double keep = 0.95, max_gain = 1e100;
+        static constexpr double keep = 0.95;
 
         for (int32_t i = 0; i < n_used * n_tokens; i++) {
             clock /= i % n_used == 0 ? keep : 1;
             value[ids[i]] += weights != nullptr ? clock * std::sqrt((double) weights[i]) : clock;
         }
-        if (clock > max_gain) {
-            for (double & each : value) {
-                each /= max_gain;
-            }
-            clock /= max_gain;
-        }
+        scale_down(1e100);
     }
 };
 

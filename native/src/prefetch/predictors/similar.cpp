@@ -15,7 +15,7 @@ namespace {
 class similar : public scoring_predictor {
   public:
     explicit similar(const predictor_setting & setting) :
-        scoring_predictor(setting.n_expert), n_layers_(setting.n_layers), told_(setting.n_expert, -1) {}
+        scoring_predictor(setting.n_expert), n_layers_(setting.n_layers), noted_in_(setting.n_expert, -1) {}
 
     void note(int32_t layer, const int32_t * ids, int32_t n_used, int32_t n_tokens) override {
         if (layer <= last_ || tokens_.empty()) {
@@ -34,12 +34,12 @@ class similar : public scoring_predictor {
         n_chosen_ += n_used;
         n_noted_++;
         for (const int32_t expert : tokens_.back()[layer]) {
-            told_[expert] = n_noted_;
+            noted_in_[expert] = n_noted_;
         }
         for (size_t i = 0; i < shared_.size(); i++) {
             const std::vector<int32_t> & then = tokens_[i][layer];
             shared_[i] +=
-                std::count_if(then.begin(), then.end(), [&](int32_t expert) { return told_[expert] == n_noted_; });
+                std::count_if(then.begin(), then.end(), [&](int32_t expert) { return noted_in_[expert] == n_noted_; });
         }
     }
 
@@ -70,7 +70,7 @@ class similar : public scoring_predictor {
     std::deque<token>    tokens_;       // the earlier tokens, then the last one
     std::vector<int64_t> shared_;       // [earlier token] experts in common with the last one so far
     int64_t              n_chosen_ = 0; // experts chosen by the last one so far
-    std::vector<int64_t> told_;         // [n_expert] number of the last note() with the expert
+    std::vector<int64_t> noted_in_;     // [n_expert] number of the last note() with the expert
     int64_t              n_noted_ = 0;
 };
 
